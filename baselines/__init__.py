@@ -1,0 +1,1 @@
+"""Baselines: classical codecs and linear floors, a KL-VAE, and published tokenizers."""

@@ -1,0 +1,9 @@
+"""The two ways things go wrong that a user can do something about."""
+
+
+class InputError(Exception):
+    """Wrong use or bad input: the message is one line that names the offending thing and what to do. Exit status 2."""
+
+
+class CellError(Exception):
+    """One model could not be measured (NaN, out of memory, weights that do not load) while others can. Exit status 1."""

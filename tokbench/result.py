@@ -1,0 +1,113 @@
+"""The record of a measurement and its JSON form. Never imports torch."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokbench.errors import InputError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What a table says about a tokenizer besides its numbers.
+
+    `channels` are those of a continuous latent, `codebook_size` the number of codes of a discrete one; both are None
+    for a codec. `losses` name the networks a model was trained with ("lpips-vgg"): a metric of the same network is
+    marked † in every table.
+    """
+
+    name: str  # the row's name: an alias or the lower-cased spec, [a-z0-9._-]+
+    family: str  # "ssdd", "kl-vae", "codec", ...
+    downsample: int | None = None  # pixels per latent position, along one side
+    channels: int | None = None
+    codebook_size: int | None = None
+    tokens_per_image: int | None = None  # for 1-D tokenizers; else (H / downsample) * (W / downsample)
+    size_multiple: int = 1  # height and width must be divisible by this
+    decode_steps: int | None = None  # network evaluations of a diffusion decoder
+    deterministic: bool = True  # decode does not depend on its seeds
+    encoder_params: int = 0
+    decoder_params: int = 0
+    weights: str | None = None  # sha256 of the state; None: not hashable, never cached
+    trained_on: str = ""
+    losses: tuple[str, ...] = ()
+    licence: str = ""
+    paper: str = ""
+    verified: bool = True  # False: facts (scale, key names) that could not be checked against the weights themselves
+    note: str = ""  # shown under the table ("demo weights, undertrained")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number with its uncertainty. `value` None means that it cannot be given, and `note` says why."""
+
+    value: float | None
+    stderr: float | None = None  # standard error of a mean over images
+    low: float | None = None  # 95 % interval, where one is computed
+    high: float | None = None
+    n: int = 0  # images behind it
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    name: str
+    split: str | None
+    resolution: int
+    num_images: int
+    fingerprint: str  # hash over (sample id, sha256 of the file's bytes)
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One cell: a tokenizer measured on a data set at a resolution under a protocol."""
+
+    protocol: str  # name
+    protocol_fingerprint: str  # rows of different fingerprints are never ranked together
+    tokenizer: TokenizerInfo
+    dataset: Dataset
+    metrics: Mapping[str, Value]
+    unavailable: Mapping[str, str] = field(default_factory=dict)  # metric -> reason and the command that helps
+    settings: Mapping[str, Any] = field(default_factory=dict)  # spec, dtype, seeds, skipped images, ...
+    # commit, dirty, date, command, versions, device, world_size, batch_size, extractors {name: sha256}, seconds {encode, decode}
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+def to_json(result: EvalResult) -> str:
+    """The record as JSON text. Raises ValueError for a NaN or infinity: such a value belongs in `unavailable`."""
+    return json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str, where: str = "result") -> EvalResult:
+    """Read `to_json`'s text; raises InputError naming `where` for anything that is not such a record."""
+    try:
+        record = json.loads(text)
+        if not isinstance(record, dict) or "schema" not in record:
+            raise InputError(f"{where}: not a tokbench result")
+        if record["schema"] != SCHEMA:
+            raise InputError(f"{where}: schema {record['schema']}, this tokbench reads {SCHEMA}; measure it again")
+        info = record.pop("tokenizer")
+        info["losses"] = tuple(info["losses"])
+        metrics = {name: Value(**value) for name, value in record.pop("metrics").items()}
+        dataset = Dataset(**record.pop("dataset"))
+        result = EvalResult(tokenizer=TokenizerInfo(**info), metrics=metrics, dataset=dataset, **record)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{where}: not a readable tokbench result ({error})") from error
+    for name, value in metrics.items():
+        if value.value is not None and not math.isfinite(value.value):
+            raise InputError(f"{where}: metric {name} is {value.value}")
+    return result
+
+
+def read_result(path: Path) -> EvalResult:
+    """The record in a file; InputError if it is missing or is not one."""
+    try:
+        return from_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
