@@ -1,0 +1,1 @@
+"""gFID: latents, a diffusion transformer, its training and sampling."""
