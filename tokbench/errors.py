@@ -6,4 +6,4 @@ class InputError(Exception):
 
 
 class CellError(Exception):
-    """One model could not be measured (NaN, out of memory, weights that do not load) while others can. Exit status 1."""
+    """One model could not be measured (NaN, out of memory, unloadable weights) while others can. Exit status 1."""

@@ -74,12 +74,13 @@ class EvalResult:
     metrics: Mapping[str, Value]
     unavailable: Mapping[str, str] = field(default_factory=dict)  # metric -> reason and the command that helps
     settings: Mapping[str, Any] = field(default_factory=dict)  # spec, dtype, seeds, skipped images, ...
-    # commit, dirty, date, command, versions, device, world_size, batch_size, extractors {name: sha256}, seconds {encode, decode}
+    # commit, dirty, date, command, versions, device, world_size, batch_size, extractors {name: sha256},
+    # seconds {encode, decode} per image
     provenance: Mapping[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
 
-def to_json(result: EvalResult) -> str:
+def to_json(result: "EvalResult | SpeedResult") -> str:
     """The record as JSON text. Raises ValueError for a NaN or infinity: such a value belongs in `unavailable`."""
     return json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
@@ -111,3 +112,50 @@ def read_result(path: Path) -> EvalResult:
         return from_json(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How fast one direction of a tokenizer is (encode, decode, round-trip), uint8 to latents and back to uint8."""
+
+    batch_size: int  # the smallest within 2 % of the best rate
+    images_per_second: float  # batch_size / median seconds of an iteration
+    megapixels_per_second: float
+    latency_ms: float  # batch 1: median, 10th and 90th percentile
+    latency_p10_ms: float
+    latency_p90_ms: float
+    memory_allocated: int | None  # peak bytes beyond the weights at batch_size; None where it cannot be told (CPU)
+    memory_reserved: int | None
+    sweep: Mapping[str, float]  # batch size -> images/s of the search for it
+
+
+@dataclass(frozen=True)
+class SpeedResult:
+    """Speed of one tokenizer at one resolution on one piece of hardware under one setting."""
+
+    tokenizer: TokenizerInfo
+    resolution: int
+    hardware: str  # rows of different hardware are never ranked together
+    settings: Mapping[str, Any]  # spec, dtype, compile, random_weights, threads, tf32, ...
+    stages: Mapping[str, Stage] = field(default_factory=dict)
+    flops: Mapping[str, int] = field(default_factory=dict)  # stage -> floating-point operations an image, 2 x MAC
+    compile_seconds: float | None = None
+    gate: Mapping[str, Any] = field(default_factory=dict)  # passed, lpips_alex_shift, psnr_shift, images | reason
+    failed: str | None = None  # a row that failed is kept with its reason
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = "speed"
+    schema: int = SCHEMA
+
+
+def read_speed(path: Path) -> SpeedResult:
+    """The speed record in a file; InputError if it is missing or is not one."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or record.get("kind") != "speed" or record.get("schema") != SCHEMA:
+            raise InputError(f"{path}: not a tokbench speed record of schema {SCHEMA}")
+        info = record.pop("tokenizer")
+        info["losses"] = tuple(info["losses"])
+        stages = {name: Stage(**stage) for name, stage in record.pop("stages").items()}
+        return SpeedResult(tokenizer=TokenizerInfo(**info), stages=stages, **record)
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a readable speed record ({error})") from error

@@ -1,4 +1,4 @@
-"""Randomness that depends on the image alone, so that batch size, order, device and number of processes change nothing."""
+"""Randomness that depends on the image alone: batch size, order, device and number of processes change nothing."""
 
 import hashlib
 import math
