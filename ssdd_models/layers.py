@@ -1,0 +1,99 @@
+"""Building blocks shared by the encoder, both decoders and the discriminator. Imports torch alone."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Init = Literal["normal", "fan-in"]
+
+
+def initialise(module: nn.Module, init: Init) -> None:
+    """Set every convolution and linear layer below `module`; biases become 0, norms keep 1 and 0.
+
+    "normal" is SSDD's own: convolutions N(0, 0.02), linear layers Xavier-uniform. "fan-in" draws convolutions from
+    N(0, 1 / fan_in) instead: below about 128 channels N(0, 0.02) starves the signal and training stalls.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            fan_in = layer.weight[0].numel()
+            nn.init.normal_(layer.weight, std=0.02 if init == "normal" else 1 / math.sqrt(fan_in))
+        elif isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+        else:
+            continue
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoids of a time: [B] -> float32 [B, dim], cosines before sines, frequencies 10000^(-i / (dim / 2))."""
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(steps * (-math.log(10000.0) / half))
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """The residual block of VQGAN and LDM (GroupNorm 32, swish, 3x3, twice), without a time input."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(32, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in, H, W] -> [B, out, H, W]"""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        skip = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return skip + h
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all positions of a feature map, with a residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]"""
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # [B, 1, HW, C]
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Half the size by a strided 3x3 convolution, padded at the right and the bottom only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H / 2, W / 2]"""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the size by nearest neighbours, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, 2 H, 2 W]"""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
