@@ -1,10 +1,13 @@
 """The one interface a tokenizer has to offer."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor, nn
 
+from tokbench.errors import InputError
 from tokbench.result import TokenizerInfo
 
 
@@ -34,3 +37,44 @@ class Tokenizer(Protocol):
         ...
 
     # optional: bits(latents) -> float64 Tensor [B], the measured size of the code, for codecs and discrete tokenizers
+
+
+class Joined:
+    """`A+B`: the encoder of one tokenizer and the decoder of another that shares its latent space.
+
+    Raises InputError if the two say that their latents differ in downsampling, channels or codebook.
+    """
+
+    def __init__(self, encoding: Tokenizer, decoding: Tokenizer) -> None:
+        first, second = encoding.info, decoding.info
+        for what in ("downsample", "channels", "codebook_size", "tokens_per_image"):
+            if getattr(first, what) != getattr(second, what):
+                raise InputError(
+                    f"{first.name}+{second.name}: latents differ: {what.replace('_', ' ')} is "
+                    f"{getattr(first, what)} and {getattr(second, what)}"
+                )
+        self.encoding, self.decoding = encoding, decoding
+        # A decoder may need parts that its own encoder shares with it: they move along, but are counted as neither.
+        parts = [("encoder", encoding, "encoder"), ("decoder", decoding, "decoder")]
+        parts += [("rest.decoder", encoding, "decoder"), ("rest.encoder", decoding, "encoder")]
+        self.networks = {name: owner.networks[part] for name, owner, part in parts if part in owner.networks}
+        self.info = replace(
+            second,
+            name=f"{first.name}+{second.name}",
+            family=first.family if first.family == second.family else f"{first.family}+{second.family}",
+            size_multiple=math.lcm(first.size_multiple, second.size_multiple),
+            trained_on="; ".join(dict.fromkeys(filter(None, (first.trained_on, second.trained_on)))),
+            losses=tuple(dict.fromkeys((*first.losses, *second.losses))),
+            licence="; ".join(dict.fromkeys(filter(None, (first.licence, second.licence)))),
+            verified=first.verified and second.verified,
+        )
+        if hasattr(encoding, "bits"):
+            self.bits = encoding.bits
+
+    def encode(self, images: Tensor, *, sample: bool, seeds: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> latents of the first tokenizer."""
+        return self.encoding.encode(images, sample=sample, seeds=seeds)
+
+    def decode(self, latents: Tensor, *, seeds: Tensor, size: tuple[int, int]) -> Tensor:
+        """latents -> float32 [B, 3, H, W] of the second tokenizer."""
+        return self.decoding.decode(latents, seeds=seeds, size=size)

@@ -1,0 +1,95 @@
+"""The command line. Bodies are a few lines; whatever is heavy is imported inside."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokbench.errors import CellError, InputError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Measure image tokenizers under a protocol that is written down.",
+)  # fmt: skip
+
+Models = Annotated[str, typer.Option(help="Model specs, comma-separated; see `tokbench list models`.")]
+Resolutions = Annotated[str, typer.Option("--res", help="Resolutions in pixels, comma-separated.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DataType = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+BatchSize = Annotated[str, typer.Option(help="auto or a number of images.")]
+
+
+@app.command()
+def run(
+    models: Models,
+    res: Resolutions = "256",
+    data: Annotated[str, typer.Option(help="samples, a folder, an archive, or hf:NAME.")] = "samples",
+    split: Annotated[str | None, typer.Option(help="Split of the data set.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take only N images, chosen by hash of their id.")] = None,
+    protocol: Annotated[str, typer.Option(help="Evaluation protocol; see `tokbench list protocols`.")] = "adm",
+    metrics: Annotated[str | None, typer.Option(help="Metrics, comma-separated; see `tokbench list metrics`.")] = None,
+    batch_size: BatchSize = "auto",
+    workers: Annotated[int | None, typer.Option(help="Processes that load images.")] = None,
+    device: Device = "auto",
+    dtype: DataType = "float32",
+    seeds: Annotated[str, typer.Option(help="Seeds of a stochastic decoder, comma-separated.")] = "0",
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard what --out holds of these cells.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="An unavailable metric is a failure.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out unreadable images, and count them.")] = False,
+    keep_features: Annotated[bool, typer.Option("--keep-features", help="Keep features beside the result.")] = False,
+    save_images: Annotated[int, typer.Option(help="First N and worst N images in the picture of a cell.")] = 8,
+) -> None:
+    """Reconstruct images with tokenizers and measure what is lost."""
+    from tokbench.api import RunOptions, run_cells
+
+    options = RunOptions(
+        models=models, resolutions=res, data=data, split=split, limit=limit, protocol=protocol, metrics=metrics,
+        batch_size=batch_size, workers=workers, device=device, dtype=dtype, seeds=seeds, out=out, fresh=fresh,
+        strict=strict, skip_bad=skip_bad, keep_features=keep_features, save_images=save_images,
+    )  # fmt: skip
+    raise typer.Exit(run_cells(options))
+
+
+@app.command(name="list")
+def list_known(what: Annotated[str, typer.Argument(help="models, metrics or protocols")] = "models") -> None:
+    """Show what can be named: models with their options, metrics, protocols."""
+    from tokbench.api import known
+
+    for name, text in known(what):
+        typer.echo(f"{name:<28} {text}")
+
+
+def main() -> None:
+    """Run the command line: status 2 for wrong use or bad input, 1 for a failure, 130 for Ctrl-C; one line each."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the loader's processes
+    usage_error = typer.BadParameter.__mro__[2]  # ClickException, wherever this version of typer keeps it
+    try:
+        status = app(standalone_mode=False)
+    except InputError as error:
+        status = fail(str(error), 2)
+    except CellError as error:
+        status = fail(str(error), 1)
+    except usage_error as error:
+        status = fail(error.format_message(), 2)  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        status = fail("interrupted; the same command goes on from what is done", 130)
+    except BrokenPipeError:  # `tokbench list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def fail(message: str, status: int) -> int:
+    """Say on stderr, in one line, what went wrong."""
+    print(f"tokbench: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Names of tokenizers: what `--models` accepts, typed options, and how a spec becomes a Tokenizer.
+
+A spec is `NAME`, `NAME@key=value@key=value`, `NAME:FILE`, a file or folder, `file.py:factory`, or two of them joined by
+`+` (encoder of the first, decoder of the second); `alias=SPEC` names the row. Never imports torch by itself.
+"""
+
+import difflib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from tokbench.errors import CellError, InputError
+
+if TYPE_CHECKING:
+    from tokbench.tokenizer import Tokenizer
+
+ROW_NAME = re.compile(r"[a-z0-9._-]+")
+HEADER_LIMIT = 100_000_000  # bytes; the safetensors format allows no longer header
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered tokenizer. `name` may hold placeholders ("jpeg-q{quality}") that are options of the factory."""
+
+    name: str
+    factory: Callable[..., Any]
+    summary: str
+    accepts: Callable[[Path], bool] | None = None  # which bare files and folders this entry opens as `file=`
+
+    @property
+    def options(self) -> dict[str, tuple[Any, Any]]:
+        """Keyword -> (annotation, default or `inspect.Parameter.empty`), in the factory's order."""
+        hints = typing.get_type_hints(self.factory)
+        parameters = inspect.signature(self.factory).parameters.values()
+        return {
+            p.name: (hints.get(p.name, str), p.default)
+            for p in parameters
+            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        }
+
+    def match(self, head: str) -> dict[str, str] | None:
+        """The placeholders' texts if `head` is one of this entry's names."""
+        pieces = re.split(r"\{(\w+)\}", self.name)
+        pattern = "".join(f"(?P<{p}>[^-:@+]+)" if i % 2 else re.escape(p) for i, p in enumerate(pieces))
+        found = re.fullmatch(pattern, head, re.IGNORECASE)
+        return found.groupdict() if found else None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tokenizer of a spec: the entry and its options, already typed."""
+
+    text: str
+    entry: Entry
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed spec: `row` names the row, `text` is the spec without its alias, `parts` are one or two."""
+
+    row: str
+    text: str
+    parts: tuple[Part, ...]
+
+
+_entries: dict[str, Entry] = {}
+
+
+def register(
+    name: str, factory: Callable[..., Any], *, summary: str, accepts: Callable[[Path], bool] | None = None
+) -> None:
+    """Make `factory(**options) -> Tokenizer` known as `name`; its annotated keywords are the options of the spec.
+
+    The parameter `file` takes the rest of `NAME:REST`; a parameter `random_weights: bool = False` says that the model
+    can be built without its checkpoint. Heavy imports belong inside the factory. Raises ValueError for a second use
+    of a name or a placeholder that is no option.
+    """
+    entry = Entry(name, factory, summary, accepts)
+    missing = set(re.findall(r"\{(\w+)\}", name)) - set(entry.options)
+    if name in _entries or missing:
+        raise ValueError(f"{name}: already registered" if name in _entries else f"{name}: no option {sorted(missing)}")
+    _entries[name] = entry
+
+
+@cache
+def _load_plugins() -> None:
+    for point in importlib.metadata.entry_points(group="tokbench.plugins"):
+        try:
+            point.load()()
+        except (ImportError, AttributeError) as error:
+            raise InputError(
+                f"plugin {point.name} ({point.value}) does not load: {error}; reinstall or remove it"
+            ) from error
+
+
+def entries() -> list[Entry]:
+    """Every registered entry, plugins included, by name."""
+    _load_plugins()
+    return sorted(_entries.values(), key=lambda entry: entry.name)
+
+
+def parse(spec: str) -> Spec:
+    """Read a spec strictly: InputError for an unknown name, an unknown or ill-typed option, a missing file."""
+    spec = spec.strip()
+    alias, text = None, spec
+    if found := re.match(r"([^@:+/\\=]+)=(.*)", spec):
+        alias, text = found.groups()
+        if not ROW_NAME.fullmatch(alias):
+            raise InputError(f'model "{spec}": the name "{alias}" may hold only a-z 0-9 . _ -')
+    if not text:
+        raise InputError(f'model "{spec}": empty; write for example NAME or NAME@key=value')
+    texts = [text] if "+" not in text or Path(text).exists() else text.split("+")
+    if len(texts) > 2 or not all(texts):
+        raise InputError(f"model \"{spec}\": A+B takes exactly two models, an encoder's and a decoder's")
+    row = alias or re.sub(r"[^a-z0-9._-]", "-", text.lower())
+    return Spec(row, text, tuple(_parse_part(part) for part in texts))
+
+
+def parse_all(text: str) -> list[Spec]:
+    """The specs of a comma-separated list; InputError for an empty list and for two rows of one name."""
+    specs = [parse(one) for one in text.split(",") if one.strip()]
+    if not specs:
+        raise InputError("no model given; see `tokbench list models`")
+    rows = [spec.row for spec in specs]
+    for row in rows:
+        if rows.count(row) > 1:
+            raise InputError(f'two rows would be named "{row}"; give one another name: NAME=SPEC')
+    return specs
+
+
+def row_name(spec: str) -> str:
+    """The name of a spec's row in every table: its alias, or the lower-cased spec with odd characters turned to '-'."""
+    return parse(spec).row
+
+
+def create(spec: str | Spec, *, random_weights: bool = False) -> "Tokenizer":
+    """Build the tokenizer of a spec, named after its row, weights on the CPU.
+
+    `random_weights` builds without the checkpoint where the entry can. Raises InputError for a wrong spec (also an
+    A+B whose latent spaces differ) and CellError when the model does not load.
+    """
+    spec = parse(spec) if isinstance(spec, str) else spec
+    built = [_build(part, random_weights) for part in spec.parts]
+    if len(built) == 2:
+        from tokbench.tokenizer import Joined
+
+        tokenizer: Tokenizer = Joined(built[0], built[1])
+    else:
+        tokenizer = built[0]
+    tokenizer.info = replace(tokenizer.info, name=spec.row)
+    return tokenizer
+
+
+def _build(part: Part, random_weights: bool) -> Any:
+    options = dict(part.options)
+    if random_weights and "random_weights" in part.entry.options:
+        options["random_weights"] = True
+    try:
+        return part.entry.factory(**options)
+    except (OSError, RuntimeError, KeyError, ValueError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CellError(f"{part.text}: does not load: {reason}") from error
+
+
+def _parse_part(text: str) -> Part:
+    if Path(text).exists():
+        head, given = text, []
+    else:
+        head, *given = re.split(r"@(?=\w+=)", text)
+    texts: dict[str, str] = {}
+    for option in given:
+        key, value = option.split("=", 1)
+        if key in texts:
+            raise InputError(f'model "{text}": option {key} is given twice')
+        texts[key] = value
+    entry, found = _find_entry(head, text)
+    if twice := set(found) & set(texts):
+        raise InputError(f'model "{text}": option {min(twice)} is given twice')
+    return Part(text, entry, _typed(entry, {**found, **texts}, text))
+
+
+def _find_entry(head: str, text: str) -> tuple[Entry, dict[str, str]]:
+    """The entry that a spec's head means, and the options that the head itself gives."""
+    known = entries()
+    # Fewest placeholders first: an exact name wins over a pattern that happens to fit.
+    for entry in sorted(known, key=lambda entry: entry.name.count("{")):
+        if (found := entry.match(head)) is not None:
+            return entry, found
+    name, colon, rest = head.partition(":")
+    if head.partition(".py:")[1]:
+        return _entry_from_source(head, text), {}
+    if colon and (named := _entries.get(name)) and rest:
+        if "file" not in named.options:
+            raise InputError(f'model "{text}": {name} takes no file')
+        return named, {"file": rest}
+    if Path(head).exists():
+        return _entry_for_file(Path(head), text), {"file": head}
+    if "/" in head or "\\" in head or head.endswith(".safetensors"):
+        raise InputError(f'model "{text}": no such file or folder: {head}')
+    raise InputError(f'unknown model "{name}"; {suggest(name, [entry.name for entry in known])}')
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """'did you mean X? known: ...' for a name that is none of `known`."""
+    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    return (f"did you mean {' or '.join(close)}? " if close else "") + f"known: {', '.join(known)}"
+
+
+def _entry_from_source(head: str, text: str) -> Entry:
+    """The entry of `file.py:factory`: the file is run as a module of its own."""
+    file, _, attribute = head.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f'model "{text}": no such file: {file}')
+    module_spec = importlib.util.spec_from_file_location(f"tokbench_model_{path.stem}", path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except (ImportError, SyntaxError, NameError, OSError) as error:
+        raise InputError(f'model "{text}": {file} does not run: {error}') from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise InputError(f'model "{text}": {file} has no function "{attribute}"')
+    return Entry(attribute, factory, f"{file}:{attribute}")
+
+
+def checkpoint_metadata(path: Path) -> dict[str, Any]:
+    """The `tokbench` metadata of a safetensors file ({} without one), read without torch.
+
+    Raises InputError for a file that is no safetensors file.
+    """
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(HEADER_LIMIT, path.stat().st_size):
+                raise ValueError("its header is not one of safetensors")
+            metadata = json.loads(stream.read(length)).get("__metadata__", {})
+        record = json.loads(metadata.get("tokbench", "{}"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+    return record if isinstance(record, dict) else {}
+
+
+def _entry_for_file(path: Path, text: str) -> Entry:
+    """The entry that opens a bare file or folder: its own metadata names it, or an entry accepts it."""
+    if path.suffix == ".safetensors":
+        model = checkpoint_metadata(path).get("model")
+        if model in _entries and "file" in _entries[model].options:
+            return _entries[model]
+    for entry in entries():
+        if entry.accepts is not None and entry.accepts(path):
+            return entry
+    raise InputError(f'model "{text}": {path} says nowhere which model it is; write NAME:{path}')
+
+
+def _typed(entry: Entry, texts: Mapping[str, str], text: str) -> dict[str, Any]:
+    options = entry.options
+    values = {}
+    for key, value in texts.items():
+        if key not in options:
+            raise InputError(f'model "{text}": unknown option "{key}"; {suggest(key, list(options))}')
+        values[key] = _convert(options[key][0], value, f'model "{text}": option {key}')
+    for key, (_, default) in options.items():
+        if default is inspect.Parameter.empty and key not in values:
+            raise InputError(f'model "{text}": option {key} is needed: {entry.name}@{key}=...')
+    return values
+
+
+def _convert(annotation: Any, value: str, where: str) -> Any:
+    """`value` as the annotated type; strict, so that "8.5" is no int and "yes" no bool."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in arguments and value.lower() == "none":
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is typing.Literal:
+        if value not in (by_text := {str(choice): choice for choice in arguments}):
+            raise InputError(f'{where} is "{value}"; {suggest(value, list(by_text))}')
+        return by_text[value]
+    if annotation is bool:
+        if value.lower() not in ("true", "false"):
+            raise InputError(f'{where} is "{value}", must be true or false')
+        return value.lower() == "true"
+    if annotation is Path and not Path(value).exists():
+        raise InputError(f"{where}: no such file or folder: {value}")
+    if annotation not in (int, float, str, Path):
+        raise InputError(f"{where} cannot be given on the command line")
+    try:
+        return annotation(value)
+    except ValueError:
+        raise InputError(f'{where} is "{value}", must be {annotation.__name__}') from None
