@@ -1,0 +1,174 @@
+"""KL-VAE: SSDD's encoder with the convolutional decoder of latent diffusion (Rombach et al., arXiv 2112.10752)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssdd_models.encoder import Attention, Encoder, EncoderConfig, Posterior, ResBlock
+from tokbench.checkpoints import load_strictly, read_model
+from tokbench.config import from_dict
+from tokbench.result import TokenizerInfo
+from tokbench.seeding import normal
+
+
+@dataclass(frozen=True)
+class ConvDecoderConfig:
+    """LDM's decoder; the defaults are those of f8. One entry of channel_mult per level, finest first."""
+
+    width: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    blocks: int = 3  # residual blocks a level
+    groups: int = 32  # of the group normalisations; narrow decoders need fewer, see the README
+
+
+@dataclass(frozen=True)
+class KLVAEConfig:
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: ConvDecoderConfig = field(default_factory=ConvDecoderConfig)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # [B, C, 2H, 2W]
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution and the upsampling to the next finer one."""
+
+    def __init__(self, channels_in: int, channels: int, config: ConvDecoderConfig, upsample: bool) -> None:
+        super().__init__()
+        widths = [channels_in] + [channels] * config.blocks
+        self.block = nn.ModuleList(ResBlock(a, b, config.groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.upsample = Upsample(channels) if upsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x if self.upsample is None else self.upsample(x)
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels, groups)
+        self.attn_1 = Attention(channels, groups)
+        self.block_2 = ResBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class ConvDecoder(nn.Module):
+    """Latents [B, c, h, w] -> images [B, 3, h * 2^(levels - 1), w * 2^(levels - 1)], nominal [-1, 1]."""
+
+    def __init__(self, latent_channels: int, config: ConvDecoderConfig) -> None:
+        super().__init__()
+        widths = [config.width * mult for mult in config.channel_mult]
+        self.in_proj = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], config.groups)
+        self.up = nn.ModuleList(
+            Level(widths[min(i + 1, len(widths) - 1)], width, config, upsample=i > 0) for i, width in enumerate(widths)
+        )
+        self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(self.in_proj(z)))  # [B, widths[-1], h, w]
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))  # [B, 3, H, W]
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight on which the adaptive weight of the GAN loss is measured."""
+        return self.conv_out.weight
+
+
+class KLVAE(nn.Module):
+    """Images [B, 3, H, W] in [-1, 1] -> posterior over [B, c, H / f, W / f] -> images."""
+
+    def __init__(self, config: KLVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.encoder)
+        self.decoder = ConvDecoder(config.encoder.channels, config.decoder)
+
+    def encode(self, x: Tensor) -> Posterior:
+        return Posterior(self.encoder(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
+
+    @torch.no_grad()
+    def normalise_latents(self, mean: Tensor, std: Tensor) -> None:
+        """Shift and scale each latent channel, mean and std [c], inside the two 1x1 convolutions around the latents.
+
+        The reconstruction stays the same, and latents come out with mean 0 and deviation 1 over the training crops:
+        what a diffusion decoder and a latent generator want.
+        """
+        out, into = self.encoder.out_proj, self.decoder.in_proj
+        scale = torch.cat((1 / std, 1 / std))[:, None, None, None]
+        out.weight.mul_(scale)
+        out.bias.copy_(torch.cat(((out.bias[: len(mean)] - mean) / std, out.bias[len(mean) :] - 2 * std.log())))
+        out.weight[len(mean) :].div_(scale[len(mean) :])
+        into.bias.add_(into.weight[:, :, 0, 0] @ mean)
+        into.weight.mul_(std[None, :, None, None])
+
+
+class PatchGAN(nn.Module):
+    """The discriminator of pix2pix (Isola et al., arXiv 1611.07004): a map of logits [B, 1, h, w].
+
+    Normalised by group, not by batch, so that one process and several see the same network.
+    """
+
+    def __init__(self, width: int = 64, layers: int = 3) -> None:
+        super().__init__()
+        parts: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i in range(1, layers + 1):
+            before, after = width * min(2 ** (i - 1), 8), width * min(2**i, 8)
+            parts += [
+                nn.Conv2d(before, after, 4, stride=2 if i < layers else 1, padding=1, bias=False),
+                nn.GroupNorm(8, after),
+                nn.LeakyReLU(0.2),
+            ]
+        self.layers = nn.Sequential(*parts, nn.Conv2d(width * min(2**layers, 8), 1, 4, padding=1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def load(path: Path) -> tuple[KLVAE, dict[str, Any]]:
+    """A KL-VAE of ours and its metadata. Raises InputError for another file."""
+    tensors, metadata = read_model(path, "klvae")
+    model = KLVAE(from_dict(KLVAEConfig, metadata["config"]))
+    load_strictly(model, tensors, path)
+    return model.eval(), metadata
+
+
+class KLVAETokenizer:
+    """tokbench's interface around a KLVAE whose latents are normalised already."""
+
+    def __init__(self, model: KLVAE, info: TokenizerInfo) -> None:
+        self.model, self.info = model, info
+        self.networks: Mapping[str, nn.Module] = {"encoder": model.encoder, "decoder": model.decoder}
+
+    def encode(self, images: Tensor, *, sample: bool, seeds: Tensor) -> Tensor:
+        posterior = self.model.encode(images.float() / 127.5 - 1)
+        mean = posterior.mode()
+        return mean + posterior.std * normal(seeds, mean.shape[1:], device=mean.device) if sample else mean
+
+    def decode(self, latents: Tensor, *, seeds: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.model.decode(latents).float()
