@@ -4,14 +4,14 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tokbench.errors import CellError, InputError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Measure image tokenizers under a protocol that is written down.",
 )  # fmt: skip
 
@@ -68,15 +68,15 @@ def main() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the loader's processes
-    usage_error = typer.BadParameter.__mro__[2]  # ClickException, wherever this version of typer keeps it
+    usage_error: Any = typer.BadParameter.__mro__[2]  # ClickException, wherever this version of typer keeps it
     try:
-        status = app(standalone_mode=False)
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except InputError as error:
         status = fail(str(error), 2)
     except CellError as error:
         status = fail(str(error), 1)
     except usage_error as error:
-        status = fail(error.format_message(), 2)  # type: ignore[attr-defined]
+        status = fail(error.format_message(), 2)
     except (KeyboardInterrupt, typer.Abort):
         status = fail("interrupted; the same command goes on from what is done", 130)
     except BrokenPipeError:  # `tokbench list | head`

@@ -57,7 +57,9 @@ class Joined:
         # A decoder may need parts that its own encoder shares with it: they move along, but are counted as neither.
         parts = [("encoder", encoding, "encoder"), ("decoder", decoding, "decoder")]
         parts += [("rest.decoder", encoding, "decoder"), ("rest.encoder", decoding, "encoder")]
-        self.networks = {name: owner.networks[part] for name, owner, part in parts if part in owner.networks}
+        self.networks: Mapping[str, nn.Module] = {
+            name: owner.networks[part] for name, owner, part in parts if part in owner.networks
+        }
         self.info = replace(
             second,
             name=f"{first.name}+{second.name}",
