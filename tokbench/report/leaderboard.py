@@ -1,0 +1,397 @@
+"""From result records to ranked, formatted blocks: what every table, the page and the plots are drawn from."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokbench.errors import InputError
+from tokbench.metrics import METRICS
+from tokbench.report.rows import paired_interval, read_columns
+from tokbench.result import EvalResult, TokenizerInfo, Value
+
+# Say much the same as their neighbour: the first to go where a table has no room.
+SECONDARY = ("psnr-global", "ssim-gauss", "ms-ssim", "encode", "params", "steps")
+UNRANKED_FAMILIES = ("reference",)  # rows that bound the others (the identity) win no column
+MARKS = "best bold, second underlined, ties by paired 95 % interval"
+ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A result and where it was read; `path` None for one that was not read from a file."""
+
+    result: EvalResult
+    path: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.result.tokenizer.name
+
+    @cached_property
+    def rows(self) -> Mapping[str, NDArray[np.float64]]:
+        """Per-image columns in order of their ids, {} where the file beside the JSON is missing."""
+        return read_columns(self.path)[1] if self.path is not None else {}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: a metric, or a fact about the tokenizer or the run."""
+
+    key: str
+    unit: str
+    better: str  # "higher", "lower" or "neither": no best value is marked
+    digits: int
+    description: str
+    read: Callable[[EvalResult], Value | str | None]
+    per_image: str | None = None  # the per-image column that this is the mean (or a monotone function of the mean) of
+
+    @property
+    def heading(self) -> str:
+        return f"{self.key} {ARROWS[self.better]}".strip()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`text` and `error` are formatted with the column's digits; rank 1 is best or tied with it, 2 second."""
+
+    text: str
+    error: str = ""
+    rank: int = 0
+    dagger: bool = False
+    note: str = ""
+    value: float | str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    entry: Entry
+    cells: Mapping[str, Cell]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that may be compared: one protocol, data set, resolution and number of images."""
+
+    title: str
+    caption: str
+    columns: tuple[Column, ...]
+    groups: tuple[tuple[str, tuple[Row, ...]], ...]  # (heading, rows); one group with an empty heading if ungrouped
+    footnotes: tuple[str, ...]
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(row for _, rows in self.groups for row in rows)
+
+
+def compression(info: TokenizerInfo) -> str:
+    """How much a tokenizer compresses, in the field's shorthand: f8c4, f16 K16384, 32 tokens; else "codec"."""
+    if info.downsample is None and info.tokens_per_image is None:
+        return "codec" if info.codebook_size is None else f"K{info.codebook_size}"
+    place = f"f{info.downsample}" if info.downsample is not None else f"{info.tokens_per_image} tokens"
+    if info.codebook_size is not None:
+        return f"{place} K{info.codebook_size}"
+    return (
+        place
+        if info.channels is None
+        else f"{place}c{info.channels}"
+        if place[0] == "f"
+        else f"{place} c{info.channels}"
+    )
+
+
+def milliseconds(result: EvalResult, part: str) -> Value | None:
+    """Time per image of "encode" or "decode" as the run saw it, in ms."""
+    seconds = (result.provenance.get("seconds") or {}).get(part)
+    if seconds is None or not result.dataset.num_images:
+        return None
+    return Value(1000 * float(seconds) / result.dataset.num_images, n=result.dataset.num_images)
+
+
+def _count(number: int | None, scale: float = 1) -> Value | None:
+    return None if number is None else Value(number / scale)
+
+
+_FACTS = (
+    Column(
+        "latent", "", "neither", 0, "downsampling f and channels c, or codebook K", lambda r: compression(r.tokenizer)
+    ),
+    Column("f", "", "neither", 0, "pixels per latent position along a side", lambda r: _count(r.tokenizer.downsample)),
+    Column("c", "", "neither", 0, "channels of the latent", lambda r: _count(r.tokenizer.channels)),
+    Column("codebook", "", "neither", 0, "number of codes", lambda r: _count(r.tokenizer.codebook_size)),
+    Column("steps", "", "neither", 0, "network evaluations of the decoder", lambda r: _count(r.tokenizer.decode_steps)),
+    Column(
+        "params",
+        "M",
+        "neither",
+        1,
+        "decoder's parameters, millions",
+        lambda r: _count(r.tokenizer.decoder_params or None, 1e6),
+    ),
+    Column(
+        "encode",
+        "ms/img",
+        "lower",
+        1,
+        "encoding time in the run that measured quality",
+        lambda r: milliseconds(r, "encode"),
+    ),
+    Column(
+        "decode",
+        "ms/img",
+        "lower",
+        1,
+        "decoding time in the run that measured quality",
+        lambda r: milliseconds(r, "decode"),
+    ),
+    Column("n", "", "neither", 0, "images", lambda r: Value(r.dataset.num_images)),
+    Column("device", "", "neither", 0, "machine", lambda r: device(r)),
+    Column("date", "", "neither", 0, "day of the measurement", lambda r: str(r.provenance.get("date", ""))[:10]),
+)
+FACTS = {column.key: column for column in _FACTS}
+TIMES = ("encode", "decode")
+
+
+def metric_column(name: str) -> Column:
+    """The column of a metric; one not known here gets four digits and no direction."""
+
+    def read(result: EvalResult) -> Value | None:
+        if name in result.metrics:
+            return result.metrics[name]
+        return Value(None, note=result.unavailable[name]) if name in result.unavailable else None
+
+    metric = METRICS.get(name)
+    if metric is None:
+        return Column(name, "", "neither", 4, "unknown to this version", read)
+    per_image = metric.columns[0] if len(metric.columns) == 1 and metric.extractor is None else None
+    return Column(name, metric.unit, metric.better, metric.digits, metric.description, read, per_image)
+
+
+def device(result: EvalResult) -> str:
+    return str(result.provenance.get("device") or "unknown device")
+
+
+def column(key: str, entries: Sequence[Entry]) -> Column:
+    """The column called `key`; InputError with the names to choose from."""
+    if key in FACTS:
+        return FACTS[key]
+    measured = {name for entry in entries for name in (*entry.result.metrics, *entry.result.unavailable)}
+    if key in METRICS or key in measured:
+        return metric_column(key)
+    raise InputError(f"unknown column {key!r}; choose from {', '.join(['tokenizer', *FACTS, *sorted(measured)])}")
+
+
+def default_columns(entries: Sequence[Entry]) -> list[Column]:
+    """Latent, steps and size, the measured metrics in the table's order, time; without what no row has."""
+    measured = {name for entry in entries for name, value in entry.result.metrics.items() if value.value is not None}
+    names = [*(name for name in METRICS if name in measured), *sorted(measured - set(METRICS))]
+    columns = [FACTS[key] for key in ("latent", "steps", "params")]
+    columns += [metric_column(name) for name in names] + [FACTS[key] for key in TIMES]
+    return [c for c in columns if any(_number(c.read(entry.result)) is not None for entry in entries)]
+
+
+def _number(value: Value | str | None) -> float | str | None:
+    return value.value if isinstance(value, Value) else value or None
+
+
+def block_key(result: EvalResult) -> tuple[Any, ...]:
+    """Only rows with equal keys are ranked together; fingerprints keep other images of the same name apart."""
+    data = result.dataset
+    return (
+        result.protocol,
+        data.name,
+        data.split or "",
+        data.resolution,
+        data.num_images,
+        data.fingerprint,
+        result.protocol_fingerprint,
+    )
+
+
+def blocks(entries: Iterable[Entry], columns: Sequence[str] | None = None, group: bool = True) -> list[Block]:
+    """Split entries into comparable blocks and rank each.
+
+    `columns` are keys in the order wanted (default: everything measured); with `group`, rows are gathered by
+    compression (f, c) and ranked within it. Raises InputError for an unknown column.
+    """
+    entries = list(entries)
+    chosen = None if columns is None else [column(key, entries) for key in columns if key != "tokenizer"]
+    by_key: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in entries:
+        by_key.setdefault(block_key(entry.result), []).append(entry)
+    keys = sorted(by_key)
+    titles = [_title(key) for key in keys]
+    return [
+        _block(
+            by_key[key],
+            chosen,
+            group,
+            title if titles.count(title) == 1 else f"{title} {key[6][:8]} · data {key[5][:8]}, N = {key[4]:,}",
+        )
+        for key, title in zip(keys, titles, strict=True)
+    ]
+
+
+def _title(key: tuple[Any, ...]) -> str:
+    protocol, name, split, resolution = key[:4]
+    where = f"{name} ({split})" if split else name
+    return f"{where} at {resolution} px · protocol {protocol}"
+
+
+def _block(entries: list[Entry], chosen: list[Column] | None, group: bool, title: str) -> Block:
+    gathered: dict[str, list[Entry]] = {}
+    for entry in entries:
+        gathered.setdefault(compression(entry.result.tokenizer) if group else "", []).append(entry)
+    if len(gathered) == 1:
+        gathered = {"": entries}
+    columns = chosen
+    if columns is None:
+        columns = [c for c in default_columns(entries) if c.key != "latent" or len(gathered) == 1]
+    ordered = sorted(gathered.items(), key=lambda item: _size_order(item[1][0].result.tokenizer))
+    one_device = len({device(entry.result) for entry in entries}) == 1
+    groups = tuple((heading, _ranked(members, columns, one_device)) for heading, members in ordered)
+    return Block(title, _caption(entries), tuple(columns), groups, tuple(_footnotes(entries, columns, one_device)))
+
+
+def _size_order(info: TokenizerInfo) -> tuple[float, ...]:
+    return (
+        info.downsample or math.inf,
+        info.channels or math.inf,
+        info.codebook_size or math.inf,
+        info.tokens_per_image or 0,
+    )
+
+
+def _ranked(entries: list[Entry], columns: list[Column], one_device: bool) -> tuple[Row, ...]:
+    """Rows of one group, ordered by the first column that has a direction, with best and second marked."""
+    ranked = [entry for entry in entries if entry.result.tokenizer.family not in UNRANKED_FAMILIES]
+    ranks = {c.key: ranking(ranked, c) for c in columns if one_device or c.key not in TIMES}
+    decimals = {c.key: _decimals(c, entries) for c in columns}
+    rows = [
+        Row(entry, {c.key: _cell(entry, c, decimals[c.key], ranks.get(c.key, {}).get(entry.name, 0)) for c in columns})
+        for entry in entries
+    ]
+    lead = next((c for c in columns if c.better != "neither" and c.key not in TIMES and c.key in ranks), None)
+    return tuple(sorted(rows, key=lambda row: _order(row, lead)))
+
+
+def _order(row: Row, lead: Column | None) -> tuple[float, str]:
+    value = row.cells[lead.key].value if lead is not None else None
+    if not isinstance(value, float):
+        return (math.inf, row.entry.name)
+    return (value if lead is not None and lead.better == "lower" else -value, row.entry.name)
+
+
+def ranking(entries: Sequence[Entry], c: Column) -> dict[str, int]:
+    """{row name: 1 best or tied with it, 2 second or tied with that}. Needs two values to mark one."""
+    values = [(entry, number) for entry in entries if isinstance(number := _number(c.read(entry.result)), float | int)]
+    if c.better == "neither" or len(values) < 2:
+        return {}
+    left = sorted(values, key=lambda pair: -pair[1] if c.better == "higher" else pair[1])
+    ranks: dict[str, int] = {}
+    for rank in (1, 2):
+        if left:
+            first = left[0]
+            level = [pair for pair in left if tied(first, pair, c)]
+            ranks |= {entry.name: rank for entry, _ in level}
+            left = [pair for pair in left if pair[0].name not in ranks]
+    return ranks
+
+
+def tied(a: tuple[Entry, float], b: tuple[Entry, float], c: Column) -> bool:
+    """Equal values, or a paired 95 % interval of the per-image difference that contains zero, over the same images."""
+    if a[0] is b[0] or a[1] == b[1]:
+        return True
+    if c.per_image is None:
+        return False
+    ours, theirs = a[0].rows.get(c.per_image), b[0].rows.get(c.per_image)
+    if ours is None or theirs is None or len(ours) != len(theirs) or len(ours) < 2:
+        return False
+    low, high = paired_interval(ours, theirs)
+    return low <= 0 <= high
+
+
+def _decimals(c: Column, entries: Sequence[Entry]) -> int:
+    """Digits after the point: the metric's own, fewer where two digits of the typical error already cover them."""
+    errors = [v.stderr for e in entries if isinstance(v := c.read(e.result), Value) and v.stderr]
+    if not errors:
+        return c.digits
+    return max(0, min(c.digits, 1 - math.floor(math.log10(float(np.median(errors))))))
+
+
+def _cell(entry: Entry, c: Column, decimals: int, rank: int) -> Cell:
+    value = c.read(entry.result)
+    if value is None or value == "":
+        return Cell("–")
+    if isinstance(value, str):
+        return Cell(value, value=value)
+    if value.value is None:
+        return Cell("–", note=value.note)
+    error = f"±{value.stderr:.{decimals}f}" if value.stderr else ""
+    return Cell(
+        f"{value.value:.{decimals}f}", error, rank, trained_on(entry.result, c.key), value.note, float(value.value)
+    )
+
+
+def trained_on(result: EvalResult, metric: str) -> bool:
+    """Was the metric's network part of this model's training loss?"""
+    networks = METRICS[metric].networks if metric in METRICS else ()
+    return not {metric, *networks}.isdisjoint(result.tokenizer.losses)
+
+
+def _caption(entries: Sequence[Entry]) -> str:
+    results = [entry.result for entry in entries]
+    types = sorted({str(r.settings["dtype"]) for r in results if "dtype" in r.settings})
+    devices = sorted({device(r) for r in results})
+    errors = any(v.stderr for r in results for v in r.metrics.values())
+    parts = [f"N = {results[0].dataset.num_images:,}", "; ".join(devices), ", ".join(types)]
+    parts += ["± standard error over images" if errors else "", MARKS]
+    return " · ".join(part for part in parts if part)
+
+
+def _footnotes(entries: Sequence[Entry], columns: Sequence[Column], one_device: bool) -> list[str]:
+    """†, what the models say about themselves, why numbers are missing; equal remarks are gathered."""
+    remarks: dict[str, list[str]] = {}
+    total = len(entries)
+    for entry in entries:
+        info = entry.result.tokenizer
+        if info.note:
+            remarks.setdefault(info.note, []).append(info.name)
+        if not info.verified:
+            remarks.setdefault("facts not checked against the published weights", []).append(info.name)
+    notes = [f"{', '.join(names)}: {remark}" for remark, names in remarks.items()]
+    if any(trained_on(entry.result, c.key) for entry in entries for c in columns):
+        notes.insert(0, "† the metric's network was part of this model's training loss")
+    missing: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        for name, reason in _missing(entry.result):
+            missing.setdefault((name, reason), []).append(entry.name)
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for (name, reason), names in missing.items():
+        by_reason.setdefault((reason, "" if len(names) == total else f" ({', '.join(names)})"), []).append(name)
+    notes += [f"{', '.join(names)} –{who}: {reason}" for (reason, who), names in by_reason.items()]
+    if not one_device and any(c.key in TIMES for c in columns):
+        notes.append("times come from different machines and are not ranked")
+    return notes
+
+
+def _missing(result: EvalResult) -> list[tuple[str, str]]:
+    gone = [(name, value.note or "not given") for name, value in result.metrics.items() if value.value is None]
+    return gone + list(result.unavailable.items())
+
+
+def newest(entries: Iterable[Entry]) -> tuple[list[Entry], list[str]]:
+    """One entry per comparable cell and row name, the latest by date; and a warning for each that it replaced."""
+    kept: dict[tuple[Any, ...], Entry] = {}
+    warnings = []
+    for entry in sorted(entries, key=lambda e: (str(e.result.provenance.get("date", "")), str(e.path))):
+        key = (*block_key(entry.result), entry.name)
+        if key in kept:
+            warnings.append(f"{kept[key].path}: the same cell as the newer {entry.path}; left out")
+        kept[key] = entry
+    return list(kept.values()), warnings

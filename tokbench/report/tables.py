@@ -1,0 +1,210 @@
+"""Blocks as a terminal table, Markdown, LaTeX and CSV."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from tokbench.report.leaderboard import MARKS, SECONDARY, Block, Cell, Column, Entry, Row, blocks
+from tokbench.result import EvalResult
+
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """Blocks that rich lays out within the console's width, at most 100 columns.
+
+    Where the console shows no styles (a file, a pipe), best values carry a star instead of bold type.
+    """
+
+    blocks: tuple[Block, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width, styled = min(options.max_width, WIDTH), console.is_terminal
+        for block in self.blocks:
+            shown, errors = fitting(block, width)
+            yield terminal(block, shown, errors, styled)
+            hidden = [c.key for c in block.columns if c not in shown]
+            notes = [
+                block.caption
+                if styled
+                else block.caption.replace(MARKS, "* best, or tied with it by paired 95 % interval")
+            ]
+            notes += [*block.footnotes, *([f"not shown for want of width: {', '.join(hidden)}"] if hidden else [])]
+            yield from (Text(note, style="dim") for note in notes)
+            yield Text("")
+
+
+def leaderboard_table(results: Sequence[EvalResult | Entry]) -> Leaderboard:
+    """What `tokbench run` prints: one block per protocol, data set and resolution.
+
+    Give `Entry(result, path)` where the per-image rows lie beside the JSON, so that ties are found by paired interval.
+    """
+    return Leaderboard(tuple(blocks([result if isinstance(result, Entry) else Entry(result) for result in results])))
+
+
+def terminal(block: Block, columns: Sequence[Column], errors: bool, styled: bool = True) -> Table:
+    """A block as a rich table with these columns, ± beside the values if `errors`."""
+    table = Table(title=Text(block.title, style="bold"), title_justify="left", box=None, padding=(0, 1), pad_edge=False)
+    table.add_column(Text("tokenizer\n"), no_wrap=True)
+    for column in columns:
+        heading = Text(column.heading + (f"\n{column.unit}" if column.unit else "\n"))
+        table.add_column(heading, justify="left" if column.key == "latent" else "right", no_wrap=True)
+    room = {c.key: max(len(_marks(row.cells[c.key], styled)) for row in block.rows) for c in columns}
+    for heading, rows in block.groups:
+        if heading:
+            table.add_row(Text(heading, style="dim"))
+        for row in rows:
+            cells = (_styled(row.cells[c.key], errors, styled, room[c.key]) for c in columns)
+            table.add_row(Text(("  " if heading else "") + clipped(row.entry.name)), *cells)
+    return table
+
+
+def clipped(name: str, limit: int = 32) -> str:
+    """A row's name, shortened in its middle so that what tells rows apart (prefix and settings) stays."""
+    return name if len(name) <= limit else f"{name[: limit - 13]}…{name[-12:]}"
+
+
+def fitting(block: Block, width: int) -> tuple[list[Column], bool]:
+    """The columns that fit into `width` characters, and whether ± does."""
+    everything = list(block.columns)
+    headline = [c for c in everything if c.key not in SECONDARY]
+    for columns, errors in ((everything, True), (headline, True), (everything, False), (headline, False)):
+        if _width(block, columns, errors) <= width:
+            return columns, errors
+    while len(headline) > 1 and _width(block, headline, False) > width:
+        headline.pop()
+    return headline, False
+
+
+def _width(block: Block, columns: Sequence[Column], errors: bool) -> int:
+    indent = 2 if len(block.groups) > 1 else 0
+    names = max([len("tokenizer"), *(indent + len(clipped(row.entry.name)) for row in block.rows)])
+    cells = [[len(c.heading), len(c.unit), *(_length(row.cells[c.key], errors) for row in block.rows)] for c in columns]
+    return names + sum(max(lengths) + 2 for lengths in cells)
+
+
+def _marks(cell: Cell, styled: bool) -> str:
+    return ("*" if cell.rank == 1 and not styled else "") + ("†" if cell.dagger else "")
+
+
+def _length(cell: Cell, errors: bool) -> int:
+    return len(cell.text) + 2 * bool(cell.rank or cell.dagger) + (len(cell.error) + 1 if errors and cell.error else 0)
+
+
+def _styled(cell: Cell, errors: bool, styled: bool, room: int) -> Text:
+    """A cell whose marks take `room` characters, so that the numbers of a column stay below each other."""
+    text = Text(cell.text, style={1: "bold", 2: "underline"}.get(cell.rank, ""))
+    text.append(_marks(cell, styled).ljust(room), style="not bold not underline")
+    return text.append(f" {cell.error}" if errors and cell.error else "", style="not bold not underline dim")
+
+
+def _grid(block: Block, name: Callable[[Row], str], cell: Callable[[Cell], str]) -> list[tuple[str, list[list[str]]]]:
+    """Groups of rows of formatted cells, the name first."""
+    return [
+        (heading, [[name(row), *(cell(row.cells[c.key]) for c in block.columns)] for row in rows])
+        for heading, rows in block.groups
+    ]
+
+
+def markdown(block: Block, level: int = 2) -> str:
+    """A block as GitHub Markdown: bold best, <ins>second</ins>; nothing in a name can open a tag or a cell."""
+
+    def cell(c: Cell) -> str:
+        text = markdown_escape(c.text)
+        text = {1: f"**{text}**", 2: f"<ins>{text}</ins>"}.get(c.rank, text)
+        return text + ("†" if c.dagger else "") + (f" <sub>{c.error}</sub>" if c.error else "")
+
+    heads = [c.heading + (f" ({c.unit})" if c.unit else "") for c in block.columns]
+    rule = ["---", *(":--" if c.key == "latent" else "--:" for c in block.columns)]
+    lines = [f"{'#' * level} {markdown_escape(block.title)}", "", _piped(["tokenizer", *heads]), _piped(rule)]
+    for heading, rows in _grid(block, lambda row: markdown_escape(row.entry.name), cell):
+        if heading:
+            lines.append(_piped([f"*{markdown_escape(heading)}*", *[""] * len(block.columns)]))
+        lines += [_piped(row) for row in rows]
+    notes = [markdown_escape(note) for note in (block.caption, *block.footnotes)]
+    return "\n".join([*lines, "", "<br>\n".join(f"<sub>{note}</sub>" for note in notes), ""])
+
+
+def _piped(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def markdown_escape(text: str) -> str:
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", " ")
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "†": r"$^\dagger$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "±": r"$\pm$",
+    "–": "--",
+    "·": r"$\cdot$",
+    "×": r"$\times$",
+    "…": r"\dots{}",
+    '"': "''",
+    "|": r"\textbar{}",
+    "\n": " ",
+}
+
+
+def latex_escape(text: str) -> str:
+    """Text that pdflatex sets as it reads; a character outside Latin-1 that has no command becomes a question mark."""
+    return "".join(_LATEX.get(c, c if c.isascii() and c.isprintable() else _accented(c)) for c in text)
+
+
+def _accented(character: str) -> str:
+    return character if character.isprintable() and "\xa1" <= character <= "\xff" and character.isalpha() else "?"
+
+
+def latex(block: Block) -> str:
+    """A block as a booktabs table (needs \\usepackage{booktabs}); best bold, second underlined."""
+
+    def cell(c: Cell) -> str:
+        text = latex_escape(c.text)
+        text = {1: rf"\textbf{{{text}}}", 2: rf"\underline{{{text}}}"}.get(c.rank, text)
+        return (
+            text
+            + (r"$^\dagger$" if c.dagger else "")
+            + (rf" {{\scriptsize {latex_escape(c.error)}}}" if c.error else "")
+        )
+
+    heads = ["tokenizer", *(latex_escape(c.heading) for c in block.columns)]
+    units = ["", *(latex_escape(c.unit and f"({c.unit})") for c in block.columns)]
+    align = "l" + "".join("l" if c.key == "latent" else "r" for c in block.columns)
+    lines = [
+        r"\begin{table}[t]",
+        r"\centering\small\setlength{\tabcolsep}{4pt}",
+        rf"\begin{{tabular}}{{{align}}}",
+        r"\toprule",
+    ]
+    lines += [" & ".join(heads) + r" \\", " & ".join(units) + r" \\", r"\midrule"]
+    for number, (heading, rows) in enumerate(_grid(block, lambda row: latex_escape(row.entry.name), cell)):
+        lines += [r"\midrule"] if number else []
+        lines += [rf"\multicolumn{{{len(align)}}}{{l}}{{\textit{{{latex_escape(heading)}}}}} \\"] if heading else []
+        lines += [" & ".join(row) + r" \\" for row in rows]
+    notes = ". ".join(latex_escape(note) for note in (block.title, block.caption, *block.footnotes))
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", rf"\caption{{{notes}.}}", r"\end{table}", ""])
+
+
+def latex_document(tables: Sequence[str]) -> str:
+    """A whole document around the tables, to look at or to compile as it is."""
+    head = [
+        r"\documentclass{article}",
+        r"\usepackage[T1]{fontenc}",
+        r"\usepackage[utf8]{inputenc}",
+        r"\usepackage{booktabs}",
+    ]
+    return "\n".join([*head, r"\begin{document}", *tables, r"\end{document}", ""])
