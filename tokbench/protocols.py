@@ -1,0 +1,109 @@
+"""Evaluation protocols: everything besides the model and the images that decides a number, named and versioned.
+
+Never imports torch. Two results are ranked together only if their protocols' fingerprints are equal.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from tokbench.errors import InputError
+
+Crop = Literal["adm", "pil-bilinear", "pil-bicubic", "tensor-bilinear"]
+Rounding = Literal["nearest", "truncate"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How images are prepared, encoded and put back on the 8-bit grid.
+
+    crop: "adm" halves with a box filter while the short side is at least twice the resolution, then bicubic, then
+    cuts the centre (guided-diffusion's center_crop_arr); "pil-*" is torchvision's Resize of the short side and
+    CenterCrop on PIL images; "tensor-bilinear" the same on float tensors with antialiasing.
+    posterior: latents are the posterior's mode, or a sample of it (a generator per image).
+    real_rounding, fake_rounding: "nearest" is floor(127.5 x + 128) in float32 of x clamped to [-1, 1], that is
+    round half up; "truncate" is floor(255 (x + 1) / 2), which is off by one for 63 of the 256 levels.
+    autocast: "bfloat16" runs the model under autocast; None leaves it in the run's dtype.
+    """
+
+    name: str
+    version: int
+    crop: Crop = "adm"
+    posterior: Literal["mode", "sample"] = "mode"
+    real_rounding: Rounding = "nearest"
+    fake_rounding: Rounding = "nearest"
+    autocast: Literal["bfloat16"] | None = None
+    summary: str = ""
+    notes: tuple[str, ...] = ()  # where the original's code is mistaken, or where this preset cannot follow it
+
+    def fingerprint(self) -> str:
+        """16 hex digits over every field that can change a number (all but the texts)."""
+        record = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("summary", "notes")}
+        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("adm", 1, summary="ADM centre crop, posterior mode, both sides rounded to 8 bits; the default"),
+        Protocol(
+            "ssdd",
+            1,
+            crop="pil-bilinear",
+            autocast="bfloat16",
+            summary="SSDD's evaluation (arXiv 2510.04961)",
+            notes=(
+                "its PSNR is psnr-global, its SSIM ssim, its LPIPS lpips-alex",
+                "its DreamSim runs at the native size and is not the metric called dreamsim here",
+                "its noise comes from one generator for the whole set; here every image has its own",
+            ),
+        ),
+        Protocol(
+            "titok",
+            1,
+            crop="pil-bicubic",
+            summary="1d-tokenizer's evaluation (TiTok, arXiv 2406.07550)",
+            notes=("its Inception network runs in float64, which moves features by less than 1e-6 of their range",),
+        ),
+        Protocol(
+            "vavae",
+            1,
+            crop="tensor-bilinear",
+            posterior="sample",
+            summary="LightningDiT's evaluate_tokenizer (VA-VAE, arXiv 2501.01423)",
+            notes=(
+                "its LPIPS sees the unclamped decoder output, its SSIM averages batch means; not repeated here",
+                "its model sees the resized image before it is rounded to 8 bits",
+                "its rFID uses pytorch-fid's resize, ours torch-fidelity's",
+            ),
+        ),
+        Protocol(
+            "dcae",
+            1,
+            summary="DC-AE's eval_dc_ae_model (arXiv 2410.10733)",
+            notes=(
+                "its SSIM has an 11x11 Gaussian window (ssim-gauss), its LPIPS is lpips-alex",
+                "its rFID uses pytorch-fid's resize, ours torch-fidelity's",
+            ),
+        ),
+        Protocol(
+            "llamagen",
+            1,
+            summary="LlamaGen's reconstruction scripts (arXiv 2406.06525)",
+            notes=(
+                "its SSIM uses data_range 2 on images in [0, 1] and reads higher (0.675 printed, 0.55 measured right)",
+                "its distributed sampler counts padded images twice when ranks do not divide their number",
+                "its rFID comes from ADM's TensorFlow graph, ours from torch-fidelity's port of it",
+            ),
+        ),
+    )
+}
+
+
+def find_protocol(name: str) -> Protocol:
+    """The protocol of that name; InputError with all names for another."""
+    if name not in PROTOCOLS:
+        raise InputError(f"unknown protocol {name!r}: choose one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
