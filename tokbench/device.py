@@ -1,0 +1,129 @@
+"""Networks on a device: the one place where they are moved, counted and hashed, and where precision is set."""
+
+import contextlib
+import gc
+import hashlib
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokbench.errors import CellError, InputError
+from tokbench.tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OUT_OF_MEMORY = ("out of memory", "unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+
+
+def select_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N`; plain CUDA is this process's own GPU. InputError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f'unknown device "{name}": auto, cpu, cuda or cuda:N') from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f'device "{name}" is not supported: auto, cpu, cuda or cuda:N')
+    if device.type == "cuda":
+        index = local_rank if device.index is None else device.index
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            raise InputError(
+                f'device "{name}": this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu'
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def describe(device: torch.device) -> str:
+    """What a table's caption calls the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"CPU {model}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def find_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise InputError(f'unknown dtype "{name}": {" or ".join(DTYPES)}')
+    return DTYPES[name]
+
+
+def prepare(tokenizer: Tokenizer, device: torch.device) -> None:
+    """Put every network on the device: eval mode, channels last, no gradients. CellError if it does not fit."""
+    # TF32 rounds products to 10 bits: float32 has to mean float32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        for network in tokenizer.networks.values():
+            network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CellError(
+            f"{tokenizer.info.name}: its weights do not fit into the memory of {describe(device)}"
+        ) from error
+
+
+def count_parameters(network: nn.Module | None) -> int:
+    return sum(parameter.numel() for parameter in network.parameters()) if network is not None else 0
+
+
+def hash_state(tokenizer: Tokenizer) -> str | None:
+    """sha256 over names, types, shapes and bytes of all parameters and buffers.
+
+    None if state hides outside of `networks`, where a hash would promise too much.
+    """
+    networks = getattr(tokenizer, "networks", None)
+    if networks is None or _hidden_state(tokenizer, networks):
+        return None
+    digest = hashlib.sha256()
+    for part in sorted(networks):
+        for name, tensor in sorted(networks[part].state_dict().items()):
+            if not isinstance(tensor, torch.Tensor):
+                return None
+            digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _hidden_state(owner: Any, networks: Any, depth: int = 2) -> bool:
+    """Whether an attribute of the tokenizer (or of a part of it) holds tensors that `networks` does not."""
+    known = {id(module) for network in networks.values() for module in network.modules()}
+    known |= {id(tensor) for network in networks.values() for tensor in [*network.parameters(), *network.buffers()]}
+    values = list(vars(owner).values()) if hasattr(owner, "__dict__") else []
+    if isinstance(owner, nn.Module):
+        values += [*owner.children(), *owner.parameters(recurse=False), *owner.buffers(recurse=False)]
+    for value in values:
+        if isinstance(value, nn.Module | torch.Tensor):
+            if id(value) not in known:
+                return True
+        elif depth > 1 and hasattr(value, "networks") and _hidden_state(value, networks, depth - 1):
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Inference mode, under autocast for anything but float32."""
+    with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        yield
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch, cuDNN and cuBLAS say it in different ways."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(s in str(error) for s in OUT_OF_MEMORY)
+
+
+def release(device: torch.device) -> None:
+    """Hand back memory that nobody refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

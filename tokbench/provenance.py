@@ -1,0 +1,89 @@
+"""Where a number comes from: commit, date, command, versions, device."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tokbench
+from tokbench.device import describe
+
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "diffusers")
+
+
+def collect(device: torch.device, world_size: int = 1, **more: Any) -> dict[str, Any]:
+    """What a result says about its making; `more` is added as it is."""
+    commit, dirty = git_state()
+    return {
+        "tokbench": tokbench.__version__,
+        "commit": commit,
+        "dirty": dirty,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv[0] else "",
+        "versions": versions(),
+        "device": describe(device),
+        "device_type": device.type,
+        "world_size": world_size,
+        **more,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """(commit, has uncommitted changes) of the checkout that tokbench runs from; (None, None) for an installed one."""
+    source = Path(__file__).resolve().parent
+    if _git(source, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None, None
+    commit = _git(source, "rev-parse", "HEAD")
+    return commit, bool(_git(source, "status", "--porcelain", "--untracked-files=no", "--", ".."))
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def source_hash(modules: Iterable[str]) -> str:
+    """sha256 over the Python files of the packages that these modules belong to, tokbench's own always among them.
+
+    A single-file module counts as its own package: `file.py:factory` is its file.
+    """
+    digest = hashlib.sha256()
+    for package in sorted({"tokbench", *(module.partition(".")[0] for module in modules)}):
+        for path in _sources(package):
+            digest.update(f"{package}/{path.name}\n".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _sources(package: str) -> list[Path]:
+    module = sys.modules.get(package) or importlib.util.find_spec(package)
+    file = getattr(module, "__file__", None) or getattr(module, "origin", None)
+    if file is None or not Path(file).is_file():
+        return []
+    path = Path(file)
+    return sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
