@@ -63,7 +63,7 @@ def prepare(tokenizer: Tokenizer, device: torch.device) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         for network in tokenizer.networks.values():
-            network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+            network.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -90,7 +90,7 @@ def hash_state(tokenizer: Tokenizer) -> str | None:
             if not isinstance(tensor, torch.Tensor):
                 return None
             digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

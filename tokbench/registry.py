@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import json
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -228,6 +229,7 @@ def _entry_from_source(head: str, text: str) -> Entry:
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # found again when its source is hashed
     try:
         module_spec.loader.exec_module(module)
     except (ImportError, SyntaxError, NameError, OSError) as error:
