@@ -17,6 +17,7 @@ class EncoderConfig:
     downsample: int = 8  # pixels per latent position along one side, a power of two
     channels: int = 4  # of the latent
     width: int = 128  # channels of the first level, a multiple of 32
+    groups: int = 32  # of every group norm; 4 at width 32, where 32 groups of one channel each erase the colours
 
     def __post_init__(self) -> None:
         if self.downsample < 2 or self.downsample & (self.downsample - 1):
@@ -78,20 +79,25 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig | str = "f8c4", init: Init = "normal") -> None:
         super().__init__()
         self.config = EncoderConfig.parse(config) if isinstance(config, str) else config
-        widths = self.config.level_widths
+        widths, groups = self.config.level_widths, self.config.groups
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
             level = nn.Module()
-            level.block = nn.ModuleList([ResBlock(widths[max(i - 1, 0)], width), ResBlock(width, width)])
+            before = widths[max(i - 1, 0)]
+            level.block = nn.ModuleList([ResBlock(before, width, groups), ResBlock(width, width, groups)])
             if i < len(widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
         last, moments = widths[-1], 2 * self.config.channels
         self.mid = nn.ModuleDict(
-            {"block_1": ResBlock(last, last), "attn_1": AttentionBlock(last), "block_2": ResBlock(last, last)}
+            {
+                "block_1": ResBlock(last, last, groups),
+                "attn_1": AttentionBlock(last, groups),
+                "block_2": ResBlock(last, last, groups),
+            }
         )
-        self.norm_out = nn.GroupNorm(32, last, eps=1e-6)
+        self.norm_out = nn.GroupNorm(groups, last, eps=1e-6)
         self.conv_out = nn.Conv2d(last, moments, 3, padding=1)
         self.out_proj = nn.Conv2d(moments, moments, 1)
         initialise(self, init)
