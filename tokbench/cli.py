@@ -54,6 +54,30 @@ def run(
     raise typer.Exit(run_cells(options))
 
 
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="Folder of results.")] = Path("results"),
+    format: Annotated[str, typer.Option(help="table, markdown, latex, csv or html.")] = "table",
+    out: Annotated[Path | None, typer.Option(help="File to write instead of stdout; for html a folder.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for plots.")] = None,
+    plot_format: Annotated[str, typer.Option(help="png, svg or pdf.")] = "png",
+    columns: Annotated[str | None, typer.Option(help="Columns in order, comma-separated: psnr,rfid,params,...")] = None,
+    where: Annotated[str | None, typer.Option(help='Keep rows by a pandas query: "f==8 and resolution==256".')] = None,
+    group: Annotated[bool, typer.Option(help="Gather rows by compression and rank within it.")] = True,
+    reported: Annotated[Path | None, typer.Option(help="Numbers of papers; default RESULTS/reported.csv.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="A file that has to be skipped is a failure.")] = False,
+) -> None:
+    """Tables, plots and a page from result files alone."""
+    from tokbench.report.build import ReportOptions, build
+
+    chosen = tuple(name.strip() for name in columns.split(",") if name.strip()) if columns else None
+    options = ReportOptions(
+        results=results, format=format, out=out, plots=plots, plot_format=plot_format, columns=chosen, where=where,
+        group=group, reported=reported, strict=strict,
+    )  # fmt: skip
+    raise typer.Exit(build(options))
+
+
 @app.command(name="list")
 def list_known(what: Annotated[str, typer.Argument(help="models, metrics or protocols")] = "models") -> None:
     """Show what can be named: models with their options, metrics, protocols."""

@@ -180,7 +180,7 @@ class SampleStore:
             for start in range(0, len(ids), CHUNK):
                 for sample in ids[start : start + CHUNK]:
                     path, offset = found[_key(sample)]
-                    file.write(paths[path][offset + 16 : offset + 16 + 4 * dim])
+                    file.write(paths[path][offset + 16 : offset + 16 + 4 * dim].tobytes())
             file.flush()
             return np.memmap(file, dtype="<f4", mode="r", shape=(len(ids), dim))
 
@@ -323,8 +323,9 @@ def read_results(folder: Path) -> tuple[list[tuple[Path, EvalResult]], list[str]
     paths = [folder] if folder.is_file() else sorted(folder.glob("*/*/*.json"))
     results, warnings = [], []
     for path in paths:
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
+        parts = path.relative_to(folder).parts
+        if parts[:1] == ("speed",) or any(part.startswith(".") for part in parts):
+            continue  # speed records are another kind (report.speed)
         try:
             results.append((path, read_result(path)))
         except InputError as error:

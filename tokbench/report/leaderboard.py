@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from tokbench.errors import InputError
 from tokbench.metrics import METRICS
-from tokbench.report.rows import paired_interval, read_columns
 from tokbench.result import EvalResult, TokenizerInfo, Value
+from tokbench.store import per_image_path, read_per_image
 
 # Say much the same as their neighbour: the first to go where a table has no room.
 SECONDARY = ("psnr-global", "ssim-gauss", "ms-ssim", "encode", "params", "steps")
-UNRANKED_FAMILIES = ("reference",)  # rows that bound the others (the identity) win no column
+UNRANKED_FAMILIES = ("identity",)  # it wins every column and says nothing
 MARKS = "best bold, second underlined, ties by paired 95 % interval"
 ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}
 
@@ -34,9 +34,11 @@ class Entry:
         return self.result.tokenizer.name
 
     @cached_property
-    def rows(self) -> Mapping[str, NDArray[np.float64]]:
-        """Per-image columns in order of their ids, {} where the file beside the JSON is missing."""
-        return read_columns(self.path)[1] if self.path is not None else {}
+    def rows(self) -> tuple[list[str], Mapping[str, NDArray[np.float64]]]:
+        """Ids and per-image columns [N], both empty where there is no such file beside the JSON."""
+        if self.path is None or not per_image_path(self.path).exists():
+            return [], {}
+        return read_per_image(per_image_path(self.path))
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,7 @@ def compression(info: TokenizerInfo) -> str:
 def milliseconds(result: EvalResult, part: str) -> Value | None:
     """Time per image of "encode" or "decode" as the run saw it, in ms."""
     seconds = (result.provenance.get("seconds") or {}).get(part)
-    if seconds is None or not result.dataset.num_images:
-        return None
-    return Value(1000 * float(seconds) / result.dataset.num_images, n=result.dataset.num_images)
+    return None if seconds is None else Value(1000 * float(seconds), n=result.dataset.num_images)
 
 
 def _count(number: int | None, scale: float = 1) -> Value | None:
@@ -307,13 +307,40 @@ def tied(a: tuple[Entry, float], b: tuple[Entry, float], c: Column) -> bool:
     """Equal values, or a paired 95 % interval of the per-image difference that contains zero, over the same images."""
     if a[0] is b[0] or a[1] == b[1]:
         return True
-    if c.per_image is None:
+    if c.per_image is None or _far_apart(a[0], b[0], c):
         return False
-    ours, theirs = a[0].rows.get(c.per_image), b[0].rows.get(c.per_image)
-    if ours is None or theirs is None or len(ours) != len(theirs) or len(ours) < 2:
+    ours, theirs = paired_columns(a[0], b[0], c.per_image)
+    if len(ours) < 2:
         return False
     low, high = paired_interval(ours, theirs)
     return low <= 0 <= high
+
+
+def paired_columns(a: Entry, b: Entry, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A per-image column of both over the images that both have, in the order of a's ids; empty where one lacks it."""
+    (ids, ours), (other_ids, theirs) = a.rows, b.rows
+    if name not in ours or name not in theirs:
+        return np.empty(0), np.empty(0)
+    if ids == other_ids:
+        return ours[name], theirs[name]
+    place = {sample: i for i, sample in enumerate(other_ids)}
+    shared = [(i, place[sample]) for i, sample in enumerate(ids) if sample in place]
+    return ours[name][[i for i, _ in shared]], theirs[name][[j for _, j in shared]]
+
+
+def paired_interval(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
+    """95 % interval of mean(a - b) over the same images [N], normal approximation."""
+    difference = a - b
+    error = 1.96 * float(difference.std(ddof=1)) / len(difference) ** 0.5
+    return float(difference.mean()) - error, float(difference.mean()) + error
+
+
+def _far_apart(a: Entry, b: Entry, c: Column) -> bool:
+    """Spare reading rows: a paired standard error is at most the sum of the two (triangle inequality)."""
+    x, y = c.read(a.result), c.read(b.result)
+    if not isinstance(x, Value) or not isinstance(y, Value) or not x.stderr or not y.stderr:
+        return False
+    return abs((x.value or 0) - (y.value or 0)) > 3 * (x.stderr + y.stderr)
 
 
 def _decimals(c: Column, entries: Sequence[Entry]) -> int:
@@ -383,15 +410,3 @@ def _footnotes(entries: Sequence[Entry], columns: Sequence[Column], one_device: 
 def _missing(result: EvalResult) -> list[tuple[str, str]]:
     gone = [(name, value.note or "not given") for name, value in result.metrics.items() if value.value is None]
     return gone + list(result.unavailable.items())
-
-
-def newest(entries: Iterable[Entry]) -> tuple[list[Entry], list[str]]:
-    """One entry per comparable cell and row name, the latest by date; and a warning for each that it replaced."""
-    kept: dict[tuple[Any, ...], Entry] = {}
-    warnings = []
-    for entry in sorted(entries, key=lambda e: (str(e.result.provenance.get("date", "")), str(e.path))):
-        key = (*block_key(entry.result), entry.name)
-        if key in kept:
-            warnings.append(f"{kept[key].path}: the same cell as the newer {entry.path}; left out")
-        kept[key] = entry
-    return list(kept.values()), warnings

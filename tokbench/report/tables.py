@@ -1,7 +1,7 @@
 """Blocks as a terminal table, Markdown, LaTeX and CSV."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -208,3 +208,25 @@ def latex_document(tables: Sequence[str]) -> str:
         r"\usepackage{booktabs}",
     ]
     return "\n".join([*head, r"\begin{document}", *tables, r"\end{document}", ""])
+
+
+def plain_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Unranked text cells for the terminal, wrapped where they are long."""
+    table = Table(*heads, title=title, title_justify="left", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def plain_markdown(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:
+    lines = [f"## {title}", "", *([note, ""] if note else []), _piped(heads), _piped(["---"] * len(heads))]
+    return "\n".join([*lines, *(_piped([markdown_escape(cell) for cell in row]) for row in rows), ""])
+
+
+def plain_latex(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [r"\begin{table}[t]", r"\centering\scriptsize", rf"\begin{{tabular}}{{{'l' * len(heads)}}}", r"\toprule"]
+    lines += [" & ".join(map(latex_escape, cells)) + r" \\" + rule for cells, rule in [(heads, r"\midrule")]]
+    lines += [" & ".join(map(latex_escape, row)) + r" \\" for row in rows]
+    return "\n".join(
+        [*lines, r"\bottomrule", r"\end{tabular}", rf"\caption{{{latex_escape(caption)}}}", r"\end{table}", ""]
+    )

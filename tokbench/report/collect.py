@@ -1,0 +1,71 @@
+"""From a folder of result files to entries, and from entries to a table that can be queried."""
+
+import tokenize
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tokbench.errors import InputError
+from tokbench.report.leaderboard import FACTS, Entry, block_key
+from tokbench.report.speed import read_speeds
+from tokbench.result import SpeedResult, Value
+from tokbench.store import read_results, results_frame
+
+
+def gather(folder: Path) -> tuple[list[Entry], list[SpeedResult], list[str]]:
+    """All results and speed records below `folder`, and a warning for every file that is neither or is superseded.
+
+    Of two results for the same cell the newer one counts. InputError where there is no folder or nothing in it.
+    """
+    results, warnings = read_results(folder)
+    speeds, other = read_speeds(folder / "speed")
+    entries, superseded = newest([Entry(result, path) for path, result in results])
+    warnings = [f"skipped {warning}" for warning in warnings + other] + superseded
+    if not entries and not speeds:
+        reasons = f" ({warnings[0]})" if warnings else ""
+        raise InputError(f"{folder}: no results in it{reasons}; make some with `tokbench run`")
+    return entries, speeds, warnings
+
+
+def newest(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
+    """One entry per comparable cell and row name, the latest by date; and a warning for each that it replaced."""
+    kept: dict[tuple[Any, ...], Entry] = {}
+    warnings = []
+    for entry in sorted(entries, key=lambda e: (str(e.result.provenance.get("date", "")), str(e.path))):
+        key = (*block_key(entry.result), entry.name)
+        if key in kept:
+            warnings.append(f"skipped {kept[key].path}: the same cell as {entry.path}, which is newer")
+        kept[key] = entry
+    return sorted(kept.values(), key=lambda e: str(e.path)), warnings
+
+
+def frame(entries: Sequence[Entry]) -> pd.DataFrame:
+    """One row per result: what `--where` can ask for, what CSV holds, at full precision."""
+    table = results_frame(entry.result for entry in entries)
+    table.insert(0, "tokenizer", table.pop("name"))
+    for key, column in FACTS.items():
+        values = [column.read(entry.result) for entry in entries]
+        table[key] = [value.value if isinstance(value, Value) else value for value in values]
+    table["note"] = [entry.result.tokenizer.note for entry in entries]
+    return table
+
+
+def where(entries: Sequence[Entry], query: str) -> list[Entry]:
+    """The entries that a pandas query keeps, for example "f == 8 and resolution == 256"; `lpips-alex` in backticks.
+
+    InputError names what is wrong with the query and which columns there are.
+    """
+    table = frame(entries)
+    try:
+        kept = table.query(query, engine="python").index
+    except (ValueError, TypeError, KeyError, SyntaxError, NameError, AttributeError, tokenize.TokenError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        names = ", ".join(str(name) for name in table.columns if not str(name).endswith(".stderr"))
+        raise InputError(
+            f"--where {query!r}: {reason}; columns are {names} (in backticks if they hold a dash)"
+        ) from error
+    if len(kept) == 0:
+        raise InputError(f"--where {query!r}: no result is left of {len(table)}")
+    return [entries[i] for i in kept]

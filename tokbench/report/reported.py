@@ -1,0 +1,129 @@
+"""Numbers from papers beside our own: shown, subtracted, never ranked together."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokbench.errors import InputError
+from tokbench.report.leaderboard import Entry
+from tokbench.report.plots import number
+
+METRICS = ("rfid", "psnr", "ssim", "lpips", "gfid")
+FACTS = ("f", "c", "codebook", "tokens", "resolution", "num_images", "params_m")
+DIGITS = {"rfid": 2, "psnr": 2, "ssim": 3, "lpips": 3, "gfid": 2}
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A row of a paper, README or thread. `tokenizer` is the row name here of the same weights, "" if we have none."""
+
+    model: str
+    tokenizer: str
+    facts: dict[str, float | None]
+    dataset: str
+    metrics: dict[str, float | None]
+    lpips_net: str  # "" where the source does not say
+    source: str
+    notes: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One number of a paper against ours. `comparable` "" or why the difference means little."""
+
+    reported: Reported
+    entry: Entry
+    metric: str
+    paper: float
+    ours: float
+    comparable: str
+
+
+def read_reported(path: Path) -> list[Reported]:
+    """The rows of reported.csv; InputError naming the line that is wrong."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [_row(line, f"{path}, line {i}") for i, line in enumerate(csv.DictReader(file), 2)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+
+
+def _row(line: dict[str, str], where: str) -> Reported:
+    try:
+        facts = {name: float(line[name]) if line[name] else None for name in FACTS}
+        metrics = {name: float(line[name]) if line[name] else None for name in METRICS}
+        text = (line["dataset"], line["lpips_net"], line["source"], line["notes"])
+        return Reported(line["model"], line["tokenizer"], facts, text[0], metrics, *text[1:])
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{where}: not a row of reported numbers ({error})") from error
+
+
+def ordered(rows: Sequence[Reported]) -> list[Reported]:
+    """Reconstruction before generation, then by data set, resolution and compression; numbers decide nothing."""
+
+    def key(row: Reported) -> tuple[object, ...]:
+        place = [
+            row.facts[name] if row.facts[name] is not None else 1e9 for name in ("resolution", "f", "c", "codebook")
+        ]
+        return (row.metrics["rfid"] is None and row.metrics["psnr"] is None, row.dataset, *place, row.model.lower())
+
+    return sorted(rows, key=key)
+
+
+def compare(rows: Sequence[Reported], entries: Sequence[Entry]) -> list[Comparison]:
+    """Every reported number whose tokenizer we measured at the same resolution, with what speaks against comparing."""
+    found = []
+    for row in rows:
+        same = [
+            e for e in entries if e.name == row.tokenizer and e.result.dataset.resolution == row.facts["resolution"]
+        ]
+        for entry in same:
+            for name, paper in row.metrics.items():
+                ours_name = name if name != "lpips" else f"lpips-{row.lpips_net or 'alex'}"
+                ours = number(entry.result, ours_name)
+                if paper is not None and ours is not None:
+                    found.append(Comparison(row, entry, ours_name, paper, ours, _against(row, entry, name)))
+    return found
+
+
+def _against(row: Reported, entry: Entry, metric: str) -> str:
+    reasons = []
+    data = entry.result.dataset
+    if _bare(row.dataset) != _bare(f"{data.name} {data.split or ''}"):
+        reasons.append(f"other images ({row.dataset} / {data.name})")
+    if row.facts["num_images"] is not None and row.facts["num_images"] != data.num_images:
+        reasons.append(f"N {row.facts['num_images']:,.0f} / {data.num_images:,}")
+    if metric == "lpips" and not row.lpips_net:
+        reasons.append("network not stated")
+    if metric == "ssim":
+        reasons.append("not comparable" if "not comparable" in row.notes else "window not stated")
+    return ", ".join(reasons)
+
+
+def _bare(dataset: str) -> tuple[str, ...]:
+    words = dataset.lower().replace("imagenet-1k", "imagenet").replace("validation", "val").replace("-", " ").split()
+    return tuple(words)
+
+
+COMPARISON_HEADS = ("tokenizer", "metric", "paper", "ours", "difference", "remark", "source")
+
+
+def comparison_cells(row: Comparison) -> list[str]:
+    """The row as text: no difference is given between different images, there it would mean nothing."""
+    digits = DIGITS[row.metric.split("-")[0]]
+    sign = "" if "other images" in row.comparable else f"{row.ours - row.paper:+.{digits}f}"
+    numbers = [f"{row.paper:.{digits}f}", f"{row.ours:.{digits}f}", sign or "–"]
+    return [row.entry.name, row.metric, *numbers, row.comparable, row.reported.source]
+
+
+REPORTED_HEADS = ("model", "f", "c", "codebook", "tokens", "resolution", "images", "N", *METRICS, "source")
+
+
+def reported_cells(row: Reported) -> list[str]:
+    def plain(value: float | None, digits: int = 0) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    facts = [plain(row.facts[name]) for name in FACTS[:5]]
+    numbers = [plain(row.metrics[name], DIGITS[name]) for name in METRICS]
+    return [row.model, *facts, row.dataset, plain(row.facts["num_images"]), *numbers, row.source]

@@ -1,0 +1,202 @@
+"""Tables and plots of speed records, one block per hardware, setting and resolution."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tokbench.errors import InputError
+from tokbench.report.leaderboard import Entry, metric_column
+from tokbench.report.plots import Point, figure, headline_metric, label_points, log_axis, number, save, scatter, styles
+from tokbench.report.tables import clipped, markdown_escape
+from tokbench.result import SpeedResult, read_speed
+
+HEADINGS = (
+    "tokenizer",
+    "params\nM enc+dec",
+    "GFLOP\ndecode",
+    "encode ↑\nimg/s",
+    "decode ↑\nimg/s",
+    "round ↑\nimg/s",
+    "decode ↓\nms, batch 1",
+    "memory\nGB",
+    "speed-up\ndecode",
+    "equal",
+)
+
+
+def read_speeds(folder: Path) -> tuple[list[SpeedResult], list[str]]:
+    """All speed records below a folder, by path, and a line for each file that is not one. [] for no such folder."""
+    results, warnings = [], []
+    for path in sorted(folder.glob("*/*.json")):
+        try:
+            results.append(read_speed(path))
+        except InputError as error:
+            warnings.append(str(error))
+    return results, warnings
+
+
+def setting(result: SpeedResult) -> str:
+    """What else than the model decides a speed: dtype, compilation, TF32, threads."""
+    parts = [str(result.settings.get("dtype", "")), "compiled" if result.settings.get("compile") else "eager"]
+    if threads := result.settings.get("threads"):
+        parts.append(f"{threads} threads")
+    if result.settings.get("quick"):
+        parts.append("quick: indicative only")
+    return ", ".join(part for part in parts if part)
+
+
+def blocks(results: Sequence[SpeedResult]) -> dict[tuple[str, str, int], list[SpeedResult]]:
+    """Rows that may be compared: equal hardware, setting and resolution."""
+    found: dict[tuple[str, str, int], list[SpeedResult]] = {}
+    for result in results:
+        found.setdefault((result.hardware, setting(result), result.resolution), []).append(result)
+    return dict(sorted(found.items()))
+
+
+def cells(result: SpeedResult, reference: SpeedResult | None) -> list[str]:
+    """A row's texts under HEADINGS; a stage that was not reached shows a dash."""
+    info, decode = result.tokenizer, result.stages.get("decode")
+    rates = [
+        f"{s.images_per_second:.3g}" if (s := result.stages.get(n)) else "–" for n in ("encode", "decode", "round-trip")
+    ]
+    base = reference.stages.get("decode") if reference else None
+    memory = max((s.memory_allocated or 0 for s in result.stages.values()), default=0)
+    gate = result.gate.get("passed")
+    flops = result.flops.get("decode")
+    return [
+        info.name,
+        f"{info.encoder_params / 1e6:.1f}+{info.decoder_params / 1e6:.1f}",
+        f"{flops / 1e9:.1f}" if flops else "–",
+        *rates,
+        f"{decode.latency_ms:.3g} ({decode.latency_p10_ms:.3g}-{decode.latency_p90_ms:.3g})" if decode else "–",
+        f"{memory / 1e9:.2f}" if memory else "–",
+        f"{decode.images_per_second / base.images_per_second:.2f}x" if decode and base else "–",
+        {True: "yes", False: "NO", None: "–"}[gate if isinstance(gate, bool) else None],
+    ]
+
+
+def find_reference(rows: Sequence[SpeedResult], name: str | None) -> SpeedResult | None:
+    """The row that speed-ups refer to: the named one, else the first; InputError for a name that no row has."""
+    if name is None:
+        return rows[0] if rows else None
+    for row in rows:
+        if row.tokenizer.name == name:
+            return row
+    raise InputError(f"no speed row is called {name!r}; choose from {', '.join(r.tokenizer.name for r in rows)}")
+
+
+def footnotes(rows: Sequence[SpeedResult], reference: SpeedResult | None) -> list[str]:
+    """What the columns mean and what went wrong."""
+    first = rows[0].provenance
+    notes = [
+        f"{first.get('date', '')} · median of at least {rows[0].settings.get('iterations')} iterations "
+        "at the best batch size, models in turns; uint8 to uint8, noise included; FLOP = 2 x MAC"
+    ]
+    if reference is not None:
+        notes.append(f"speed-up against {reference.tokenizer.name}")
+    if any(row.settings.get("random_weights") for row in rows):
+        notes.append("random weights: speed only")
+    if any(row.gate.get("passed") is False for row in rows):
+        notes.append("equal NO: lpips-alex moved by more than .001 or PSNR by more than 0.02 dB against float32 eager")
+    return notes + [f"{row.tokenizer.name}: {row.failed}" for row in rows if row.failed]
+
+
+def speed_table(results: Sequence[SpeedResult], reference: str | None = None) -> RenderableType:
+    """What `tokbench speed` prints: one table per hardware, setting and resolution."""
+    parts: list[RenderableType] = []
+    for (hardware, how, resolution), rows in blocks(results).items():
+        base = find_reference(rows, reference)
+        title = Text(f"{resolution} px · {hardware} · {how}", style="bold")
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False)
+        for index, heading in enumerate(HEADINGS):
+            table.add_column(Text(heading), justify="right" if index else "left", no_wrap=True)
+        for row in rows:
+            name, *rest = cells(row, base)
+            table.add_row(Text(clipped(name, 24)), *rest)
+        parts += [table, *(Text(note, style="dim") for note in footnotes(rows, base)), Text("")]
+    return Group(*parts)
+
+
+def speed_markdown(results: Sequence[SpeedResult], reference: str | None = None, level: int = 2) -> str:
+    """The same as GitHub Markdown."""
+    lines: list[str] = []
+    for (hardware, how, resolution), rows in blocks(results).items():
+        base = find_reference(rows, reference)
+        lines += [f"{'#' * level} {resolution} px · {markdown_escape(hardware)} · {how}", ""]
+        lines += ["| " + " | ".join(h.replace("\n", ", ") for h in HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
+        lines += ["| " + " | ".join(markdown_escape(cell) for cell in cells(row, base)) + " |" for row in rows]
+        lines += ["", *(f"<sub>{markdown_escape(note)}</sub><br>" for note in footnotes(rows, base)), ""]
+    return "\n".join(lines)
+
+
+def rate_against_resolution(results: Sequence[SpeedResult], path: Path) -> Path | None:
+    """Decoded images/s against resolution, log-log, the fitted slope beside each name (-2: linear in pixels)."""
+    values = {
+        name: [(r.resolution, r.stages["decode"].images_per_second) for r in rows if "decode" in r.stages]
+        for name, rows in _by_model(results).items()
+    }
+    return _lines(values, "decode (img/s)", path, slopes=True)
+
+
+def memory_against_resolution(results: Sequence[SpeedResult], path: Path) -> Path | None:
+    """Peak memory of decoding an image at the best batch size, beyond the weights. None without a GPU's records."""
+    values = {
+        name: [
+            (r.resolution, s.memory_allocated / s.batch_size / 1e9)
+            for r in rows
+            if (s := r.stages.get("decode")) and s.memory_allocated
+        ]
+        for name, rows in _by_model(results).items()
+    }
+    return _lines(values, "peak memory (GB per image)", path, slopes=False)
+
+
+def _by_model(results: Sequence[SpeedResult]) -> dict[str, list[SpeedResult]]:
+    found: dict[str, list[SpeedResult]] = {}
+    for result in sorted(results, key=lambda r: r.resolution):
+        found.setdefault(result.tokenizer.name, []).append(result)
+    return found
+
+
+def _lines(values: Mapping[str, list[tuple[int, float]]], y_label: str, path: Path, *, slopes: bool) -> Path | None:
+    values = {name: points for name, points in values.items() if len(points) > 1}
+    if not values:
+        return None
+    fig, ax = figure()
+    log_axis(ax.xaxis, [x for points in values.values() for x, _ in points])
+    log_axis(ax.yaxis, [y for points in values.values() for _, y in points])
+    labels = []
+    for (name, points), (colour, marker) in zip(values.items(), styles(values).values(), strict=True):
+        xs, ys = zip(*points, strict=True)
+        ax.plot(xs, ys, color=colour, marker=marker, markersize=4, lw=1.2)
+        slope = f" ({np.polyfit(np.log(xs), np.log(ys), 1)[0]:.2f})" if slopes else ""
+        labels.append(Point(name + slope, name, xs[-1], ys[-1]))
+    ax.margins(x=0.3)
+    ax.set_xlabel("resolution (px)", fontsize=9)
+    ax.set_ylabel(y_label, fontsize=9)
+    label_points(ax, labels)
+    return save(fig, path)
+
+
+def quality_against_rate(
+    results: Sequence[SpeedResult], entries: Sequence[Entry], path: Path, metric: str | None = None
+) -> Path | None:
+    """Quality against decoded images/s with the Pareto front (the paper's first figure), for tokenizers that have both.
+
+    Quality comes from evaluation records of the same name and resolution. None without two such tokenizers.
+    """
+    metric = metric or headline_metric(entries)
+    quality = {(e.name, e.result.dataset.resolution): number(e.result, metric or "") for e in entries}
+    points = []
+    for result in results:
+        value = quality.get((result.tokenizer.name, result.resolution))
+        if value is not None and math.isfinite(value) and (stage := result.stages.get("decode")):
+            points.append(Point(result.tokenizer.name, result.tokenizer.family, stage.images_per_second, value))
+    if metric is None or len(points) < 2:
+        return None
+    return save(scatter(points, "decode (img/s)", "higher", metric_column(metric), log=True), path)
