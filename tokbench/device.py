@@ -58,12 +58,10 @@ def find_dtype(name: str) -> torch.dtype:
 
 
 def prepare(tokenizer: Tokenizer, device: torch.device) -> None:
-    """Put every network on the device: eval mode, channels last, no gradients. CellError if it does not fit."""
-    # TF32 rounds products to 10 bits: float32 has to mean float32.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    """Put every network on the device: eval mode, channels last. CellError if it does not fit."""
     try:
         for network in tokenizer.networks.values():
-            network.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
+            network.eval().to(device).to(memory_format=torch.channels_last)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -112,9 +110,15 @@ def _hidden_state(owner: Any, networks: Any, depth: int = 2) -> bool:
 
 @contextlib.contextmanager
 def precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Inference mode, under autocast for anything but float32."""
-    with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        yield
+    """Inference mode, under autocast for anything but float32; float32 means float32."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False  # TF32 rounds factors to 10 bits
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def is_out_of_memory(error: BaseException) -> bool:

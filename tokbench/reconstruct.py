@@ -1,0 +1,247 @@
+"""The evaluation loop: images -> latents -> images -> rows and features on disk.
+
+Everything between a model's float output and a metric's uint8 input happens here and nowhere else: clamp, rounding by
+the protocol, the check for NaN. What is measured is stored per sample; metrics are computed later from the store.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokbench.device import is_out_of_memory, precision, release
+from tokbench.errors import CellError
+from tokbench.protocols import Protocol, Rounding
+from tokbench.seeding import image_seeds
+from tokbench.store import SampleStore
+from tokbench.tokenizer import Tokenizer
+
+Scorer = Callable[[Tensor, Tensor], Mapping[str, Tensor]]  # real, fake uint8 [B, 3, H, W] -> columns [B]
+Extractor = Callable[[Tensor], Tensor]  # uint8 [B, 3, H, W] -> float32 [B, D]
+PIXELS_PER_BATCH = {"cpu": 8 * 256 * 256, "cuda": 64 * 256 * 256}
+MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError)
+CODES = "codes"  # the feature that holds a discrete tokenizer's codes
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under which a model reconstructs: what a cell's key holds besides the model and the images."""
+
+    protocol: Protocol
+    resolution: int
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    seeds: tuple[int, ...] = (0,)
+    batch_size: int | None = None  # None: by the resolution, halved when memory runs out
+
+    @property
+    def first_batch_size(self) -> int:
+        return self.batch_size or max(1, PIXELS_PER_BATCH[self.device.type] // self.resolution**2)
+
+    @property
+    def autocast(self) -> torch.dtype:
+        return torch.bfloat16 if self.protocol.autocast == "bfloat16" else self.dtype
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What is read off every pair of images."""
+
+    scorers: Sequence[Scorer] = ()
+    extractors: Mapping[str, Extractor] = field(default_factory=dict)  # of both sides
+    known: Mapping[str, set[str]] = field(default_factory=dict)  # ids whose real features an earlier model left
+    codes: bool = False  # keep a discrete tokenizer's codes
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of encoding and decoding; the first batch pays for warming up and counts only if it is the only one."""
+
+    device: torch.device
+    seconds: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: {"encode": [], "decode": []})
+
+    def time(self, part: str, num_images: int, call: Callable[[], Tensor]) -> Tensor:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        output = call()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[part].append((num_images, time.perf_counter() - start))
+        return output
+
+    def per_image(self) -> dict[str, float]:
+        """Mean seconds an image, {} before anything was timed."""
+        means = {}
+        for part, timed in self.seconds.items():
+            timed = timed[1:] or timed
+            if timed:
+                means[part] = sum(seconds for _, seconds in timed) / sum(count for count, _ in timed)
+        return means
+
+
+@dataclass
+class Album:
+    """The pairs that a picture may show: the first N samples and the N worst so far, as uint8 [3, H, W]."""
+
+    first: frozenset[str]
+    num_worst: int
+    worst: dict[str, float] = field(default_factory=dict)
+    pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def add(self, ids: Sequence[str], badness: Sequence[float], real: Tensor, fake: Tensor) -> None:
+        for i, (sample, bad) in enumerate(zip(ids, badness, strict=True)):
+            self.worst[sample] = bad
+            self.pairs[sample] = (real[i].cpu(), fake[i].cpu())
+            if len(self.worst) > self.num_worst:
+                best = min(self.worst, key=lambda s: (self.worst[s], s))
+                del self.worst[best]
+                if best not in self.first:
+                    del self.pairs[best]
+
+
+@dataclass
+class Cell:
+    """One model under one set of conditions, and where its measurements go."""
+
+    tokenizer: Tokenizer
+    conditions: Conditions
+    instruments: Instruments
+    store: SampleStore
+    album: Album
+    watch: Stopwatch
+
+
+def badness(columns: Mapping[str, np.ndarray], num_images: int) -> np.ndarray:
+    """What "worst" means in a picture: the first of these columns that was measured, else nothing."""
+    for name, sign in (("lpips-vgg", 1), ("lpips-alex", 1), ("psnr", -1)):
+        if name in columns:
+            return sign * columns[name]
+    return np.zeros(num_images)
+
+
+def quantise(images: Tensor, rounding: Rounding) -> Tensor:
+    """float [B, 3, H, W], nominal [-1, 1] -> uint8 by the protocol's rule, computed in float32."""
+    images = images.float().clamp(-1, 1)
+    if rounding == "nearest":  # floor(127.5 x + 128) is round half up, and exact for every x = u / 127.5 - 1
+        return images.mul(127.5).add_(128).clamp_(max=255).to(torch.uint8)
+    return images.add(1).div_(2).mul_(255).to(torch.uint8)
+
+
+def decode_uint8(cell: Cell, latents: Tensor, seeds: Tensor, ids: Sequence[str]) -> Tensor:
+    """latents -> uint8 [B, 3, H, W]. CellError naming the image for NaN or infinity, or for a wrong shape."""
+    name, size = cell.tokenizer.info.name, (cell.conditions.resolution, cell.conditions.resolution)
+    images = cell.watch.time("decode", len(ids), lambda: cell.tokenizer.decode(latents, seeds=seeds, size=size))
+    if images.shape != (len(ids), 3, *size):
+        raise CellError(f"{name}: decode gave {tuple(images.shape)}, expected {(len(ids), 3, *size)}")
+    finite = torch.isfinite(images).flatten(1).all(1)
+    if not finite.all():
+        raise CellError(f"{name}: NaN or infinity in the reconstruction of {ids[int((~finite).nonzero()[0])]}")
+    return quantise(images, cell.conditions.protocol.fake_rounding)
+
+
+def reconstruct(cell: Cell, ids: Sequence[str], real: Tensor) -> tuple[list[Tensor], Tensor]:
+    """uint8 [B, 3, H, W] on the device -> (one uint8 reconstruction per seed, the latents of the first seed).
+
+    A posterior's mode is encoded once; a sample of it is drawn anew for every seed. Raises CellError for whatever the
+    model gets wrong, except a lack of memory.
+    """
+    conditions, tokenizer = cell.conditions, cell.tokenizer
+    sample = conditions.protocol.posterior == "sample"
+    fakes: list[Tensor] = []
+    latents: list[Tensor] = []
+    try:
+        with precision(conditions.device, conditions.autocast):
+            for seed in conditions.seeds:
+                seeds = image_seeds(real, seed)
+                if sample or not latents:
+                    encode = partial(tokenizer.encode, real, sample=sample, seeds=seeds)
+                    latents.append(cell.watch.time("encode", len(ids), encode))
+                fakes.append(decode_uint8(cell, latents[-1], seeds, ids))
+    except MODEL_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CellError(f"{tokenizer.info.name}: {reason}") from error
+    return fakes, latents[0]
+
+
+def seeded(name: str, seed: int) -> str:
+    """What the column or feature `name` is called for one of several seeds."""
+    return f"{name}.seed{seed}"
+
+
+def measure_batch(cell: Cell, ids: Sequence[str], real: Tensor) -> None:
+    """Reconstruct and measure uint8 [B, 3, H, W] and append it to the store: all of it or, if anything fails, nothing.
+
+    With several seeds a column is the mean over seeds, beside one column (and feature) per seed.
+    """
+    tools, seeds = cell.instruments, cell.conditions.seeds
+    real = real.to(cell.conditions.device, non_blocking=True)
+    fakes, latents = reconstruct(cell, ids, real)
+    columns: dict[str, np.ndarray] = {}
+    features: dict[tuple[str, str], np.ndarray] = {}
+    with torch.inference_mode():
+        scores = [{k: _numpy(v) for score in tools.scorers for k, v in score(real, fake).items()} for fake in fakes]
+        for name in scores[0]:
+            columns[name] = np.mean([score[name] for score in scores], axis=0)
+        for name, extractor in tools.extractors.items():
+            if not tools.known.get(name, set()).issuperset(ids):
+                features["real", name] = _numpy(extractor(real))
+        for seed, score, fake in zip(seeds, scores, fakes, strict=True):
+            several = len(seeds) > 1
+            if several:
+                columns |= {seeded(name, seed): values for name, values in score.items()}
+            for name, extractor in tools.extractors.items():
+                features["fake", seeded(name, seed) if several else name] = _numpy(extractor(fake))
+        if hasattr(cell.tokenizer, "bits"):
+            columns["bpp"] = _numpy(cell.tokenizer.bits(latents)) / cell.conditions.resolution**2
+        if tools.codes:
+            features["fake", CODES] = _numpy(latents.flatten(1))
+    cell.store.append(ids, columns, features)
+    cell.album.add(ids, badness(columns, len(ids)).tolist(), real, fakes[0])
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    return values.detach().cpu().numpy()
+
+
+def measure(
+    cell: Cell, batches: Iterable[tuple[Sequence[str], Tensor]], progress: Callable[[int], None] = lambda _: None
+) -> None:
+    """Measure every batch (ids, uint8 [B, 3, H, W]); `progress` is told how many images are done.
+
+    When memory runs out, the batch is cut into halves, and so are all that follow. CellError if even one image needs
+    too much, or if the batch size was the user's wish.
+    """
+    limit = cell.conditions.first_batch_size
+    for ids, real in batches:
+        start = 0
+        while start < len(ids):
+            part = slice(start, min(start + limit, len(ids)))
+            size = part.stop - part.start
+            if _fits(cell, ids[part], real[part]):
+                progress(size)
+                start = part.stop
+                continue
+            release(cell.conditions.device)
+            if cell.conditions.batch_size is not None or size == 1:
+                where = f"{cell.tokenizer.info.name}: out of memory at {cell.conditions.resolution} px"
+                hint = f"; try --batch-size {size // 2}, or auto" if size > 1 else ""
+                raise CellError(f"{where} with batch size {size}{hint}")
+            limit = size // 2
+
+
+def _fits(cell: Cell, ids: Sequence[str], real: Tensor) -> bool:
+    """Whether memory was enough for the batch. The traceback, which would keep its tensors alive, ends here."""
+    try:
+        measure_batch(cell, ids, real)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
