@@ -61,6 +61,7 @@ class Resample:
             family="resampling",
             downsample=factor,
             channels=3,
+            latent_space="pixels",
             size_multiple=factor,
             note="mean over blocks, bicubic up",
         )
@@ -117,7 +118,7 @@ class Codec:
 
 
 def codec(file_format: str, quality: int) -> Codec:
-    """`jpeg`, `webp`, `avif` or `jxl` at Pillow's quality 0 to 100 (jpeg from 1); InputError if it cannot be written here."""
+    """`jpeg`, `webp`, `avif` or `jxl` at quality 0 to 100 (jpeg from 1); InputError if Pillow cannot write it."""
     name = f"{file_format}-q{quality}"
     lowest = 1 if file_format == "jpeg" else 0
     if not lowest <= quality <= 100:
@@ -147,6 +148,7 @@ class Linear:
             family="linear",
             downsample=PATCH,
             channels=CHANNELS,
+            latent_space="pca-f8c4",
             size_multiple=PATCH,
             trained_on="142 photographs",
             note=note,
@@ -173,7 +175,7 @@ def _neighbour_decoder(size: int) -> nn.Sequential:
 
 
 def linear(name: str) -> Linear:
-    """`pca-f8c4`: blocks decoded alone; `linear-f8c4`: ridge regression from 5 x 5 latents. Fitted arrays are bundled."""
+    """`pca-f8c4`: blocks decoded alone; `linear-f8c4`: ridge regression from 5 x 5 latents. Both fitted beforehand."""
     state = load((resources.files("baselines") / "weights" / FITTED).read_bytes())
     encoder = _block_encoder()
     decoder = _neighbour_decoder(1 if name == "pca-f8c4" else NEIGHBOURS)

@@ -28,6 +28,7 @@ class TokenizerInfo:
     channels: int | None = None
     codebook_size: int | None = None
     tokens_per_image: int | None = None  # for 1-D tokenizers; else (H / downsample) * (W / downsample)
+    latent_space: str = ""  # A+B joins models of one latent space; both "": any of equal shape
     size_multiple: int = 1  # height and width must be divisible by this
     decode_steps: int | None = None  # network evaluations of a diffusion decoder
     deterministic: bool = True  # decode does not depend on its seeds

@@ -39,20 +39,22 @@ class Tokenizer(Protocol):
     # optional: bits(latents) -> float64 Tensor [B], the measured size of the code, for codecs and discrete tokenizers
 
 
+def _latents(info: TokenizerInfo) -> str:
+    kind = f"{info.codebook_size} codes" if info.codebook_size else f"{info.channels} channels"
+    return f"{info.name} has f{info.downsample}, {kind}, latent space {info.latent_space or 'unnamed'}"
+
+
 class Joined:
     """`A+B`: the encoder of one tokenizer and the decoder of another that shares its latent space.
 
-    Raises InputError if the two say that their latents differ in downsampling, channels or codebook.
+    Raises InputError describing both if their latents differ in downsampling, channels, codebook or latent space.
     """
 
     def __init__(self, encoding: Tokenizer, decoding: Tokenizer) -> None:
         first, second = encoding.info, decoding.info
-        for what in ("downsample", "channels", "codebook_size", "tokens_per_image"):
-            if getattr(first, what) != getattr(second, what):
-                raise InputError(
-                    f"{first.name}+{second.name}: latents differ: {what.replace('_', ' ')} is "
-                    f"{getattr(first, what)} and {getattr(second, what)}"
-                )
+        same = ("downsample", "channels", "codebook_size", "tokens_per_image", "latent_space")
+        if any(getattr(first, what) != getattr(second, what) for what in same):
+            raise InputError(f"{first.name}+{second.name}: latents differ: {_latents(first)}; {_latents(second)}")
         self.encoding, self.decoding = encoding, decoding
         # A decoder may need parts that its own encoder shares with it: they move along, but are counted as neither.
         parts = [("encoder", encoding, "encoder"), ("decoder", decoding, "decoder")]

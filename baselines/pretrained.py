@@ -1,0 +1,356 @@
+"""Published autoencoders through diffusers: one adapter for continuous latents, variants for the others."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from baselines.classic import to_float
+from baselines.published import PUBLISHED, Published
+from tokbench.errors import CellError, InputError
+from tokbench.result import TokenizerInfo
+from tokbench.seeding import normal
+from tokbench.weights import offline
+
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UnpicklingError)
+FRAME_CLASSES = ("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLCosmos", "AutoencoderKLHunyuanVideo")
+
+
+class Half(nn.Module):
+    """One direction of a diffusers model: the modules it uses, and the bound method that runs them."""
+
+    def __init__(self, modules: Sequence[nn.Module], run: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(x.to(next(self.parameters()).dtype))
+
+
+def halves(model: Any) -> dict[str, nn.Module]:
+    """A diffusers autoencoder as {"encoder", "decoder"}: quant_conv is the encoder's, the rest the decoder's."""
+    front = [child for name, child in model.named_children() if name.startswith(("encoder", "quant_conv"))]
+    back = [child for name, child in model.named_children() if not name.startswith(("encoder", "quant_conv"))]
+    encoder = Half(front, lambda x: model.encode(x, return_dict=False)[0])
+    return {"encoder": encoder, "decoder": Half(back, lambda z: model.decode(z, return_dict=False)[0])}
+
+
+class Continuous:
+    """Any diffusers autoencoder of images with continuous latents.
+
+    `shift` and `scale` are numbers or one value a channel; the latents that travel are (z - shift) * scale.
+    """
+
+    def __init__(self, model: Any, info: TokenizerInfo, shift: Any = 0.0, scale: Any = 1.0) -> None:
+        self.info = info
+        self.networks = halves(model)
+        self.shift, self.scale = (
+            torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1) for value in (shift, scale)
+        )
+
+    def encode(self, images: Tensor, *, sample: bool, seeds: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> float32 [B, c, H / f, W / f], normalised."""
+        posterior = self.run_encoder(to_float(images))
+        if isinstance(posterior, Tensor):  # no posterior: DC-AE, TAESD, RAE
+            return self.normalise(posterior.float())
+        mean = posterior.mean.float()
+        if sample:
+            mean = mean + posterior.std.float() * self.noise(seeds, mean)
+        return self.normalise(mean)
+
+    def decode(self, latents: Tensor, *, seeds: Tensor, size: tuple[int, int]) -> Tensor:
+        """float32 [B, c, h, w], normalised -> float32 [B, 3, H, W]."""
+        return self.run_decoder(self.denormalise(latents)).float()
+
+    def run_encoder(self, x: Tensor) -> Any:
+        return self.networks["encoder"](x)
+
+    def run_decoder(self, z: Tensor) -> Tensor:
+        return self.networks["decoder"](z)
+
+    def noise(self, seeds: Tensor, like: Tensor) -> Tensor:
+        return normal(seeds, like.shape[1:], device=like.device)
+
+    def normalise(self, z: Tensor) -> Tensor:
+        return (z - self.shift.to(z)) * self.scale.to(z)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        return latents / self.scale.to(latents) + self.shift.to(latents)
+
+
+class Frame(Continuous):
+    """A video autoencoder on one frame: the same latents with a time axis of one."""
+
+    def __init__(self, model: Any, info: TokenizerInfo, shift: Any = 0.0, scale: Any = 1.0) -> None:
+        super().__init__(model, info, shift, scale)
+        self.shift, self.scale = self.shift[..., None], self.scale[..., None]
+
+    def run_encoder(self, x: Tensor) -> Any:
+        return super().run_encoder(x[:, :, None])
+
+    def run_decoder(self, z: Tensor) -> Tensor:
+        return super().run_decoder(z)[:, :, 0]
+
+
+class Patched(Continuous):
+    """FLUX.2: latents in 2 x 2 patches, normalised by the running statistics of the model's batch norm (eps 1e-4)."""
+
+    def __init__(self, model: Any, info: TokenizerInfo, shift: Any = 0.0, scale: Any = 1.0) -> None:
+        self.patch = model.config.patch_size[0]
+        deviation = (model.bn.running_var + model.config.batch_norm_eps).sqrt()
+        super().__init__(model, info, model.bn.running_mean.clone(), 1 / deviation)
+
+    def normalise(self, z: Tensor) -> Tensor:
+        return super().normalise(F.pixel_unshuffle(z, self.patch))
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        return F.pixel_shuffle(super().denormalise(latents), self.patch)
+
+
+class Representation(Continuous):
+    """RAE: resizes to its encoder's input, works on [0, 1], and decodes to one resolution only."""
+
+    def __init__(self, model: Any, info: TokenizerInfo, shift: Any = 0.0, scale: Any = 1.0) -> None:
+        super().__init__(model, info)  # the model normalises its latents itself
+        self.resolution = model.decoder_image_size
+
+    def run_encoder(self, x: Tensor) -> Any:
+        if x.shape[2:] != (self.resolution, self.resolution):
+            raise CellError(f"{self.info.name}: works at {self.resolution} px only, not at {x.shape[2]} x {x.shape[3]}")
+        return super().run_encoder((x + 1) / 2)
+
+    def run_decoder(self, z: Tensor) -> Tensor:
+        return super().run_decoder(z) * 2 - 1
+
+
+class Consistency(Continuous):
+    """OpenAI's consistency decoder: two network evaluations, a generator per image (the scheduler adds noise twice)."""
+
+    def __init__(self, model: Any, info: TokenizerInfo, shift: Any = 0.0, scale: Any = 1.0) -> None:
+        super().__init__(model, info, shift, scale)
+        self.model = model
+
+    def decode(self, latents: Tensor, *, seeds: Tensor, size: tuple[int, int]) -> Tensor:
+        """float32 [B, 4, h, w], normalised -> float32 [B, 3, H, W]; `seeds` give the noise."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+        z = self.denormalise(latents).to(next(self.networks["decoder"].parameters()).dtype)
+        for name in ("means", "stds"):  # buffers of the model itself, which no part of it carries along
+            setattr(self.model, name, getattr(self.model, name).to(z))
+        return self.model.decode(z, generator=generators, return_dict=False)[0].float()
+
+
+class Codebook(Continuous):
+    """VQModel: codes int64 [B, h, w] travel; the rate is that of a fixed-length code."""
+
+    def __init__(self, model: Any, info: TokenizerInfo, shift: Any = 0.0, scale: Any = 1.0) -> None:
+        super().__init__(model, info)
+        self.quantize = model.quantize
+        self.networks["decoder"].run = lambda z: model.decode(z, force_not_quantize=True, return_dict=False)[0]
+
+    def encode(self, images: Tensor, *, sample: bool, seeds: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> codes int64 [B, H / f, W / f]."""
+        z = self.networks["encoder"](to_float(images)).float()
+        return nearest_codes(z, self.quantize.embedding.weight.float())
+
+    def decode(self, latents: Tensor, *, seeds: Tensor, size: tuple[int, int]) -> Tensor:
+        """codes int64 [B, h, w] -> float32 [B, 3, H, W]."""
+        return self.networks["decoder"](self.quantize.embedding(latents).permute(0, 3, 1, 2)).float()
+
+    def bits(self, latents: Tensor) -> Tensor:
+        """float64 [B]: codes times log2 of the codebook's size."""
+        return code_bits(latents, self.quantize.embedding.num_embeddings)
+
+
+def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
+    """float [B, d, h, w], float [K, d] -> int64 [B, h, w], the nearest code of each position in squared distance.
+
+    One image at a time: the distances of a 256 px image at f4 to 16,384 codes are 268 MB already.
+    """
+    halved = codebook.square().sum(1) / 2
+    return torch.stack([(halved - image.permute(1, 2, 0) @ codebook.T).argmin(-1) for image in z])
+
+
+def code_bits(codes: Tensor, size: int) -> Tensor:
+    """int64 [B, ...] -> float64 [B]: what a fixed-length code of `size` words takes."""
+    return torch.log2(torch.tensor(float(size), dtype=torch.float64)).expand(len(codes)) * codes[0].numel()
+
+
+ADAPTERS: dict[str, type[Continuous]] = {
+    "AutoencoderKLFlux2": Patched,
+    "AutoencoderRAE": Representation,
+    "ConsistencyDecoderVAE": Consistency,
+    "VQModel": Codebook,
+    **dict.fromkeys(FRAME_CLASSES, Frame),
+}
+
+
+def published(name: str, file: Path | None = None, random_weights: bool = False) -> Any:
+    """A row of the table, from the hub, from the diffusers folder `file`, or with random weights.
+
+    Raises CellError if it cannot be fetched or does not fit the row.
+    """
+    row = PUBLISHED[name]
+    if random_weights:
+        model = _class(name, row.kind)(**(row.config or {})).eval()
+    else:
+        model = load_model(str(file) if file else row.repo, "" if file else row.subfolder, row.kind, name)
+    return wrap(model, row, random_weights)
+
+
+def any_autoencoder(source: str, latent_space: str = "") -> Any:
+    """`OWNER/NAME[:SUBFOLDER]` on the hub or a local folder: any diffusers autoencoder, by its config.
+
+    `latent_space` ("sd", ...) says which other models' latents it shares, for A+B.
+
+    Raises InputError for a malformed address, CellError if it cannot be fetched or is something else.
+    """
+    repo, _, subfolder = (source, "", "") if Path(source).exists() else source.partition(":")
+    if not Path(repo).exists() and repo.count("/") != 1:
+        raise InputError(f'"{source}": write hf:OWNER/NAME or hf:OWNER/NAME:FOLDER')
+    if not subfolder and Path(repo, "vae", "config.json").is_file() and not Path(repo, "config.json").is_file():
+        subfolder = "vae"  # a whole pipeline
+    model = load_model(repo, subfolder, None, source)
+    kind = type(model).__name__
+    shape = latent_shape(kind, dict(model.config), source)
+    note = f"{kind}; scale and shift from its config"
+    row = Published(source, "diffusers", repo, kind, *shape, latent_space=latent_space, note=note)
+    if kind == "VQModel":
+        row = replace(row, channels=None, codebook_size=model.config.num_vq_embeddings)
+    return wrap(model, row, random_weights=False)
+
+
+def wrap(model: Any, row: Published, random_weights: bool) -> Continuous:
+    """The tokenizer around a model. Raises CellError if its latents have not the channels of the row."""
+    shift, scale = config_scale(model)
+    facts, verified = [row.note], not random_weights
+    if row.scale is not None:
+        if not random_weights and (shift, scale) != (row.shift, row.scale):
+            facts.append(f"shift {row.shift:g} and scale {row.scale:g} used, its config says {shift} and {scale}")
+            verified = False
+        shift, scale = row.shift, row.scale
+    channels = getattr(model.config, "latent_channels", row.channels)
+    patches = model.config.patch_size[0] ** 2 if row.kind == "AutoencoderKLFlux2" else 1
+    if row.channels and channels * patches != row.channels:
+        raise CellError(f"{row.name}: its latents have {channels * patches} channels, expected {row.channels}")
+    info = TokenizerInfo(
+        name=row.name,
+        family=row.family,
+        downsample=row.downsample,
+        channels=row.channels,
+        codebook_size=row.codebook_size,
+        size_multiple=row.downsample,
+        decode_steps=row.decode_steps,
+        deterministic=row.kind != "ConsistencyDecoderVAE",
+        trained_on=row.trained_on,
+        losses=row.losses,
+        licence=row.licence,
+        paper=row.paper,
+        latent_space=row.latent_space,
+        verified=verified,
+        note="; ".join(filter(None, facts)) if not random_weights else "random weights: for speed only",
+    )
+    return ADAPTERS.get(row.kind, Continuous)(model, info, shift, scale)
+
+
+def config_scale(model: Any) -> tuple[Any, Any]:
+    """(shift, scale) that a model's config states: numbers, or one value a channel."""
+    config = model.config
+    scale = getattr(config, "scaling_factor", None) or 1.0
+    mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is not None and deviation is not None:
+        return list(mean), [scale / value for value in deviation]
+    return getattr(config, "shift_factor", None) or 0.0, scale
+
+
+def latent_shape(kind: str, config: dict[str, Any], name: str) -> tuple[int, int]:
+    """(pixels per position, channels) of an architecture, by running it without memory on the meta device."""
+    size = config.get("encoder_input_size") or 256
+    with torch.device("meta"), torch.no_grad():
+        model = _class(name, kind)(**{key: value for key, value in config.items() if not key.startswith("_")}).eval()
+        image = torch.empty(1, 3, *([1] if kind in FRAME_CLASSES else []), size, size)
+        encoded = model.encode(image, return_dict=False)[0]
+    shape = (encoded if isinstance(encoded, Tensor) else encoded.mean).shape
+    patch = model.config.patch_size[0] if kind == "AutoencoderKLFlux2" else 1
+    side = getattr(model, "decoder_image_size", size)
+    return side // shape[-1] * patch, shape[1] * patch**2
+
+
+def load_model(source: str, subfolder: str, kind: str | None, name: str) -> Any:
+    """A diffusers model in float32, from a hub repository or a local folder; `kind` is the class that it must be.
+
+    Raises CellError, one line: gated, missing or unreachable repository, wrong folder, another class, damaged or
+    pickled weights (torch's weights_only reader is the only one used), weights that do not fill the model.
+    """
+    folder = subfolder or None
+    if Path(source).is_dir():
+        config_file = Path(source, subfolder, "config.json")
+        if not config_file.is_file():
+            raise CellError(f"{name}: {Path(source, subfolder)} has no config.json of a diffusers model")
+    else:
+        config_file = fetch(source, f"{subfolder}/config.json" if subfolder else "config.json", name)
+    try:
+        found = json.loads(config_file.read_text(encoding="utf-8")).get("_class_name", "a model without _class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CellError(f"{name}: {config_file} is not readable ({error})") from error
+    if kind is not None and found != kind:
+        raise CellError(f"{name}: {source} holds {found}, expected {kind}")
+    try:
+        model, report = _class(name, found).from_pretrained(
+            source, subfolder=folder, local_files_only=offline(), output_loading_info=True
+        )
+    except LOAD_ERRORS as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CellError(f"{name}: {source} does not load ({reason})") from error
+    missing = [*report["missing_keys"], *(key for key, *_ in report.get("mismatched_keys", []))]
+    if missing:
+        raise CellError(f"{name}: {source} lacks {len(missing)} tensors of {found}, the first is {min(missing)}")
+    return model.eval().float()
+
+
+def fetch(repo: str, file: str, name: str) -> Path:
+    """A file of a hub repository, from the cache or fetched. Raises CellError saying what to do."""
+    try:
+        return Path(hf_hub_download(repo, file, local_files_only=offline() or os.environ.get("HF_HUB_OFFLINE") == "1"))
+    except GatedRepoError as error:
+        advice = f"accept its licence at https://huggingface.co/{repo}, then run: hf auth login"
+        raise CellError(f"{name}: {repo} is gated; {advice}") from error
+    except RepositoryNotFoundError as error:
+        raise CellError(f"{name}: the hub has no repository {repo}, or it is private (hf auth login)") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise CellError(
+            f"{name}: {repo} is not on this machine and cannot be fetched; connect, or give a folder"
+        ) from error
+    except EntryNotFoundError as error:
+        raise CellError(f"{name}: {repo} has no {file}; give another folder: hf:{repo}:FOLDER") from error
+    except HFValidationError as error:
+        raise CellError(f"{name}: {repo} is no repository name") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise CellError(f"{name}: {repo} cannot be fetched ({str(error).splitlines()[0]})") from error
+
+
+def _class(name: str, kind: str) -> Any:
+    import diffusers
+
+    found = getattr(diffusers, kind, None)
+    if found is None or not all(hasattr(found, method) for method in ("encode", "decode", "from_pretrained")):
+        raise CellError(f"{name}: {kind} is no autoencoder of diffusers {diffusers.__version__}")
+    return found
