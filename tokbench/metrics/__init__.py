@@ -1,1 +1,213 @@
-"""Table of metrics."""
+"""The one table of all metrics. Never imports torch.
+
+A metric is a pure function over what was stored per sample: columns of scores and features of images, in id order.
+What fills them runs in torch and is in `metrics.scoring` (columns) and `features` (features); the loop asks
+`metrics.scoring.instruments(metrics, ...)` for both.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, Protocol
+
+import numpy as np
+
+from tokbench.errors import InputError
+from tokbench.metrics import distribution, frechet
+from tokbench.result import Value
+from tokbench.statistics import mean_and_error
+
+IDENTICAL = 100.0  # dB of images that do not differ, whose PSNR would be infinite; also the cap
+FRECHET_MINIMUM = (
+    2048  # images: below it the covariance of 2048 features is singular, and the bias is most of the value
+)
+
+
+class Samples(Protocol):
+    """The reading half of `store.SampleStore`."""
+
+    @property
+    def ids(self) -> list[str]: ...
+    def column(self, name: str) -> np.ndarray: ...  # float64 [N]
+    def features(self, side: str, extractor: str) -> np.ndarray: ...  # float32 [N, D]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`networks` are names in `weights.NETWORKS`; `columns` and `extractor` what is read of the store, of `sides`."""
+
+    name: str
+    better: Literal["higher", "lower", "neither"]
+    unit: str
+    low: float | None  # range of possible values; None: unbounded
+    high: float | None
+    tolerance: float  # a smaller loss than this is no regression
+    digits: int  # shown after the point
+    description: str
+    compute: Callable[[Samples], Value]
+    columns: tuple[str, ...] = ()
+    extractor: str | None = None
+    sides: tuple[str, ...] = ("real", "fake")
+    networks: tuple[str, ...] = ()
+    scope: Literal["reconstruction", "generation", "both"] = "reconstruction"
+    minimum: int = 1  # images; below it the value is null, and neither networks nor features are needed
+
+
+def mean_of(column: str, samples: Samples) -> Value:
+    """The mean of a per-image column, with its standard error."""
+    return mean_and_error(samples.column(column))
+
+
+def mean_psnr(samples: Samples) -> Value:
+    """Mean of the images' PSNR; identical images are counted as 100 dB, and named."""
+    errors = samples.column("mse")
+    identical = int((errors == 0).sum())
+    note = f"{identical} of {len(errors)} images identical, counted as {IDENTICAL:g} dB" if identical else ""
+    return mean_and_error(samples.column("psnr"), note)
+
+
+def global_psnr(samples: Samples) -> Value:
+    """-10 log10 of the squared error over all images; its error by the delta method."""
+    errors = mean_and_error(samples.column("mse"))
+    assert errors.value is not None
+    if errors.value == 0:
+        return Value(IDENTICAL, 0.0, n=errors.n, note="all images identical")
+    decibel = min(IDENTICAL, -10 * float(np.log10(errors.value)))
+    stderr = None if errors.stderr is None else 10 / float(np.log(10)) * errors.stderr / errors.value
+    return Value(decibel, stderr, n=errors.n)
+
+
+def frechet_of(extractor: str, samples: Samples) -> Value:
+    """Fréchet distance between the features of both sides, its error from paired half-samples."""
+    num_images = len(samples.ids)
+    if num_images < FRECHET_MINIMUM:
+        return too_few(num_images, FRECHET_MINIMUM)
+    real, fake = samples.features("real", extractor), samples.features("fake", extractor)
+    value = frechet.distance(frechet.moments(real), frechet.moments(fake))
+    return Value(value, frechet.half_sample_error(real, fake), n=num_images)
+
+
+def kernel_of(extractor: str, samples: Samples) -> Value:
+    """Kernel distance (KID) of both sides, its error over subsets."""
+    real, fake = samples.features("real", extractor), samples.features("fake", extractor)
+    value, spread = distribution.kernel_distance(real, fake)
+    return Value(value, spread, n=len(fake), note=f"subsets of {min(len(real), len(fake), distribution.KID_SUBSET)}")
+
+
+def paired_of(extractor: str, samples: Samples) -> Value:
+    """Mean squared distance between the features of an image and of its reconstruction."""
+    return mean_and_error(
+        distribution.paired_distances(samples.features("real", extractor), samples.features("fake", extractor))
+    )
+
+
+def agreement(samples: Samples) -> Value:
+    """Share of images whose top-1 class survives."""
+    real, fake = samples.features("real", "mobilenet-class"), samples.features("fake", "mobilenet-class")
+    return mean_and_error((real == fake).all(axis=1).astype(np.float64))
+
+
+def inception_score(samples: Samples) -> Value:
+    """exp of the mean divergence of p(class | image) from p(class), over unshuffled tenths (ADM)."""
+    value, spread = distribution.inception_score(samples.features("fake", "inception-logits"))
+    return Value(value, spread, n=len(samples.ids), note="error: spread over ten tenths")
+
+
+def precision(samples: Samples) -> Value:
+    """Share of fake images inside the manifold of the real ones."""
+    real, fake = samples.features("real", "inception"), samples.features("fake", "inception")
+    return Value(distribution.precision_recall(real, fake)[0], n=len(fake))
+
+
+def recall(samples: Samples) -> Value:
+    """Share of real images inside the manifold of the fake ones."""
+    real, fake = samples.features("real", "inception"), samples.features("fake", "inception")
+    return Value(distribution.precision_recall(real, fake)[1], n=len(fake))
+
+
+def perplexity(samples: Samples) -> Value:
+    """exp of the entropy of the codes used over the whole set."""
+    codes = samples.features("fake", "codes")
+    return Value(distribution.perplexity(codes), n=len(codes), note=f"{np.unique(codes).size} codes used")
+
+
+def too_few(num_images: int, minimum: int) -> Value:
+    """The value of a metric that so few images cannot give."""
+    return Value(None, n=num_images, note=f"needs {minimum:,} images, here {num_images:,}; pd-* serves at any number")
+
+
+def _mean(name: str, better: Literal["higher", "lower"], high: float | None, tolerance: float, digits: int,
+          description: str, networks: tuple[str, ...] = (), unit: str = "", low: float = 0.0) -> Metric:  # fmt: skip
+    compute = partial(mean_of, name)
+    return Metric(name, better, unit, low, high, tolerance, digits, description, compute, (name,), networks=networks)
+
+
+def _frechet(
+    name: str, extractor: str, what: str, network: str, scope: Literal["generation", "both"] = "both"
+) -> Metric:
+    return Metric(
+        name, "lower", "", 0.0, None, 0.02, 3, f"Fréchet distance of {what}", partial(frechet_of, extractor),
+        extractor=extractor, networks=(network,), scope=scope, minimum=FRECHET_MINIMUM,
+    )  # fmt: skip
+
+
+def _paired(extractor: str, what: str) -> Metric:
+    return Metric(
+        f"pd-{extractor}", "lower", "", 0.0, None, 0.005, 3, f"mean squared distance of {what}, image by image",
+        partial(paired_of, extractor), extractor=extractor, networks=(extractor,),
+    )  # fmt: skip
+
+
+_INCEPTION = "FID Inception features (torch-fidelity's weights and resize)"
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("psnr", "higher", "dB", 0.0, IDENTICAL, 0.05, 2, "peak signal-to-noise ratio, mean over images",
+               mean_psnr, ("psnr", "mse")),
+        Metric("psnr-global", "higher", "dB", 0.0, IDENTICAL, 0.05, 2, "PSNR of the squared error over all images",
+               global_psnr, ("mse",)),
+        _mean("ssim", "higher", 1.0, 0.002, 4, "SSIM, uniform 7x7 window, sample covariance (scikit-image)", low=-1.0),
+        _mean("ssim-gauss", "higher", 1.0, 0.002, 4, "SSIM, 11x11 Gaussian window (Wang et al. 2004)", low=-1.0),
+        _mean("ms-ssim", "higher", 1.0, 0.002, 4, "multi-scale SSIM, five scales (Wang et al. 2003)"),
+        _mean("lpips-alex", "lower", None, 0.002, 4, "LPIPS v0.1, AlexNet", ("lpips-alex",)),
+        _mean("lpips-vgg", "lower", None, 0.002, 4, "LPIPS v0.1, VGG16", ("lpips-vgg",)),
+        _mean("dists", "lower", None, 0.002, 4, "DISTS (VGG16)", ("lpips-vgg", "dists")),
+        _mean("dreamsim", "lower", 2.0, 0.002, 4, "DreamSim ensemble at 224 px", ("dreamsim",)),
+        _paired("mobilenet", "MobileNetV2 features"),
+        _paired("dinov2", "DINOv2 ViT-L/14 features"),
+        _paired("inception", _INCEPTION),
+        Metric("agreement", "higher", "", 0.0, 1.0, 0.01, 3, "share of images whose MobileNetV2 top-1 class survives",
+               agreement, extractor="mobilenet-class", networks=("mobilenet",)),
+        _frechet("rfid", "inception", f"{_INCEPTION}, against the same crops", "inception"),
+        _frechet("gfid", "inception", f"{_INCEPTION}, against the stated reference", "inception", "generation"),
+        _frechet("fd-dinov2", "dinov2", "DINOv2 ViT-L/14 features", "dinov2"),
+        _frechet("fd-mobilenet", "mobilenet", "MobileNetV2 features", "mobilenet"),
+        Metric("kid", "lower", "", None, None, 0.0001, 5, f"kernel distance of {_INCEPTION}", partial(kernel_of, "inception"),
+               extractor="inception", networks=("inception",), scope="both", minimum=2),
+        Metric("is", "higher", "", 1.0, None, 1.0, 1, "Inception score, unshuffled tenths (ADM)", inception_score,
+               extractor="inception-logits", sides=("fake",), networks=("inception",), scope="generation", minimum=10),
+        Metric("precision", "higher", "", 0.0, 1.0, 0.01, 3, "share of fakes in the real manifold (Inception, k = 3)",
+               precision, extractor="inception", networks=("inception",), scope="generation", minimum=4),
+        Metric("recall", "higher", "", 0.0, 1.0, 0.01, 3, "share of reals in the fake manifold (Inception, k = 3)",
+               recall, extractor="inception", networks=("inception",), scope="generation", minimum=4),
+        _mean("bpp", "lower", None, 0.01, 3, "measured size of the code", unit="bit/px"),
+        Metric("perplexity", "higher", "", 1.0, None, 1.0, 1, "codebook perplexity: exp of the codes' entropy", perplexity,
+               extractor="codes", sides=("fake",)),
+    )
+}  # fmt: skip
+
+# What `run` measures when nobody asks for less or more. bpp and perplexity come by themselves where there are codes.
+DEFAULT = ("psnr", "psnr-global", "ssim", "ssim-gauss", "lpips-alex", "lpips-vgg", "pd-mobilenet", "rfid", "bpp")
+
+
+def find_metrics(names: Sequence[str]) -> list[Metric]:
+    """The metrics of these names, in the table's order, each once; InputError with close matches for another."""
+    from difflib import get_close_matches
+
+    for name in names:
+        if name not in METRICS:
+            close = get_close_matches(name, METRICS, 3, 0.5)
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            raise InputError(f"unknown metric {name!r}: {hint}known are {', '.join(METRICS)}")
+    return [metric for metric in METRICS.values() if metric.name in names]

@@ -1,0 +1,104 @@
+"""Distances between sets of features and properties of one set, in float64 and in blocks."""
+
+import numpy as np
+
+from tokbench.errors import InputError
+
+KID_SUBSET = 1000  # torch-fidelity's defaults: 100 subsets of 1000, seed 2020
+KID_REPEATS = 100
+BLOCK = 1024  # rows of a matrix of distances held at a time
+
+
+def kernel_distance(
+    real: np.ndarray, fake: np.ndarray, *, subset: int = KID_SUBSET, repeats: int = KID_REPEATS, seed: int = 2020
+) -> tuple[float, float]:
+    """KID (Bińkowski et al. 2018): unbiased squared MMD of kernel (xᵀy / D + 1)³, mean and spread over subsets.
+
+    With fewer than `subset` samples a side the subset is all of the smaller side, drawn once if the sides are equal.
+    """
+    size = min(subset, len(real), len(fake))
+    if size < 2:
+        raise InputError("a kernel distance needs two samples a side")
+    if len(real) == len(fake) == size:
+        repeats = 1
+    generator = np.random.RandomState(seed)
+    values = []
+    for _ in range(repeats):
+        # fake first, as torch-fidelity draws its first input: the values then agree to the last digits.
+        drawn = [side[np.sort(generator.choice(len(side), size, replace=False))] for side in (fake, real)]
+        values.append(_mmd(*(np.asarray(side, dtype=np.float64) for side in drawn)))
+    return float(np.mean(values)), float(np.std(values))
+
+
+def _mmd(x: np.ndarray, y: np.ndarray) -> float:
+    size = len(x)
+
+    def within(side: np.ndarray) -> float:
+        kernel = (side @ side.T / side.shape[1] + 1) ** 3
+        return (kernel.sum() - np.trace(kernel)) / (size * (size - 1))
+
+    across = ((x @ y.T / x.shape[1] + 1) ** 3).sum() / (size * size)
+    return float(within(x) + within(y) - 2 * across)
+
+
+def paired_distances(real: np.ndarray, fake: np.ndarray) -> np.ndarray:
+    """|f(real) - f(fake)|² per image, float64 [N]."""
+    if real.shape != fake.shape:
+        raise InputError(f"features of shapes {real.shape} and {fake.shape} cannot be paired")
+    distances = np.empty(len(real))
+    for start in range(0, len(real), BLOCK):
+        part = slice(start, start + BLOCK)
+        distances[part] = ((np.asarray(real[part], np.float64) - np.asarray(fake[part], np.float64)) ** 2).sum(1)
+    return distances
+
+
+def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
+    """exp of the mean KL divergence of p(class | image) from p(class), mean and spread over consecutive parts (ADM).
+
+    logits: float [N, classes], the bias left out (Salimans et al. 2016 through FID's Inception).
+    """
+    scores = []
+    for index in range(splits):
+        part = np.asarray(logits[index * len(logits) // splits : (index + 1) * len(logits) // splits], dtype=np.float64)
+        part = part - part.max(1, keepdims=True)
+        log_p = part - np.log(np.exp(part).sum(1, keepdims=True))
+        p = np.exp(log_p)
+        scores.append(float(np.exp((p * (log_p - np.log(p.mean(0, keepdims=True)))).sum(1).mean())))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def precision_recall(real: np.ndarray, fake: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
+    """Precision and recall of Kynkäänniemi et al. 2019, k = 3.
+
+    precision: share of fakes within the k-th neighbour's distance of some real; recall: share of reals within that of
+    some fake.
+    """
+    sides = [np.asarray(side, dtype=np.float64) for side in (real, fake)]
+    radii = [_radii(side, neighbours) for side in sides]
+    return _covered(sides[1], sides[0], radii[0]), _covered(sides[0], sides[1], radii[1])
+
+
+def _squared_distances(points: np.ndarray, others: np.ndarray) -> np.ndarray:
+    squares = (points**2).sum(1)[:, None] + (others**2).sum(1)[None] - 2 * points @ others.T
+    return np.maximum(squares, 0)
+
+
+def _radii(points: np.ndarray, neighbours: int) -> np.ndarray:
+    """Squared distance of each point to its k-th neighbour, itself not counted."""
+    if len(points) <= neighbours:
+        raise InputError(f"{len(points)} samples: precision and recall need more than {neighbours}")
+    blocks = (_squared_distances(points[i : i + BLOCK], points) for i in range(0, len(points), BLOCK))
+    return np.concatenate([np.partition(block, neighbours, axis=1)[:, neighbours] for block in blocks])
+
+
+def _covered(points: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> float:
+    """Share of points that lie in the ball of some centre."""
+    blocks = (_squared_distances(points[i : i + BLOCK], centres) <= radii for i in range(0, len(points), BLOCK))
+    return float(np.concatenate([block.any(1) for block in blocks]).mean())
+
+
+def perplexity(codes: np.ndarray) -> float:
+    """exp of the entropy of all codes, any shape of whole numbers: from 1 (one code) to the size of the codebook."""
+    _, counts = np.unique(codes, return_counts=True)
+    shares = counts / counts.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
