@@ -40,13 +40,6 @@ MAGIC = b"tokbench-feature"
 CHUNK = 1024  # feature rows moved at a time
 
 
-def cache_folder() -> Path:
-    """Where things that can be made again are kept: $TOKBENCH_CACHE, else the user's cache folder."""
-    if configured := os.environ.get("TOKBENCH_CACHE"):
-        return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokbench"
-
-
 @contextlib.contextmanager
 def writable(path: Path) -> Iterator[None]:
     """Turn an OSError of writing below this path into one clear line."""
@@ -146,6 +139,11 @@ class SampleStore:
             found = self._holder(side)._index(side, extractor)
             ids = {sample for sample in ids if _key(sample) in found}
         return ids
+
+    def done_real(self, extractor: str, ids: Iterable[str]) -> bool:
+        """Whether the real images' features of all these samples are there."""
+        found = self._holder("real")._index("real", extractor)
+        return all(_key(sample) in found for sample in ids)
 
     def append(
         self,
