@@ -15,9 +15,7 @@ log = logging.getLogger("tokbench")
 
 
 def cache_folder() -> Path:
-    """Where things that can be made again are kept: $TOKBENCH_CACHE, else the user's cache folder."""
-    if configured := os.environ.get("TOKBENCH_CACHE"):
-        return Path(configured)
+    """The user's cache: $XDG_CACHE_HOME/tokbench or ~/.cache/tokbench."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokbench"
 
 

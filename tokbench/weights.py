@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tokbench.cache import cache_folder
 from tokbench.errors import InputError
 
 
@@ -138,15 +139,10 @@ def find_network(name: str) -> Network:
     return NETWORKS[name]
 
 
-def cache_dir() -> Path:
-    """Where the machine's user keeps fetched files: $XDG_CACHE_HOME/tokbench or ~/.cache/tokbench."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokbench"
-
-
 def weights_dir() -> Path:
     """Where weights are written: the user's folder if one is named, else the cache."""
     named = os.environ.get("TOKBENCH_WEIGHTS")
-    return Path(named).expanduser() if named else cache_dir()
+    return Path(named).expanduser() if named else cache_folder()
 
 
 def offline() -> bool:
@@ -182,7 +178,7 @@ def locate(name: str) -> Path | None:
 
 def _places(network: Network) -> Iterator[Path]:
     yield weights_dir() / network.file
-    yield cache_dir() / network.file
+    yield cache_folder() / network.file
     yield torch_cache() / network.file
     if network.hugging_face:
         from huggingface_hub import try_to_load_from_cache
