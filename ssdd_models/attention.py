@@ -1,0 +1,218 @@
+"""Self-attention on a grid, limited to a 15 x 15 window, with a learned bias per offset: exact, and linear in the grid.
+
+No mask over all pairs is ever built. Queries are taken in square blocks, each with the keys its windows can reach: at
+most 22 x 22 positions, so that time and memory per position are bounded. On CUDA the same thing is a FlexAttention.
+The bias is looked up from the table in every call; a cached one would be frozen while the table is trained.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RADIUS = 7  # a query sees keys up to this many rows and columns away
+SIDE = 2 * RADIUS + 1
+BLOCK = 8  # queries are taken in blocks of at most 8 x 8
+MASKED = -1e7
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring blocks along one axis whose queries lie alike in their region of keys."""
+
+    first: int  # index of the first block
+    count: int
+    offset: int  # first query minus first key of each block
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How one side of the grid is cut: blocks of `block` queries (the last may overlap), `region` keys each."""
+
+    size: int
+    block: int
+    region: int
+    runs: tuple[Run, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.size // self.block)
+
+    def starts(self, run: Run, device: torch.device) -> Tensor:
+        """First query of each block of a run: int64 [count]"""
+        blocks = torch.arange(run.first, run.first + run.count, device=device)
+        return (blocks * self.block).clamp(max=self.size - self.block)
+
+
+def cut(size: int) -> Axis:
+    """Cut an axis; up to 22 positions stay in one piece."""
+    if size <= BLOCK + 2 * RADIUS:
+        return Axis(size, size, size, (Run(0, 1, 0),))
+    block = -(-size // -(-size // BLOCK))
+    region = block + 2 * RADIUS
+    runs: list[Run] = []
+    for i in range(-(-size // block)):
+        start = min(i * block, size - block)
+        offset = start - min(max(start - RADIUS, 0), size - region)
+        if runs and runs[-1].offset == offset:
+            runs[-1] = Run(runs[-1].first, runs[-1].count + 1, offset)
+        else:
+            runs.append(Run(i, 1, offset))
+    return Axis(size, block, region, tuple(runs))
+
+
+def relative_bias(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Bias of every query and key: table [15, 15, heads] at (query - key), -1e7 outside the window.
+
+    rows int64 [Qr, Kr] and columns [Qc, Kc] hold the differences of coordinates -> [heads, Qr * Qc, Kr * Kc]
+    """
+    padded = F.pad(table.permute(2, 0, 1), (0, 1, 0, 1), value=MASKED)  # [heads, 16, 16]
+    r, c = (torch.where(d.abs() <= RADIUS, d + RADIUS, SIDE) for d in (rows, columns))
+    bias = padded[:, r[:, None, :, None], c[None, :, None, :]]  # [heads, Qr, Qc, Kr, Kc]
+    return bias.flatten(3, 4).flatten(1, 2)
+
+
+def differences(axis: Axis, run: Run, device: torch.device) -> Tensor:
+    """Query minus key along an axis for the blocks of a run: int64 [block, region]"""
+    queries, keys = (torch.arange(n, device=device) for n in (axis.block, axis.region))
+    return run.offset + queries[:, None] - keys
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Blocks that share one bias: their tokens in the flattened grid and the differences that index the table."""
+
+    queries: Tensor  # int64 [num * block positions]
+    keys: Tensor  # int64 [num * region positions]
+    num: int
+    rows: Tensor
+    columns: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a grid of `height` x `width` tokens is cut; made once per forward pass, shared by all layers."""
+
+    height: int
+    width: int
+    pieces: tuple[Piece, ...]
+    inverse: Tensor  # int64 [N]: where each token's result lies among the results of all pieces
+    flex: Any = None  # (token order, its inverse, block mask, coordinates) of the FlexAttention form
+
+
+def tokens(rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """Flattened positions of blocks: rows [I, r], columns [J, c] -> int64 [I * J * r * c], block after block"""
+    return (rows[:, None, :, None] * width + columns[None, :, None, :]).flatten()
+
+
+def make_layout(height: int, width: int, device: torch.device, flex: bool | None = None) -> Layout:
+    """Cut a grid. `flex` None: FlexAttention on CUDA where the grid is more than one block."""
+    vertical, horizontal = cut(height), cut(width)
+    if flex or (flex is None and device.type == "cuda" and len(vertical.runs) * len(horizontal.runs) > 1):
+        return Layout(height, width, (), torch.empty(0), flex_layout(height, width, device))
+    pieces, order = [], []
+    for down in vertical.runs:
+        for right in horizontal.runs:
+            queries, keys = [], []
+            for axis, run in ((vertical, down), (horizontal, right)):
+                start = axis.starts(run, device)[:, None]
+                queries.append(start + torch.arange(axis.block, device=device))
+                keys.append(start - run.offset + torch.arange(axis.region, device=device))
+            piece = Piece(
+                tokens(queries[0], queries[1], width),
+                tokens(keys[0], keys[1], width),
+                down.count * right.count,
+                differences(vertical, down, device),
+                differences(horizontal, right, device),
+            )
+            pieces.append(piece)
+            order.append(piece.queries)
+    results = torch.cat(order)
+    inverse = torch.empty(height * width, dtype=torch.int64, device=device)
+    inverse[results] = torch.arange(
+        len(results), device=device
+    )  # tokens in two blocks have equal results: either will do
+    return Layout(height, width, tuple(pieces), inverse)
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: Layout) -> Tensor:
+    """q, k, v [B, N, heads * d] on a flattened grid, table [15, 15, heads] -> [B, N, heads * d]"""
+    heads = table.shape[-1]
+    if layout.flex is not None:
+        return flex_attention(q, k, v, table, layout)
+    if len(layout.pieces) == 1:
+        piece = layout.pieces[0]
+        return attend(q, k, v, relative_bias(table, piece.rows, piece.columns), heads, len(q))
+    results = []
+    for piece in layout.pieces:
+        bias = relative_bias(table, piece.rows, piece.columns)
+        queries, keys, values = (
+            x.index_select(1, i) for x, i in ((q, piece.queries), (k, piece.keys), (v, piece.keys))
+        )
+        h = attend(queries, keys, values, bias, heads, len(q) * piece.num)
+        results.append(h.reshape(len(q), -1, q.shape[-1]))
+    return torch.cat(results, dim=1).index_select(1, layout.inverse)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, heads: int, batch: int) -> Tensor:
+    """Plain attention in `batch` equal groups of positions; bias [heads, Q, K], shared by the groups."""
+    d = q.shape[-1] // heads
+    q, k, v = (x.reshape(batch, -1, heads, d).transpose(1, 2) for x in (q, k, v))
+    bias = bias.to(q.dtype).clamp(min=torch.finfo(q.dtype).min / 2)  # float16 cannot hold -1e7
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None]).transpose(1, 2).flatten(2)
+
+
+TILE = (8, 16)  # 128 positions, one block of the kernel; a window reaches into the neighbouring tiles and no farther
+
+
+def flex_layout(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Any, Tensor, Tensor]:
+    """Token order by tiles, its inverse, the block mask, and (row, column) of each place in that order."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    down, across = -(-height // TILE[0]), -(-width // TILE[1])
+    place = torch.arange(down * across * 128, device=device)
+    tile, inner = place // 128, place % 128
+    row, column = tile // across * TILE[0] + inner // TILE[1], tile % across * TILE[1] + inner % TILE[1]
+    order = row.clamp(max=height - 1) * width + column.clamp(max=width - 1)
+    y, x = (torch.arange(n, device=device) for n in (height, width))
+    tiles = (y // TILE[0] * across)[:, None] + x // TILE[1]
+    inverse = (tiles * 128 + (y % TILE[0] * TILE[1])[:, None] + x % TILE[1]).flatten()
+
+    def inside(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        window = ((row[query] - row[key]).abs() <= RADIUS) & ((column[query] - column[key]).abs() <= RADIUS)
+        return window & (row[key] < height) & (column[key] < width)
+
+    t = torch.arange(down * across, device=device)
+    near = ((t[:, None] // across - t // across).abs() <= 1) & ((t[:, None] % across - t % across).abs() <= 1)
+    number = near.sum(dim=1, dtype=torch.int32)[None, None]
+    which = near.to(torch.int32).argsort(dim=1, descending=True, stable=True).to(torch.int32)[None, None]
+    mask = BlockMask.from_kv_blocks(number, which, BLOCK_SIZE=128, mask_mod=inside)
+    return order, inverse, mask, row, column
+
+
+@cache
+def compiled_flex_attention() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention as kernel
+
+    return torch.compile(kernel, dynamic=False)
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: Layout) -> Tensor:
+    """The FlexAttention form of `windowed_attention`; compiled, except on a CPU, where it serves the tests alone."""
+    from torch.nn.attention.flex_attention import flex_attention as kernel
+
+    order, inverse, mask, row, column = layout.flex
+    heads = table.shape[-1]
+    q, k, v = (x.index_select(1, order).unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+
+    def biased(score: Tensor, b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        down = (row[query] - row[key] + RADIUS).clamp(0, SIDE - 1)
+        right = (column[query] - column[key] + RADIUS).clamp(0, SIDE - 1)
+        return score + table[down, right, head]
+
+    run = kernel if torch.compiler.is_compiling() or q.device.type == "cpu" else compiled_flex_attention()
+    h = run(q.contiguous(), k.contiguous(), v.contiguous(), score_mod=biased, block_mask=mask)
+    return h.transpose(1, 2).flatten(2).index_select(1, inverse)
