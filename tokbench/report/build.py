@@ -69,9 +69,10 @@ def build(options: ReportOptions) -> int:
     reported = ordered(read_reported(reported_path)) if options.reported or reported_path.exists() else []
     report = Report(entries, speeds, reported)
     if options.plots is not None:
-        from tokbench.report.plots import all_plots
+        from tokbench.report.curves import all_plots
 
-        for path in all_plots(entries, speeds, reported, options.plots, options.plot_format):
+        logs = sorted(options.results.rglob("log.jsonl"))
+        for path in all_plots(entries, speeds, reported, options.plots, options.plot_format, logs):
             print(f"tokbench: wrote {path}", file=sys.stderr)
     _write(report, options)
     return 1 if options.strict and warnings else 0

@@ -113,6 +113,11 @@ def milliseconds(result: EvalResult, part: str) -> Value | None:
     return None if seconds is None else Value(1000 * float(seconds), n=result.dataset.num_images)
 
 
+def clipped(name: str, limit: int = 32) -> str:
+    """A row's name, shortened in its middle so that what tells rows apart (prefix and settings) stays."""
+    return name if len(name) <= limit else f"{name[: limit - 13]}…{name[-12:]}"
+
+
 def _count(number: int | None, scale: float = 1) -> Value | None:
     return None if number is None else Value(number / scale)
 

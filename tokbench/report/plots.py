@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, NullFormatter, ScalarFormatter
 
 from tokbench.errors import InputError
-from tokbench.report.leaderboard import Column, Entry, metric_column, milliseconds
+from tokbench.report.leaderboard import Column, Entry, clipped, metric_column, milliseconds
 from tokbench.result import EvalResult, Value
 
 # Okabe and Ito (2008): told apart with any common colour blindness; yellow left out, too light on white.
@@ -73,7 +73,8 @@ def label_points(ax: Axes, points: Sequence[Point], size: float = 7.5) -> None:
     taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in dots]
     frame = ax.get_window_extent()
     for point, (x, y) in zip(points, dots, strict=True):
-        wide, high = len(point.name) * size * 0.6 * scale, size * 1.15 * scale
+        name = clipped(point.name, 26)
+        wide, high = len(name) * size * 0.6 * scale, size * 1.15 * scale
         for distance, (dx, dy) in itertools.product((6, 14, 24, 36), _AROUND):
             left = x + dx * distance * scale - (wide if dx < 0 else wide / 2 if dx == 0 else 0)
             low = y + dy * distance * scale - high / 2
@@ -83,7 +84,7 @@ def label_points(ax: Axes, points: Sequence[Point], size: float = 7.5) -> None:
                 line = {"arrowprops": {"arrowstyle": "-", "color": "0.6", "lw": 0.5}} if distance > 6 else {}
                 place = ((left - x) / scale, (low + high / 2 - y) / scale)
                 ax.annotate(
-                    point.name,
+                    name,
                     (point.x, point.y),
                     place,
                     textcoords="offset points",
@@ -94,6 +95,24 @@ def label_points(ax: Axes, points: Sequence[Point], size: float = 7.5) -> None:
                 )
                 taken.append(box)
                 break
+
+
+def label_levels(ax: Axes, levels: Sequence[tuple[float, str]], size: float = 7) -> None:
+    """Names of horizontal lines (y, name), beside the right edge, pushed apart where they would touch."""
+    fig = ax.figure
+    assert isinstance(fig, Figure)
+    fig.draw_without_rendering()
+    gap, last = size * 1.3 * fig.dpi / 72, -np.inf
+    frame = ax.get_window_extent()
+    for y, name in sorted(levels):
+        pixel = float(ax.transData.transform((1, y))[1])
+        last = max(pixel, last + gap)
+        line = {"arrowstyle": "-", "color": "0.6", "lw": 0.5, "shrinkA": 0, "shrinkB": 0}
+        place = (1.03, (last - frame.y0) / frame.height)
+        ax.annotate(
+            name, (1, (pixel - frame.y0) / frame.height), place, "axes fraction", fontsize=size, va="center",
+            arrowprops=line, annotation_clip=False,
+        )  # fmt: skip
 
 
 _BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.3}

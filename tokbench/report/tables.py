@@ -8,7 +8,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from tokbench.report.leaderboard import MARKS, SECONDARY, Block, Cell, Column, Entry, Row, blocks
+from tokbench.report.leaderboard import MARKS, SECONDARY, Block, Cell, Column, Entry, Row, blocks, clipped
 from tokbench.result import EvalResult
 
 WIDTH = 100
@@ -62,11 +62,6 @@ def terminal(block: Block, columns: Sequence[Column], errors: bool, styled: bool
             cells = (_styled(row.cells[c.key], errors, styled, room[c.key]) for c in columns)
             table.add_row(Text(("  " if heading else "") + clipped(row.entry.name)), *cells)
     return table
-
-
-def clipped(name: str, limit: int = 32) -> str:
-    """A row's name, shortened in its middle so that what tells rows apart (prefix and settings) stays."""
-    return name if len(name) <= limit else f"{name[: limit - 13]}…{name[-12:]}"
 
 
 def fitting(block: Block, width: int) -> tuple[list[Column], bool]:

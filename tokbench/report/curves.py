@@ -1,0 +1,306 @@
+"""The figures of a folder of results: rate and distortion, steps, resolution, distributions, generation, training."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from tokbench.errors import InputError
+from tokbench.report import speed
+from tokbench.report.leaderboard import Block, Entry, blocks, clipped, metric_column
+from tokbench.report.plots import (
+    Point,
+    axis_label,
+    figure,
+    headline_metric,
+    label_levels,
+    label_points,
+    log_axis,
+    number,
+    quality_vs_time,
+    save,
+    styles,
+)
+from tokbench.report.reported import Reported
+from tokbench.result import SpeedResult, TokenizerInfo
+
+RATE_METRICS = ("psnr", "lpips-alex", "rfid")
+Item = TypeVar("Item")
+Lines = Mapping[str, Sequence[tuple[float, float]]]
+
+
+def all_plots(
+    entries: Sequence[Entry],
+    speeds: Sequence[SpeedResult],
+    reported: Sequence[Reported],
+    folder: Path,
+    kind: str = "png",
+    logs: Sequence[Path] = (),
+) -> list[Path]:
+    """Every figure for which there is something to show, by block; returns what was written."""
+    if kind not in ("png", "svg", "pdf"):
+        raise InputError(f"--plot-format {kind!r}: choose png, svg or pdf")
+    made: list[Path | None] = []
+    for block in blocks(entries):
+        members = [row.entry for row in block.rows]
+        name = slug(block)
+        made.append(quality_vs_time(members, folder / f"quality-time-{name}.{kind}"))
+        for metric in RATE_METRICS:
+            made.append(rate_distortion(members, metric, folder / f"rate-{metric}-{name}.{kind}"))
+            made.append(dimension_ratio(members, metric, folder / f"dimensions-{metric}-{name}.{kind}"))
+        if metric := headline_metric(members):
+            made.append(against_steps(members, metric, folder / f"steps-{name}.{kind}"))
+            made.append(ecdf(members, metric, folder / f"ecdf-{metric}-{name}.{kind}"))
+    if metric := headline_metric(entries):
+        made.append(against_resolution(entries, metric, folder / f"resolution.{kind}"))
+    made.append(rfid_vs_gfid(entries, reported, folder / f"rfid-gfid.{kind}"))
+    made.append(speed.rate_against_resolution(speeds, folder / f"speed-resolution.{kind}"))
+    made.append(speed.memory_against_resolution(speeds, folder / f"memory-resolution.{kind}"))
+    for key, rows in speed.blocks(speeds).items():
+        made.append(
+            speed.quality_against_rate(rows, entries, folder / f"quality-rate-{_plain(' '.join(map(str, key)))}.{kind}")
+        )
+    made.append(training_curves(logs, folder / f"training.{kind}"))
+    return [path for path in made if path is not None]
+
+
+def slug(block: Block) -> str:
+    """A file name for a block's figures."""
+    result = block.rows[0].entry.result
+    return _plain(f"{result.protocol}-{result.dataset.name}-{result.dataset.resolution}-{result.dataset.num_images}")
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isalnum() and c.isascii() else "-" for c in text.lower()).strip("-")
+
+
+def bits_per_pixel(entry: Entry) -> float | None:
+    """Measured bits, or log2 K a token for a discrete latent; None for a continuous one, which has no rate."""
+    measured = number(entry.result, "bpp")
+    info, pixels = entry.result.tokenizer, entry.result.dataset.resolution**2
+    if measured is not None or info.codebook_size is None:
+        return measured
+    tokens = info.tokens_per_image or (pixels / info.downsample**2 if info.downsample else None)
+    return None if tokens is None else tokens * math.log2(info.codebook_size) / pixels
+
+
+def elements_ratio(info: TokenizerInfo) -> float | None:
+    """Latent elements per element of the image, c / (3 f^2)."""
+    return None if info.downsample is None or info.channels is None else info.channels / (3 * info.downsample**2)
+
+
+def rate_distortion(entries: Sequence[Entry], metric: str, path: Path) -> Path | None:
+    """Quality against bits per pixel; a family of codecs is a ladder, a continuous latent a line at its quality.
+
+    None unless two rows have a rate.
+    """
+    column = metric_column(metric)
+    rated = [
+        (e, rate, q) for e in entries if (rate := bits_per_pixel(e)) and (q := number(e.result, metric)) is not None
+    ]
+    if len(rated) < 2:
+        return None
+    fig, ax = figure()
+    log_axis(ax.xaxis, [rate for _, rate, _ in rated])
+    labels = _ladders(ax, {_ladder(e): [] for e, _, _ in rated}, [(_ladder(e), e.name, r, q) for e, r, q in rated])
+    levels = [
+        (q, clipped(e.name, 20)) for e in entries if _continuous(e) and (q := number(e.result, metric)) is not None
+    ]
+    levels = list(_spread(sorted(levels), 6))
+    for quality, _ in levels:
+        ax.axhline(quality, color="0.55", lw=0.8, ls=(0, (4, 3)), zorder=1)
+    ax.margins(0.1)
+    ax.set_xlabel("bits per pixel" + (" (dashed: continuous latents, no rate)" if levels else ""), fontsize=9)
+    ax.set_ylabel(axis_label(column), fontsize=9)
+    label_levels(ax, levels)
+    label_points(ax, labels)
+    return save(fig, path)
+
+
+def _continuous(entry: Entry) -> bool:
+    return bits_per_pixel(entry) is None and entry.result.tokenizer.channels is not None
+
+
+def _ladder(entry: Entry) -> str:
+    """Rows that differ only in their quality setting: the name without its last number."""
+    return entry.name.rstrip("0123456789").rstrip("-q@=") or entry.name
+
+
+def _ladders(
+    ax: Axes, lines: dict[str, list[tuple[float, float]]], rows: Sequence[tuple[str, str, float, float]]
+) -> list[Point]:
+    """Draw (line's name, row's name, x, y) as marked lines; label a line at its end, a single point by its own name."""
+    names: dict[str, str] = {}
+    for line, name, x, y in rows:
+        lines[line].append((x, y))
+        names[line] = name
+    labels = []
+    for (line, points), (colour, marker) in zip(lines.items(), styles(lines).values(), strict=True):
+        xs, ys = zip(*sorted(points), strict=True)
+        ax.plot(xs, ys, color=colour, marker=marker, markersize=4.5, lw=1.2, zorder=3)
+        labels.append(Point(line if len(points) > 1 else names[line], line, xs[-1], ys[-1]))
+    return labels
+
+
+def dimension_ratio(entries: Sequence[Entry], metric: str, path: Path) -> Path | None:
+    """Quality against the size of a continuous latent relative to the image. None without two ratios."""
+    points = [
+        Point(e.name, e.result.tokenizer.family, ratio, quality)
+        for e in entries
+        if (ratio := elements_ratio(e.result.tokenizer)) and (quality := number(e.result, metric)) is not None
+    ]
+    if len({p.x for p in points}) < 2:
+        return None
+    fig, ax = figure()
+    log_axis(ax.xaxis, [p.x for p in points])
+    for family, (colour, marker) in styles(p.family for p in points).items():
+        members = [p for p in points if p.family == family]
+        ax.scatter([p.x for p in members], [p.y for p in members], s=28, color=colour, marker=marker, zorder=3)
+    ax.margins(0.12)
+    ax.set_xlabel("latent elements per image element", fontsize=9)
+    ax.set_ylabel(axis_label(metric_column(metric)), fontsize=9)
+    label_points(ax, points)
+    return save(fig, path)
+
+
+def _curves(lines: Lines, x_label: str, metric: str, path: Path) -> Path | None:
+    lines = {name: sorted(points) for name, points in lines.items() if len({x for x, _ in points}) > 1}
+    if not lines:
+        return None
+    fig, ax = figure()
+    xs = sorted({x for points in lines.values() for x, _ in points})
+    log_axis(ax.xaxis, xs)
+    if len(xs) <= 8:
+        ax.set_xticks(xs, [f"{x:g}" for x in xs])
+        ax.xaxis.set_minor_locator(NullLocator())
+    labels = _ladders(
+        ax, {name: [] for name in lines}, [(n, n, x, y) for n, points in lines.items() for x, y in points]
+    )
+    ax.margins(x=0.25, y=0.1)
+    ax.set_xlabel(x_label, fontsize=9)
+    ax.set_ylabel(axis_label(metric_column(metric)), fontsize=9)
+    label_points(ax, labels)
+    return save(fig, path)
+
+
+def against_steps(entries: Sequence[Entry], metric: str, path: Path) -> Path | None:
+    """A metric against decode steps, a line per set of weights. None unless some ran with two numbers of steps."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    names: dict[str, str] = {}
+    for entry in sorted(entries, key=lambda e: len(e.name)):
+        info, value = entry.result.tokenizer, number(entry.result, metric)
+        if info.decode_steps and info.weights and value is not None:
+            name = names.setdefault(info.weights, info.name)
+            lines.setdefault(name, []).append((info.decode_steps, value))
+    return _curves(lines, "decode steps", metric, path)
+
+
+def against_resolution(entries: Sequence[Entry], metric: str, path: Path) -> Path | None:
+    """A metric against resolution on the same data and protocol, a line per tokenizer. None without two resolutions."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    places = {(e.result.protocol, e.result.dataset.name) for e in entries}
+    for entry in entries:
+        data, value = entry.result.dataset, number(entry.result, metric)
+        if value is not None and entry.result.tokenizer.family != "identity":
+            where = f" ({data.name})" if len(places) > 1 else ""
+            lines.setdefault(entry.name + where, []).append((data.resolution, value))
+    return _curves(lines, "resolution (px)", metric, path)
+
+
+def ecdf(entries: Sequence[Entry], metric: str, path: Path, most: int = 7) -> Path | None:
+    """Share of images at or below each value, for up to `most` rows. None without two that have per-image values."""
+    column = metric_column(metric)
+    values = {
+        e.name: e.rows[1][column.per_image] for e in _spread(entries, most) if (column.per_image or "") in e.rows[1]
+    }
+    if len(values) < 2:
+        return None
+    fig, ax = figure()
+    ax.set_ylim(0, 1)
+    labels = []
+    for index, ((name, x), (colour, _)) in enumerate(zip(values.items(), styles(values).values(), strict=True)):
+        ax.ecdf(x, color=colour, lw=1.4)
+        share = 0.2 + 0.6 * index / max(1, len(values) - 1)  # labels at different heights, where the curves part
+        labels.append(Point(name, name, float(np.quantile(x, share)), share))
+    ax.set_xlabel(axis_label(column).rstrip(" ←→") + {"higher": " →", "lower": " ←"}.get(column.better, ""), fontsize=9)
+    ax.set_ylabel("share of images", fontsize=9)
+    label_points(ax, labels)
+    return save(fig, path)
+
+
+def _spread(entries: Sequence[Item], most: int) -> Sequence[Item]:
+    """At most so many, evenly over the list."""
+    if len(entries) <= most:
+        return entries
+    return [entries[round(i * (len(entries) - 1) / (most - 1))] for i in range(most)]
+
+
+def rfid_vs_gfid(entries: Sequence[Entry], reported: Sequence[Reported], path: Path) -> Path | None:
+    """Reconstruction against generation: measured rows filled and named, rows of papers hollow behind them."""
+    rfid = {(e.name, e.result.dataset.resolution): v for e in entries if (v := number(e.result, "rfid")) is not None}
+    measured = [
+        Point(e.name, e.result.tokenizer.family, rfid[key], g)
+        for e in entries
+        if (g := number(e.result, "gfid")) is not None and (key := (e.name, e.result.dataset.resolution)) in rfid
+    ]
+    papers = [(r.metrics["rfid"], r.metrics["gfid"]) for r in reported if r.metrics["rfid"] and r.metrics["gfid"]]
+    if len(measured) + len(papers) < 2:
+        return None
+    fig, ax = figure()
+    log_axis(ax.xaxis, [p.x for p in measured] + [float(x) for x, _ in papers if x])
+    log_axis(ax.yaxis, [p.y for p in measured] + [float(y) for _, y in papers if y])
+    xs, ys = [x for x, _ in papers], [y for _, y in papers]
+    ax.scatter(xs, ys, s=22, facecolors="none", edgecolors="0.5", linewidths=0.8, zorder=2)
+    for point, (colour, marker) in zip(measured, styles(p.name for p in measured).values(), strict=False):
+        ax.scatter([point.x], [point.y], s=30, color=colour, marker=marker, zorder=3)
+    if papers:
+        mark = Line2D([], [], ls="", marker="o", mfc="none", mec="0.5", label="reported in papers, generators differ")
+        ax.legend(handles=[mark], fontsize=7.5, frameon=False, loc="best")
+    ax.set_xlabel("rfid ←", fontsize=9)
+    ax.set_ylabel("gfid ←", fontsize=9)
+    label_points(ax, measured)
+    return save(fig, path)
+
+
+NOT_LOSSES = ("step", "images", "seconds", "rate", "images_per_second", "lr", "time")
+
+
+def training_curves(logs: Sequence[Path], path: Path) -> Path | None:
+    """Losses and held-out scores against steps, a panel each, a line per log.jsonl. None without a log of two steps."""
+    runs = {log.parent.name: records for log in logs if len(records := list(_records(log))) > 1}
+    keys = list(dict.fromkeys(key for records in runs.values() for record in records for key in record))
+    keys = [key for key in keys if key not in NOT_LOSSES]
+    if not keys:
+        return None
+    width = min(3, len(keys))
+    fig = Figure(figsize=(2.4 * width, 1.9 * math.ceil(len(keys) / width)), layout="constrained", dpi=200)
+    for place, key in enumerate(keys, 1):
+        ax = fig.add_subplot(math.ceil(len(keys) / width), width, place)
+        for name, (colour, _) in styles(runs).items():
+            line = [(record["step"], record[key]) for record in runs[name] if key in record]
+            ax.plot([s for s, _ in line], [v for _, v in line], color=colour, lw=1, label=name)
+        ax.set_title(key, fontsize=8)
+        ax.set_xlabel("step", fontsize=7)
+        ax.tick_params(labelsize=7)
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside lower center", ncols=3)
+    return save(fig, path)
+
+
+def _records(log: Path) -> Iterator[dict[str, float]]:
+    """The numbers of each line that has a step; InputError naming a line that is not JSON."""
+    finite: Callable[[object], bool] = lambda v: isinstance(v, int | float) and math.isfinite(v)  # noqa: E731
+    try:
+        for line in log.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if isinstance(record, dict) and "step" in record:
+                yield {key: value for key, value in record.items() if finite(value) and not isinstance(value, bool)}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{log}: not a training log ({error})") from error

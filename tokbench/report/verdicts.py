@@ -1,0 +1,122 @@
+"""What a check found, for people (terminal, pull request, picture) and for machines (JUnit XML, JSON)."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image
+from rich.table import Table
+from rich.text import Text
+
+from tokbench.check import CheckResult, Comparison
+from tokbench.errors import InputError
+from tokbench.metrics import METRICS
+from tokbench.report.tables import markdown_escape
+from tokbench.store import per_image_path, read_per_image
+
+STYLES = {"worse": "bold red", "better": "green", "same": "", "inconclusive": "yellow"}
+HEADINGS = ("cell", "metric", "baseline", "new", "worse by", "tolerated", "verdict")
+
+
+def cells(c: Comparison) -> list[str]:
+    """Texts under HEADINGS. "Worse by" is positive for a loss whatever the metric's direction."""
+    digits = METRICS[c.metric].digits + 1 if c.metric in METRICS else 3
+    interval = f" [{c.low:+.{digits}f}, {c.high:+.{digits}f}]" if c.low is not None and c.high is not None else ""
+    verdict = c.verdict + (f" ({c.warning})" if c.warning else "")
+    values = [
+        f"{c.base:.{digits}f}",
+        f"{c.new:.{digits}f}",
+        f"{c.loss:+.{digits}f}{interval}",
+        f"{c.tolerance:.{digits}f}",
+    ]
+    return [c.cell, c.metric, *values, verdict]
+
+
+def summary(result: CheckResult) -> str:
+    """One line: how many comparisons and how they ended."""
+    counts = {v: sum(c.verdict == v for c in result.comparisons) for v in STYLES}
+    ended = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    return f"{'FAILED' if result.failures else 'passed'}: {len(result.comparisons)} comparisons, {ended}"
+
+
+def verdict_table(result: CheckResult) -> Table:
+    """The terminal table; "worse by" carries the 95 % interval of the paired difference where there is one."""
+    table = Table(
+        title=Text(summary(result), style="bold"), title_justify="left", box=None, padding=(0, 1), pad_edge=False
+    )
+    for index, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if 2 <= index < 6 else "left", overflow="fold")
+    for c in result.comparisons:
+        table.add_row(*(Text(text, style=STYLES[c.verdict]) for text in cells(c)))
+    return table
+
+
+def verdict_markdown(result: CheckResult) -> str:
+    """A pull-request comment: what failed first, then everything in a fold."""
+    lines = [f"### tokbench check {summary(result)}", ""]
+    for title, rows in (("", result.failures), ("all comparisons", result.comparisons)):
+        if not rows:
+            continue
+        table = ["| " + " | ".join(HEADINGS) + " |", "|---|---|--:|--:|--:|--:|---|"]
+        table += ["| " + " | ".join(markdown_escape(text) for text in cells(c)) + " |" for c in rows]
+        lines += [f"<details><summary>{title}</summary>", "", *table, "", "</details>"] if title else [*table, ""]
+    return "\n".join([*lines, ""])
+
+
+def verdict_junit(result: CheckResult) -> str:
+    """JUnit XML, a test case per comparison."""
+    failed = set(result.failures)
+    suite = ElementTree.Element(
+        "testsuite", name="tokbench check", tests=str(len(result.comparisons)), failures=str(len(failed)), errors="0"
+    )
+    for c in result.comparisons:
+        case = ElementTree.SubElement(suite, "testcase", classname=c.cell, name=c.metric)
+        text = ", ".join(f"{heading} {value}" for heading, value in zip(HEADINGS[2:], cells(c)[2:], strict=True))
+        if c in failed:
+            ElementTree.SubElement(case, "failure", message=text)
+        else:
+            ElementTree.SubElement(case, "system-out").text = text
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
+
+
+def verdict_json(result: CheckResult) -> str:
+    record = {
+        "passed": not result.failures,
+        "summary": summary(result),
+        "comparisons": [asdict(c) for c in result.comparisons],
+    }
+    return json.dumps(record, indent=1, allow_nan=False) + "\n"
+
+
+def most_lost(new: Path, base: Path, metrics: Sequence[str], count: int = 10) -> list[tuple[str, float]]:
+    """(sample id, loss) of the images that lost most, by the first of these metrics that both sides have per image."""
+    if not (per_image_path(new).exists() and per_image_path(base).exists()):
+        return []
+    (ids, ours), (base_ids, theirs) = read_per_image(per_image_path(new)), read_per_image(per_image_path(base))
+    for name in metrics:
+        if ids == base_ids and name in ours and name in theirs and METRICS[name].better != "neither":
+            loss = (ours[name] - theirs[name]) * (1 if METRICS[name].better == "lower" else -1)
+            order = np.argsort(-loss, kind="stable")[:count]
+            return [(ids[i], float(loss[i])) for i in order if loss[i] > 0]
+    return []
+
+
+def strip(rows: Sequence[Sequence[Path]], path: Path) -> Path | None:
+    """A PNG, one row an image: input, baseline, new. Files that are not there are left out; None if none is."""
+    images = []
+    for row in rows:
+        found = [np.asarray(Image.open(file).convert("RGB")) for file in row if file.exists()]
+        if len(found) == len(row) and len({image.shape for image in found}) == 1:
+            images.append(np.concatenate(found, axis=1))
+    images = [image for image in images if image.shape == images[0].shape]
+    if not images:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.concatenate(images)).save(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    return path
