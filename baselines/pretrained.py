@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -37,7 +37,7 @@ FRAME_CLASSES = ("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLCos
 class Half(nn.Module):
     """One direction of a diffusers model: the modules it uses, and the bound method that runs them."""
 
-    def __init__(self, modules: Sequence[nn.Module], run: Callable[[Tensor], Any]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], run: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(modules)
         self.run = run
@@ -46,7 +46,7 @@ class Half(nn.Module):
         return self.run(x.to(next(self.parameters()).dtype))
 
 
-def halves(model: Any) -> dict[str, nn.Module]:
+def halves(model: Any) -> dict[str, Half]:
     """A diffusers autoencoder as {"encoder", "decoder"}: quant_conv is the encoder's, the rest the decoder's."""
     front = [child for name, child in model.named_children() if name.startswith(("encoder", "quant_conv"))]
     back = [child for name, child in model.named_children() if not name.startswith(("encoder", "quant_conv"))]
@@ -164,7 +164,8 @@ class Codebook(Continuous):
     def __init__(self, model: Any, info: TokenizerInfo, shift: Any = 0.0, scale: Any = 1.0) -> None:
         super().__init__(model, info)
         self.quantize = model.quantize
-        self.networks["decoder"].run = lambda z: model.decode(z, force_not_quantize=True, return_dict=False)[0]
+        back = self.networks["decoder"].parts
+        self.networks["decoder"] = Half(back, lambda z: model.decode(z, force_not_quantize=True, return_dict=False)[0])
 
     def encode(self, images: Tensor, *, sample: bool, seeds: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> codes int64 [B, H / f, W / f]."""
@@ -198,7 +199,6 @@ ADAPTERS: dict[str, type[Continuous]] = {
     "AutoencoderKLFlux2": Patched,
     "AutoencoderRAE": Representation,
     "ConsistencyDecoderVAE": Consistency,
-    "VQModel": Codebook,
     **dict.fromkeys(FRAME_CLASSES, Frame),
 }
 
@@ -244,13 +244,15 @@ def wrap(model: Any, row: Published, random_weights: bool) -> Continuous:
     facts, verified = [row.note], not random_weights
     if row.scale is not None:
         if not random_weights and (shift, scale) != (row.shift, row.scale):
-            facts.append(f"shift {row.shift:g} and scale {row.scale:g} used, its config says {shift} and {scale}")
+            found = "states neither" if row.kind == "ldm" else f"says {shift} and {scale}"
+            facts.append(f"shift {row.shift:g} and scale {row.scale:g} used, the checkpoint {found}")
             verified = False
         shift, scale = row.shift, row.scale
     channels = getattr(model.config, "latent_channels", row.channels)
-    patches = model.config.patch_size[0] ** 2 if row.kind == "AutoencoderKLFlux2" else 1
-    if row.channels and channels * patches != row.channels:
-        raise CellError(f"{row.name}: its latents have {channels * patches} channels, expected {row.channels}")
+    if row.kind == "AutoencoderKLFlux2":
+        channels *= model.config.patch_size[0] ** 2
+    if row.channels is not None and channels != row.channels:
+        raise CellError(f"{row.name}: its latents have {channels} channels, expected {row.channels}")
     info = TokenizerInfo(
         name=row.name,
         family=row.family,
@@ -268,7 +270,8 @@ def wrap(model: Any, row: Published, random_weights: bool) -> Continuous:
         verified=verified,
         note="; ".join(filter(None, facts)) if not random_weights else "random weights: for speed only",
     )
-    return ADAPTERS.get(row.kind, Continuous)(model, info, shift, scale)
+    adapter = Codebook if row.codebook_size else ADAPTERS.get(row.kind, Continuous)
+    return adapter(model, info, shift, scale)
 
 
 def config_scale(model: Any) -> tuple[Any, Any]:

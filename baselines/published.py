@@ -86,7 +86,7 @@ _VQ_F4 = {
 }
 _LDM, _DCAE, _SD3 = "arXiv 2112.10752", "arXiv 2410.10733", "arXiv 2403.03206"
 _LPIPS = ("lpips-vgg",)  # the perceptual loss of latent diffusion and its descendants
-_TAE = {
+_TAE: dict[str, Any] = {
     "family": "taesd",
     "kind": "AutoencoderTiny",
     "downsample": 8,
@@ -96,7 +96,7 @@ _TAE = {
 
 
 def _sd(name: str, repo: str, scale: float | None, space: str, licence: str, **rest: Any) -> Published:
-    facts = {
+    facts: dict[str, Any] = {
         "family": "kl-vae",
         "kind": "AutoencoderKL",
         "downsample": 8,

@@ -1,12 +1,11 @@
 """Names of the baselines, for the registry. Cheap to import: each factory imports what it needs."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from baselines.published import PUBLISHED
 from tokbench.registry import register as add
-
-if TYPE_CHECKING:
-    from tokbench.tokenizer import Tokenizer
 
 
 def register() -> None:
@@ -15,62 +14,80 @@ def register() -> None:
     add("bicubic-f{factor}", bicubic, summary="mean over blocks, bicubic up")
     add("pca-f8c4", pca, summary="linear floor: PCA of 8x8 blocks, 4 coefficients")
     add("linear-f8c4", linear, summary="linear floor: ridge decoder over 5x5 PCA latents")
-    add("jpeg-q{quality}", jpeg, summary="JPEG with its measured size")
-    add("webp-q{quality}", webp, summary="WebP with its measured size")
-    add("avif-q{quality}", avif, summary="AVIF with its measured size")
-    add("jxl-q{quality}", jxl, summary="JPEG XL with its measured size (pip install pillow-jxl-plugin)")
+    for file_format, title in (("jpeg", "JPEG"), ("webp", "WebP"), ("avif", "AVIF"), ("jxl", "JPEG XL")):
+        add(f"{file_format}-q{{quality}}", _codec(file_format), summary=f"{title} with its measured size")
     add("klvae", klvae, summary="KL-VAE trained with tokbench; the bundled demo weights, or klvae:FILE")
+    for row in PUBLISHED.values():
+        grid = (
+            f"f{row.downsample}, {row.channels} channels"
+            if row.channels
+            else f"f{row.downsample}, {row.codebook_size} codes"
+        )
+        add(row.name, _published(row.name), summary=f"{grid}; {row.repo or row.file}; licence: {row.licence}")
+    add(
+        "hf",
+        any_autoencoder,
+        summary="hf:OWNER/NAME[:FOLDER] or a folder: any diffusers autoencoder",
+        accepts=_is_folder,
+    )
 
 
-def identity() -> "Tokenizer":
+def identity() -> Any:
     from baselines.classic import Identity
 
     return Identity()
 
 
-def bicubic(factor: int) -> "Tokenizer":
+def bicubic(factor: int) -> Any:
     from baselines.classic import Resample
 
     return Resample(factor)
 
 
-def pca() -> "Tokenizer":
+def pca() -> Any:
     from baselines.classic import linear
 
     return linear("pca-f8c4")
 
 
-def linear() -> "Tokenizer":
+def linear() -> Any:
     from baselines.classic import linear
 
     return linear("linear-f8c4")
 
 
-def jpeg(quality: int) -> "Tokenizer":
-    from baselines.classic import codec
-
-    return codec("jpeg", quality)
-
-
-def webp(quality: int) -> "Tokenizer":
-    from baselines.classic import codec
-
-    return codec("webp", quality)
-
-
-def avif(quality: int) -> "Tokenizer":
-    from baselines.classic import codec
-
-    return codec("avif", quality)
-
-
-def jxl(quality: int) -> "Tokenizer":
-    from baselines.classic import codec
-
-    return codec("jxl", quality)
-
-
-def klvae(file: Path | None = None, random_weights: bool = False) -> "Tokenizer":
+def klvae(file: Path | None = None, random_weights: bool = False) -> Any:
     from baselines.kl_vae import load_tokenizer
 
     return load_tokenizer(file, random_weights=random_weights)
+
+
+def any_autoencoder(file: str, latent_space: str = "") -> Any:
+    from baselines.pretrained import any_autoencoder
+
+    return any_autoencoder(file, latent_space)
+
+
+def _is_folder(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("config.json", "vae/config.json"))
+
+
+def _codec(file_format: str) -> Callable[..., Any]:
+    def factory(quality: int) -> Any:
+        from baselines.classic import codec
+
+        return codec(file_format, quality)
+
+    return factory
+
+
+def _published(name: str) -> Callable[..., Any]:
+    def factory(file: Path | None = None, random_weights: bool = False) -> Any:
+        if PUBLISHED[name].kind == "ldm":
+            from baselines.ldm import published
+        else:
+            from baselines.pretrained import published
+
+        return published(name, file, random_weights)
+
+    return factory

@@ -1,0 +1,289 @@
+"""Checkpoints in the format of latent diffusion (Rombach et al., arXiv 2112.10752) and LlamaGen (arXiv 2406.06525).
+
+One network with one table of configurations; parameters are called as in CompVis/latent-diffusion, and LlamaGen's
+names are translated. Everything is checked strictly against these names and shapes when a file is loaded.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from baselines.pretrained import Continuous, fetch, wrap
+from baselines.published import PUBLISHED
+from ssdd_models.encoder import Posterior
+from tokbench.checkpoints import load_strictly
+from tokbench.errors import CellError, InputError
+
+STATISTICS = "latents_stats.pt"  # VA-VAE's mean and standard deviation of each channel, in a file of its own
+
+
+@dataclass(frozen=True)
+class LDMConfig:
+    """`z_channels` leave the encoder, `latent_channels` remain after the 1x1 convolution behind it."""
+
+    channel_mult: tuple[int, ...]  # one level each, finest first; a level halves the resolution, but for the last
+    z_channels: int
+    latent_channels: int
+    codebook_size: int | None = None
+    unit_codes: bool = False  # codes are normalised to length one
+    decoder_attention: bool = True  # at the coarsest level, where the encoder always has it
+    width: int = 128
+    blocks: int = 2  # residual blocks a level; the decoder has one more
+
+
+CONFIGS = {
+    "vq-f8": LDMConfig((1, 2, 2, 4), 4, 4, codebook_size=16384),
+    "mar-kl16": LDMConfig((1, 1, 2, 2, 4), 16, 16, decoder_attention=False),
+    "va-vae-f16d32": LDMConfig((1, 1, 2, 2, 4), 32, 32),
+    "llamagen-vq8": LDMConfig((1, 2, 2, 4), 256, 8, codebook_size=16384, unit_codes=True),
+    "llamagen-vq16": LDMConfig((1, 1, 2, 2, 4), 256, 8, codebook_size=16384, unit_codes=True),
+}
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = _norm(channels_in), nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.norm2, self.conv2 = _norm(channels), nn.Conv2d(channels, channels, 3, padding=1)
+        if channels_in != channels:
+            self.nin_shortcut = nn.Conv2d(channels_in, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Single-head attention over all positions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).mT for layer in (self.q, self.k, self.v))  # [B, h w, c]
+        return x + self.proj_out(F.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape))
+
+
+class Resize(nn.Module):
+    """A factor of two by convolution: down with zeros at the far edges, or up from nearest neighbours."""
+
+    def __init__(self, channels: int, down: bool) -> None:
+        super().__init__()
+        self.down = down
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if down else 1, padding=0 if down else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, each followed by attention if there is any."""
+
+    def __init__(self, channels_in: int, channels: int, blocks: int, attention: bool) -> None:
+        super().__init__()
+        widths = [channels_in] + [channels] * (blocks - 1)
+        self.block = nn.ModuleList(ResBlock(width, channels) for width in widths)
+        self.attn = nn.ModuleList(Attention(channels) for _ in widths if attention)
+        self.downsample: nn.Module | None = None
+        self.upsample: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        resize = self.downsample or self.upsample
+        return x if resize is None else resize(x)
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1, self.attn_1 = ResBlock(channels, channels), Attention(channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """[B, 3, H, W] in [-1, 1] -> [B, z, H / f, W / f], twice the channels for a posterior."""
+
+    def __init__(self, config: LDMConfig) -> None:
+        super().__init__()
+        widths = [config.width * mult for mult in config.channel_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.width, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(before, width, config.blocks, attention=i == last)
+            for i, (before, width) in enumerate(zip([config.width, *widths], widths, strict=False))
+        )
+        for level, width in zip(self.down[:last], widths, strict=False):
+            level.downsample = Resize(width, down=True)
+        self.mid = Middle(widths[-1])
+        self.norm_out = _norm(widths[-1])
+        outputs = config.z_channels * (1 if config.codebook_size else 2)
+        self.conv_out = nn.Conv2d(widths[-1], outputs, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """[B, z, h, w] -> [B, 3, h f, w f]. Level 0 is the finest, so the list is run backwards."""
+
+    def __init__(self, config: LDMConfig) -> None:
+        super().__init__()
+        widths = [config.width * mult for mult in config.channel_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(
+            Level(before, width, config.blocks + 1, attention=config.decoder_attention and i == last)
+            for i, (width, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True))
+        )
+        for level, width in zip(self.up[1:], widths[1:], strict=True):
+            level.upsample = Resize(width, down=False)
+        self.norm_out = _norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Quantizer(nn.Module):
+    def __init__(self, size: int, dimensions: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size, dimensions)
+
+
+class LDMAutoencoder(nn.Module):
+    """The two networks with the methods that the adapters of baselines.pretrained call."""
+
+    def __init__(self, config: LDMConfig) -> None:
+        super().__init__()
+        self.config = config
+        moments = 1 if config.codebook_size else 2
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = nn.Conv2d(moments * config.z_channels, moments * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.z_channels, 1)
+        if config.codebook_size:
+            self.quantize = Quantizer(config.codebook_size, config.latent_channels)
+
+    def encode(self, x: Tensor, return_dict: bool = False) -> tuple[Tensor | Posterior]:
+        """[B, 3, H, W] in [-1, 1] -> (posterior,), or (vectors before quantisation,) with a codebook."""
+        h = self.quant_conv(self.encoder(x))
+        return (h if self.config.codebook_size else Posterior(h),)
+
+    def decode(self, z: Tensor, return_dict: bool = False, force_not_quantize: bool = True) -> tuple[Tensor]:
+        """[B, c, h, w] -> ([B, 3, H, W],)"""
+        return (self.decoder(self.post_quant_conv(z)),)
+
+
+def ldm_name(key: str, levels: int) -> str:
+    """LlamaGen's parameter name in latent diffusion's spelling (which comes back unchanged).
+
+    LlamaGen calls levels conv_blocks and counts the decoder's from the coarsest one; its middle is a list.
+    """
+    for number, name in enumerate(("block_1", "attn_1", "block_2")):
+        key = key.replace(f".mid.{number}.", f".mid.{name}.")
+    if found := re.fullmatch(r"(encoder|decoder)\.conv_blocks\.(\d+)\.(.*)", key):
+        side, level, rest = found[1], int(found[2]), re.sub(r"^res\.", "block.", found[3])
+        return f"encoder.down.{level}.{rest}" if side == "encoder" else f"decoder.up.{levels - 1 - level}.{rest}"
+    return key
+
+
+def read_tensors(path: Path, name: str) -> dict[str, Any]:
+    """What a .safetensors, .pt or .ckpt file holds, unwrapped from "state_dict" or "model".
+
+    Raises CellError for a damaged file and for one that torch's weights_only reader refuses.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        advice = "refused, for reading it would run its code; save its tensors as safetensors where you trust it"
+        raise CellError(f"{name}: {path} holds more than tensors: {advice}") from error
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CellError(f"{name}: {path} is damaged or half downloaded ({reason})") from error
+    for key in ("state_dict", "model"):
+        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
+            held = held[key]
+    if not isinstance(held, Mapping):
+        raise CellError(f"{name}: {path} holds a {type(held).__name__}, not named tensors")
+    return dict(held)
+
+
+def load(path: Path, config: LDMConfig, name: str) -> LDMAutoencoder:
+    """The autoencoder in a file; discriminators, loss networks and counters beside it are ignored.
+
+    Raises CellError if a parameter is missing, left over or of another shape.
+    """
+    model = LDMAutoencoder(config)
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.embedding.")
+    held = {ldm_name(key, len(config.channel_mult)): value for key, value in read_tensors(path, name).items()}
+    try:
+        load_strictly(model, {key: value.float() for key, value in held.items() if key.startswith(parts)}, path)
+    except InputError as error:
+        raise CellError(f"{name}: {error}") from error
+    return model.eval()
+
+
+def statistics(path: Path, channels: int, name: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each latent channel, [c] each, from VA-VAE's file of statistics."""
+    held = read_tensors(path, name)
+    mean, deviation = held.get("mean"), held.get("std")
+    if not (
+        isinstance(mean, Tensor) and isinstance(deviation, Tensor) and mean.numel() == deviation.numel() == channels
+    ):
+        raise CellError(f"{name}: {path} does not hold mean and std of {channels} channels")
+    return mean.flatten().float(), deviation.flatten().float()
+
+
+def published(name: str, file: Path | None = None, random_weights: bool = False) -> Continuous:
+    """A row of CONFIGS from `file`, or from the hub where its authors keep it there, or with random weights.
+
+    Raises CellError if the file is missing, damaged, pickled or does not fit.
+    """
+    row, config = PUBLISHED[name], CONFIGS[name]
+    if random_weights:
+        model = LDMAutoencoder(config).eval()
+    elif file is None and not row.repo:
+        raise CellError(f"{name}: not on the hub; download {row.file} ({row.note}) and write {name}:{row.file}")
+    else:
+        file = file or fetch(row.repo, row.file, name)
+        model = load(file, config, name)
+    if config.unit_codes:  # only directions count: distances to unit codes order as products with them
+        model.quantize.embedding.weight.data = F.normalize(model.quantize.embedding.weight.data, dim=-1)
+    tokenizer = wrap(model, row, random_weights)
+    if name == "va-vae-f16d32" and file is not None:
+        beside = file.with_name(STATISTICS)
+        mean, deviation = statistics(
+            beside if beside.is_file() else fetch(row.repo, STATISTICS, name), config.latent_channels, name
+        )
+        tokenizer.shift, tokenizer.scale = mean.reshape(-1, 1, 1), 1 / deviation.reshape(-1, 1, 1)
+    return tokenizer
