@@ -78,6 +78,23 @@ def report(
     raise typer.Exit(build(options))
 
 
+data_app = typer.Typer(no_args_is_help=True, help="Look at images before a run.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command(name="info")
+def data_info(
+    data: Annotated[str, typer.Argument(help="samples, a folder, an archive, imagenet:ROOT or hf:NAME.")],
+    split: Annotated[str | None, typer.Option(help="Split of the data set.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take only N images, chosen by hash of their id.")] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image to its end.")] = False,
+) -> None:
+    """Show count, sizes, formats, problems and fingerprint of a data set."""
+    from tokbench.data import describe, open_source
+
+    typer.echo("\n".join(describe(open_source(data, split, limit), decode=decode)))
+
+
 @app.command(name="list")
 def list_known(what: Annotated[str, typer.Argument(help="models, metrics or protocols")] = "models") -> None:
     """Show what can be named: models with their options, metrics, protocols."""

@@ -1,22 +1,13 @@
-"""Image sources by name, and the loader that turns them into batches of crops with sample ids."""
+"""Image sources by name, and what is in them."""
 
 import os
 import re
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
 from tokbench.archives import list_archive, unpacked
 from tokbench.errors import InputError
-from tokbench.images import NOTES, UPSCALED, crop
-from tokbench.protocols import Protocol
 from tokbench.sources import (
     ArchiveSource,
     FileSource,
@@ -24,7 +15,6 @@ from tokbench.sources import (
     Source,
     list_folder,
     sample_id,
-    shown,
     unique_ids,
 )
 
@@ -196,173 +186,34 @@ def _image_column(rows: Any, datasets: Any, name: str) -> str:
     raise InputError(f"hf:{name}: no column of images among {', '.join(rows.features)}")
 
 
-class CropCache:
-    """Crops of one source, resolution and crop rule in a file, so that a second model need not decode them again.
-
-    Plain reads and writes at offsets, safe for any number of processes; a record counts once its checksum is there.
-    """
-
-    RECORD = 5  # crc32 of the pixels, notes + 128
-
-    def __init__(self, folder: Path, source: Source, resolution: int, protocol: Protocol) -> None:
-        name = f"{source.fingerprint()[:16]}-{protocol.crop}-{protocol.real_rounding}-{resolution}"
-        self.pixels, self.records = folder / f"{name}.u8", folder / f"{name}.crc"
-        self.shape = (resolution, resolution, 3)
-        self.bytes = 3 * resolution**2
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in (self.pixels, self.records):
-            path.touch()
-
-    @staticmethod
-    def fits(folder: Path, num_images: int, resolution: int) -> bool:
-        """Whether the crops would take at most half of what is free on the disk."""
-        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        status = os.statvfs(existing)
-        return num_images * 3 * resolution**2 <= status.f_bavail * status.f_frsize // 2
-
-    def get(self, index: int) -> tuple[np.ndarray, int] | None:
-        """The crop uint8 [R, R, 3] and its notes, or None."""
-        record = _read_at(self.records, index * self.RECORD, self.RECORD)
-        if len(record) < self.RECORD or record[4] < 128:
-            return None
-        data = _read_at(self.pixels, index * self.bytes, self.bytes)
-        if zlib.crc32(data) != int.from_bytes(record[:4], "little"):
-            return None
-        return np.frombuffer(data, dtype=np.uint8).reshape(self.shape), record[4] - 128
-
-    def put(self, index: int, pixels: np.ndarray, notes: int) -> None:
-        """Keep a crop; a full disk is not an error, only slower."""
-        data = pixels.tobytes()
-        try:
-            _write_at(self.pixels, index * self.bytes, data)
-            record = zlib.crc32(data).to_bytes(4, "little") + bytes([notes + 128])
-            _write_at(self.records, index * self.RECORD, record)
-        except OSError:
-            return
-
-    def drop(self) -> None:
-        """Delete the files."""
-        self.pixels.unlink(missing_ok=True)
-        self.records.unlink(missing_ok=True)
+def describe(source: Source, *, decode: bool = False) -> list[str]:
+    """Lines for `tokbench data info`: what a run would see. `decode` reads every image to its end to find damage."""
+    facts = source.facts()
+    problems = [*source.problems, *(fact.problem for fact in facts if fact.problem)]
+    if decode:
+        problems += [reason for reason in (_damage(source, i) for i, f in enumerate(facts) if not f.problem) if reason]
+    sizes = sorted((fact.width, fact.height) for fact in facts if not fact.problem)
+    by_area = sorted(sizes, key=lambda size: size[0] * size[1])
+    lines = [f"name         {source.name}" + (f" (split {source.split})" if source.split else "")]
+    lines.append(f"images       {len(source)}")
+    if sizes:
+        small, middle, large = (f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1]))
+        lines.append(f"sizes        {small} to {large}, median {middle}")
+        below = {res: sum(min(size) < res for size in sizes) for res in (128, 256, 512, 1024)}
+        lines.append("too small    " + ", ".join(f"{count} for {res} px" for res, count in below.items()))
+    for title, names in (("formats", [f.format for f in facts]), ("modes", [f.mode for f in facts])):
+        counts = Counter(name for name in names if name).most_common()
+        lines.append(f"{title:<13}" + ", ".join(f"{name} {count}" for name, count in counts))
+    lines.append(f"fingerprint  {source.fingerprint()}")
+    lines.append(
+        f"problems     {len(problems) or 'none' if decode or problems else 'none found (--decode looks closer)'}"
+    )
+    return lines + [f"  {problem}" for problem in problems]
 
 
-def _read_at(path: Path, offset: int, size: int) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        return file.read(size)
-
-
-def _write_at(path: Path, offset: int, data: bytes) -> None:
-    with open(path, "r+b", buffering=0) as file:
-        file.seek(offset)
-        file.write(data)
-
-
-Loaded = tuple[int, np.ndarray | None, int, str]  # index, crop, notes, why there is none
-
-
-class _Crops(Dataset[Any]):
-    """Crops by index, decoded in whichever process asks."""
-
-    def __init__(self, source: Source, resolution: int, protocol: Protocol, upscale: bool, cache: CropCache | None):
-        self.source, self.resolution, self.protocol = source, resolution, protocol
-        self.upscale, self.cache = upscale, cache
-
-    def __getitem__(self, index: int) -> Loaded:
-        kept = self.cache.get(index) if self.cache else None
-        if kept is None:
-            try:
-                kept = self._make(index)
-            except InputError as error:  # as a value: the loader would wrap it in a traceback
-                return index, None, 0, str(error)
-            if self.cache:
-                self.cache.put(index, *kept)
-        return index, *kept, ""
-
-    def _make(self, index: int) -> tuple[np.ndarray, int]:
-        image, notes = self.source.load(index)
-        if min(image.size) < self.resolution:
-            if not self.upscale:
-                size, where = f"{image.width}x{image.height}", self.source.where(index)
-                raise InputError(f"{where}: {size} is smaller than {self.resolution}; use --upscale or --skip-bad")
-            notes |= UPSCALED
-        return crop(image, self.resolution, self.protocol), notes
-
-
-def _collate(items: Sequence[Loaded]) -> tuple[list[int], Tensor, list[int], list[tuple[int, str]]]:
-    good = [(index, pixels, notes) for index, pixels, notes, _ in items if pixels is not None]
-    bad = [(index, reason) for index, pixels, _, reason in items if pixels is None]
-    stacked = np.stack([pixels for _, pixels, _ in good]) if good else np.empty((0, 1, 1, 3), np.uint8)
-    images = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
-    return [index for index, _, _ in good], images, [notes for _, _, notes in good], bad
-
-
-class Loader:
-    """Batches (ids, uint8 [B, 3, R, R]) of a source's crops, decoded by worker processes ahead of their use.
-
-    `indices` are the samples wanted, in order (a rank's share that is not measured yet); None is all. An image that
-    cannot be used raises InputError naming it, or with `skip_bad` is left out and kept in `skipped` {id: reason}; a
-    batch may then be smaller. `notes` counts what else was done to images. Iterate once.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        resolution: int,
-        protocol: Protocol,
-        *,
-        batch_size: int,
-        indices: Sequence[int] | None = None,
-        workers: int | None = None,
-        pin_memory: bool = False,
-        upscale: bool = False,
-        skip_bad: bool = False,
-        cache: CropCache | None = None,
-    ) -> None:
-        self.source, self.skip_bad = source, skip_bad
-        self.skipped: dict[str, str] = {}
-        self.notes: Counter[str] = Counter()
-        wanted = list(range(len(source)) if indices is None else indices)
-        workers = default_workers(len(wanted)) if workers is None else workers
-        self._batches: DataLoader[Any] = DataLoader(
-            _Crops(source, resolution, protocol, upscale, cache),
-            batch_size=batch_size,
-            sampler=wanted,
-            num_workers=workers,
-            collate_fn=_collate,
-            pin_memory=pin_memory and torch.cuda.is_available(),
-            prefetch_factor=4 if workers else None,
-        )
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[tuple[list[str], Tensor]]:
-        for indices, images, notes, bad in self._alive():
-            for index, reason in bad:
-                if not self.skip_bad:
-                    raise InputError(reason)
-                self.skipped[self.source.ids[index]] = reason
-            self.notes.update(text for note in notes for bit, text in NOTES.items() if note & bit)
-            if indices:
-                yield [self.source.ids[index] for index in indices], images
-
-    def _alive(self) -> Iterator[Any]:
-        try:
-            yield from self._batches
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise InputError("a loading process was killed (memory? /dev/shm?); try fewer --workers, or 0") from error
-
-
-def default_workers(num_images: int) -> int:
-    """None for so few images that starting processes costs more than it saves; else one a core, at most 8."""
-    return 0 if num_images <= 64 else min(8, len(os.sched_getaffinity(0)))
-
-
-def refuse_small(source: Source, resolution: int) -> None:
-    """InputError naming the images that are smaller than the resolution, before anything is measured."""
-    if names := source.small(resolution):
-        count = "1 image is" if len(names) == 1 else f"{len(names)} images are"
-        raise InputError(f"{count} smaller than {resolution} px: {shown(names)}; use --upscale or --skip-bad")
+def _damage(source: Source, index: int) -> str:
+    try:
+        source.load(index)
+    except InputError as error:
+        return str(error)
+    return ""
