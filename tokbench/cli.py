@@ -95,6 +95,57 @@ def data_info(
     typer.echo("\n".join(describe(open_source(data, split, limit), decode=decode)))
 
 
+@app.command()
+def speed(
+    models: Models,
+    res: Resolutions = "256",
+    batch_size: Annotated[str, typer.Option(help="auto, or numbers of images to try, comma-separated.")] = "auto",
+    device: Device = "auto",
+    dtype: DataType = "float32",
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the networks.")] = False,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="No checkpoints: speed only.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="3 iterations, default decode steps, no gate.")] = False,
+    reference: Annotated[str | None, typer.Option(help="Row that speed-ups refer to; default: the first.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for plots.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for records.")] = Path("runs/speed"),
+) -> None:
+    """Measure throughput, latency, memory and cost, models in turns."""
+    from tokbench.speed import SpeedOptions, measure, parse_numbers, show
+
+    options = SpeedOptions.read(
+        models=models, resolutions=parse_numbers(res, "--res"), device=device, dtype=dtype, compile=compile,
+        batch_sizes=None if batch_size == "auto" else parse_numbers(batch_size, "--batch-size"), quick=quick,
+        random_weights=random_weights, out=out,
+    )  # fmt: skip
+    raise typer.Exit(show(measure(options), reference, plots))
+
+
+@app.command()
+def check(
+    new: Annotated[Path, typer.Argument(help="New results: a file or a folder.")],
+    against: Annotated[Path, typer.Option(help="Baseline: a file or a folder.")],
+    tolerance: Annotated[str | None, typer.Option(help="psnr=0.05,lpips-alex=1%,...; else the table's.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Compare only these, comma-separated.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Fail on any change.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail on an inconclusive metric too.")] = False,
+    speed: Annotated[bool, typer.Option("--speed", help="The folders hold speed records.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="File for a pull-request comment.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="File for JUnit XML.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File for JSON.")] = None,
+    strips: Annotated[Path | None, typer.Option(help="Folder for pictures of the images that lost most.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Make NEW the baseline.")] = False,
+    accept: Annotated[bool, typer.Option("--accept", help="With --update: even where it is worse.")] = False,
+) -> None:
+    """Fail when quality got worse than a baseline."""
+    from tokbench.report.verdicts import CheckOptions, run_check
+
+    options = CheckOptions(
+        new=new, against=against, tolerance=tolerance, metrics=metrics, exact=exact, strict=strict, speed=speed,
+        markdown=markdown, junit=junit, json=json, strips=strips, update=update, accept=accept,
+    )  # fmt: skip
+    raise typer.Exit(run_check(options))
+
+
 @app.command(name="list")
 def list_known(what: Annotated[str, typer.Argument(help="models, metrics or protocols")] = "models") -> None:
     """Show what can be named: models with their options, metrics, protocols."""

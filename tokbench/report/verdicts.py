@@ -1,21 +1,25 @@
 """What a check found, for people (terminal, pull request, picture) and for machines (JUnit XML, JSON)."""
 
 import json
+import os
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tokbench.check import CheckResult, Comparison
+from tokbench.check import CheckResult, Comparison, check, check_speed, parse_tolerances, update
 from tokbench.errors import InputError
 from tokbench.metrics import METRICS
 from tokbench.report.tables import markdown_escape
-from tokbench.store import per_image_path, read_per_image
+from tokbench.store import per_image_path, read_per_image, writable, write_whole
 
 STYLES = {"worse": "bold red", "better": "green", "same": "", "inconclusive": "yellow"}
 HEADINGS = ("cell", "metric", "baseline", "new", "worse by", "tolerated", "verdict")
@@ -120,3 +124,71 @@ def strip(rows: Sequence[Sequence[Path]], path: Path) -> Path | None:
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     return path
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What `tokbench check` was asked for."""
+
+    new: Path
+    against: Path
+    tolerance: str | None = None
+    metrics: str | None = None
+    exact: bool = False
+    strict: bool = False
+    speed: bool = False
+    markdown: Path | None = None
+    junit: Path | None = None
+    json: Path | None = None
+    strips: Path | None = None
+    update: bool = False
+    accept: bool = False
+
+
+def run_check(options: CheckOptions) -> int:
+    """Compare, print, write what was asked for; 1 if something got worse. GitHub's step summary gets the Markdown."""
+    tolerances = parse_tolerances(options.tolerance)
+    metrics = [name.strip() for name in options.metrics.split(",")] if options.metrics else None
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if options.update:
+        rules: dict[str, Any] = {"tolerances": tolerances, "metrics": metrics}
+        for line in update(options.new, options.against, accept=options.accept, **rules):
+            console.print(Text(line))
+        return 0
+    if options.speed:
+        result = CheckResult(tuple(check_speed(options.new, options.against)), options.strict)
+    else:
+        rules = {"tolerances": tolerances, "metrics": metrics, "exact": options.exact, "strict": options.strict}
+        result = check(options.new, options.against, **rules)
+    console.print(verdict_table(result))
+    texts = {
+        options.markdown: verdict_markdown,
+        options.junit: verdict_junit,
+        options.json: verdict_json,
+    }
+    for path, text in texts.items():
+        if path is not None:
+            write_whole(path, text(result))
+    if step_summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with writable(Path(step_summary)), open(step_summary, "a", encoding="utf-8") as file:
+            file.write(verdict_markdown(result))
+    if options.strips is not None:
+        draw_strips(result, options.strips, console)
+    return int(bool(result.failures))
+
+
+def draw_strips(result: CheckResult, folder: Path, console: Console) -> None:
+    """A picture per cell of the ten images that lost most, and their names."""
+    for new, base in result.pairs:
+        lost = most_lost(new, base, ["lpips-alex", "psnr"])
+        for sample, loss in lost:
+            console.print(Text(f"{new.stem}: {sample} lost {loss:.4g}"))
+        rows = [
+            [
+                new.parent / "real.images" / f"{sample}.png",
+                *(p.parent / f"{p.stem}.images" / f"{sample}.png" for p in (base, new)),
+            ]
+            for sample, _ in lost
+        ]
+        if lost and strip(rows, folder / f"{new.parent.name}-{new.stem}.png") is None:
+            console.print(Text(f"{new.stem}: no picture, both sides need `tokbench run --save-images`"))

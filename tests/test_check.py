@@ -1,0 +1,144 @@
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from tests.records import record, rows, write
+from tokbench.check import check, judge, parse_tolerances, update
+from tokbench.errors import InputError
+from tokbench.report.verdicts import most_lost, verdict_json, verdict_junit, verdict_markdown, verdict_table
+
+
+def lay(folder: Path, **facts: object) -> Path:
+    """One cell with its per-image rows."""
+    shape = {key: facts.get(key, default) for key, default in (("seed", 0), ("n", 29), ("shift", 0.0))}
+    return write(folder, record("klvae", **facts), rows(**shape))
+
+
+def test_equal_results_are_the_same(tmp_path):
+    lay(tmp_path / "base")
+    lay(tmp_path / "new")
+    result = check(tmp_path / "new", tmp_path / "base", exact=True)
+    assert not result.failures
+    assert {c.verdict for c in result.comparisons} == {"same"}
+    assert {c.metric for c in result.comparisons} == {"psnr", "ssim", "lpips-alex", "lpips-vgg"}  # rfid: null on both
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(-0.5, "worse"), (0.5, "better"), (0.0, "same")])
+def test_direction_decides_what_is_worse(tmp_path, shift, verdict):
+    lay(tmp_path / "base")
+    lay(tmp_path / "new", shift=shift)
+    result = check(tmp_path / "new", tmp_path / "base")
+    assert {c.verdict for c in result.comparisons} == {verdict}
+    assert bool(result.failures) == (verdict == "worse")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.11, 0.3, "worse"),
+        (-0.05, 0.09, "same"),
+        (-0.4, -0.2, "better"),
+        (0.05, 0.3, "inconclusive"),
+        (-0.5, 0.5, "inconclusive"),
+    ],
+)
+def test_an_interval_is_judged_against_the_tolerance(low, high, verdict):
+    assert judge(low, high, 0.1) == verdict
+
+
+def test_inconclusive_passes_unless_strict(tmp_path):
+    lay(tmp_path / "base")
+    lay(tmp_path / "new", seed=7)
+    rules = {"tolerances": {"psnr": "0", "ssim": "0", "lpips-alex": "0", "lpips-vgg": "0"}}
+    assert not check(tmp_path / "new", tmp_path / "base", **rules).failures
+    assert check(tmp_path / "new", tmp_path / "base", strict=True, **rules).failures
+
+
+def test_a_certain_loss_below_the_tolerance_warns(tmp_path):
+    lay(tmp_path / "base")
+    lay(tmp_path / "new", shift=-0.02)
+    result = check(tmp_path / "new", tmp_path / "base", metrics=["psnr"], tolerances={"psnr": "0.5"})
+    assert [c.verdict for c in result.comparisons] == ["same"]
+    assert result.comparisons[0].warning
+
+
+def test_without_rows_the_tolerance_alone_decides(tmp_path):
+    write(tmp_path / "base", record("klvae"))
+    write(tmp_path / "new", record("klvae", shift=-0.5))
+    result = check(tmp_path / "new", tmp_path / "base", tolerances={"psnr": "10"})
+    verdicts = {c.metric: c.verdict for c in result.comparisons}
+    assert verdicts["psnr"] == "same"
+    assert verdicts["ssim"] == "worse"
+    assert all(c.low is None for c in result.comparisons)
+
+
+def test_exact_fails_on_any_change(tmp_path):
+    lay(tmp_path / "base")
+    write(tmp_path / "new", record("klvae"), {k: v + (np.arange(29) == 3) * 1e-9 for k, v in rows(0, 29, 0.0).items()})
+    assert not check(tmp_path / "new", tmp_path / "base").failures
+    assert len(check(tmp_path / "new", tmp_path / "base", exact=True).failures) == 4
+
+
+def test_what_cannot_be_compared_is_an_error(tmp_path):
+    base = lay(tmp_path / "base")
+    with pytest.raises(InputError, match="no such cell"):
+        lay(tmp_path / "other", res=128)
+        check(tmp_path / "other", tmp_path / "base")
+    for field, value, words in (
+        ("protocol_fingerprint", "e" * 16, "protocol"),
+        ("dataset", {"fingerprint": "a" * 16}, "other images"),
+        ("tokenizer", {"decode_steps": 8}, "8 decode steps"),
+        ("schema", 99, "schema 99"),
+    ):
+        changed = json.loads(base.read_text())
+        changed[field] = {**changed[field], **value} if isinstance(value, dict) else value
+        path = tmp_path / field / "adm" / "samples-256" / "klvae.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(changed))
+        with pytest.raises(InputError, match=words):
+            check(tmp_path / field, tmp_path / "base")
+    with pytest.raises(InputError, match="dists cannot be compared"):
+        check(tmp_path / "base", tmp_path / "base", metrics=["dists"])
+    with pytest.raises(InputError, match="unknown metric 'psrn'"):
+        check(tmp_path / "base", tmp_path / "base", metrics=["psrn"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no results"):
+        check(tmp_path / "empty", tmp_path / "base")
+
+
+def test_tolerances_are_read_strictly():
+    assert parse_tolerances("psnr=0.05,lpips-alex=1%") == {"psnr": "0.05", "lpips-alex": "1%"}
+    for text in ("psnr", "psnr=x", "psnr=-1", "nothing=1"):
+        with pytest.raises(InputError, match="--tolerance"):
+            parse_tolerances(text)
+
+
+def test_update_keeps_a_better_baseline_unless_told(tmp_path):
+    lay(tmp_path / "base")
+    lay(tmp_path / "new", shift=-1.0)
+    before = {path: path.read_bytes() for path in (tmp_path / "base").rglob("*.*")}
+    with pytest.raises(InputError, match="--accept"):
+        update(tmp_path / "new", tmp_path / "base")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "base").rglob("*.*")}
+    assert any("psnr" in line for line in update(tmp_path / "new", tmp_path / "base", accept=True))
+    assert not check(tmp_path / "new", tmp_path / "base", exact=True).failures
+    lay(tmp_path / "more", res=128)
+    assert update(tmp_path / "more", tmp_path / "base") == ["klvae at 128 px: new"]
+    check(tmp_path / "new", tmp_path / "base", exact=True)
+
+
+def test_outputs_say_what_failed(tmp_path):
+    base, new = lay(tmp_path / "base"), lay(tmp_path / "new", shift=-1.0)
+    result = check(tmp_path / "new", tmp_path / "base")
+    suite = ElementTree.fromstring(verdict_junit(result).partition("\n")[2])
+    assert suite.get("failures") == suite.get("tests") == "4"
+    assert len(suite.findall("testcase/failure")) == 4
+    assert json.loads(verdict_json(result))["passed"] is False
+    assert "FAILED: 4 comparisons, 4 worse" in verdict_markdown(result)
+    assert verdict_table(result).row_count == 4
+    lost = most_lost(new, base, ["psnr"])
+    assert len(lost) == 10
+    assert lost == sorted(lost, key=lambda pair: -pair[1])
