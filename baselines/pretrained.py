@@ -1,8 +1,8 @@
 """Published autoencoders through diffusers: one adapter for continuous latents, variants for the others."""
 
+import inspect
 import json
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -98,17 +98,16 @@ class Continuous:
 
 
 class Frame(Continuous):
-    """A video autoencoder on one frame: the same latents with a time axis of one."""
-
-    def __init__(self, model: Any, info: TokenizerInfo, shift: Any = 0.0, scale: Any = 1.0) -> None:
-        super().__init__(model, info, shift, scale)
-        self.shift, self.scale = self.shift[..., None], self.scale[..., None]
+    """A video autoencoder on one frame, whose time axis does not travel."""
 
     def run_encoder(self, x: Tensor) -> Any:
         return super().run_encoder(x[:, :, None])
 
+    def normalise(self, z: Tensor) -> Tensor:
+        return super().normalise(z[:, :, 0])
+
     def run_decoder(self, z: Tensor) -> Tensor:
-        return super().run_decoder(z)[:, :, 0]
+        return super().run_decoder(z[:, :, None])[:, :, 0]
 
 
 class Patched(Continuous):
@@ -213,6 +212,12 @@ def published(name: str, file: Path | None = None, random_weights: bool = False)
         model = _class(name, row.kind)(**(row.config or {})).eval()
     else:
         model = load_model(str(file) if file else row.repo, "" if file else row.subfolder, row.kind, name)
+        downsample, channels = latent_shape(row.kind, model.config, name)
+        if (downsample, channels) != (row.downsample, row.channels or channels):
+            raise CellError(
+                f"{name}: {file or row.repo} has f{downsample} and {channels} channels, expected f{row.downsample} and "
+                f"{row.channels}; load it as hf:{file or row.repo}"
+            )
     return wrap(model, row, random_weights)
 
 
@@ -230,7 +235,7 @@ def any_autoencoder(source: str, latent_space: str = "") -> Any:
         subfolder = "vae"  # a whole pipeline
     model = load_model(repo, subfolder, None, source)
     kind = type(model).__name__
-    shape = latent_shape(kind, dict(model.config), source)
+    shape = latent_shape(kind, model.config, source)
     note = f"{kind}; scale and shift from its config"
     row = Published(source, "diffusers", repo, kind, *shape, latent_space=latent_space, note=note)
     if kind == "VQModel":
@@ -239,7 +244,7 @@ def any_autoencoder(source: str, latent_space: str = "") -> Any:
 
 
 def wrap(model: Any, row: Published, random_weights: bool) -> Continuous:
-    """The tokenizer around a model. Raises CellError if its latents have not the channels of the row."""
+    """The tokenizer around a model, with the row's scale and shift or, where it has none, those of the config."""
     shift, scale = config_scale(model)
     facts, verified = [row.note], not random_weights
     if row.scale is not None:
@@ -248,11 +253,6 @@ def wrap(model: Any, row: Published, random_weights: bool) -> Continuous:
             facts.append(f"shift {row.shift:g} and scale {row.scale:g} used, the checkpoint {found}")
             verified = False
         shift, scale = row.shift, row.scale
-    channels = getattr(model.config, "latent_channels", row.channels)
-    if row.kind == "AutoencoderKLFlux2":
-        channels *= model.config.patch_size[0] ** 2
-    if row.channels is not None and channels != row.channels:
-        raise CellError(f"{row.name}: its latents have {channels} channels, expected {row.channels}")
     info = TokenizerInfo(
         name=row.name,
         family=row.family,
@@ -284,11 +284,13 @@ def config_scale(model: Any) -> tuple[Any, Any]:
     return getattr(config, "shift_factor", None) or 0.0, scale
 
 
-def latent_shape(kind: str, config: dict[str, Any], name: str) -> tuple[int, int]:
+def latent_shape(kind: str, config: Mapping[str, Any], name: str) -> tuple[int, int]:
     """(pixels per position, channels) of an architecture, by running it without memory on the meta device."""
     size = config.get("encoder_input_size") or 256
+    build = _class(name, kind)
+    known = inspect.signature(build.__init__).parameters  # some classes put more into their config than they take
     with torch.device("meta"), torch.no_grad():
-        model = _class(name, kind)(**{key: value for key, value in config.items() if not key.startswith("_")}).eval()
+        model = build(**{key: value for key, value in config.items() if key in known}).eval()
         image = torch.empty(1, 3, *([1] if kind in FRAME_CLASSES else []), size, size)
         encoded = model.encode(image, return_dict=False)[0]
     shape = (encoded if isinstance(encoded, Tensor) else encoded.mean).shape
@@ -332,7 +334,7 @@ def load_model(source: str, subfolder: str, kind: str | None, name: str) -> Any:
 def fetch(repo: str, file: str, name: str) -> Path:
     """A file of a hub repository, from the cache or fetched. Raises CellError saying what to do."""
     try:
-        return Path(hf_hub_download(repo, file, local_files_only=offline() or os.environ.get("HF_HUB_OFFLINE") == "1"))
+        return Path(hf_hub_download(repo, file, local_files_only=offline()))
     except GatedRepoError as error:
         advice = f"accept its licence at https://huggingface.co/{repo}, then run: hf auth login"
         raise CellError(f"{name}: {repo} is gated; {advice}") from error
@@ -353,6 +355,7 @@ def fetch(repo: str, file: str, name: str) -> Path:
 def _class(name: str, kind: str) -> Any:
     import diffusers
 
+    diffusers.logging.set_verbosity_error()  # its remarks on harmless config entries; what matters is raised here
     found = getattr(diffusers, kind, None)
     if found is None or not all(hasattr(found, method) for method in ("encode", "decode", "from_pretrained")):
         raise CellError(f"{name}: {kind} is no autoencoder of diffusers {diffusers.__version__}")
