@@ -12,7 +12,7 @@ from tokbench.protocols import Protocol
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff"))
 # What Pillow's readers raise on damaged files; anything else is a fault of ours and should show.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, OverflowError)
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, LookupError, ArithmeticError, RuntimeError)
 
 # What was done to an image besides decoding it: bits of a number, because crops are cached with it.
 ON_WHITE, TURNED, UPSCALED = 1, 2, 4
@@ -28,7 +28,7 @@ def open_header(data: bytes, where: str) -> Image.Image:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         limit = Image.MAX_IMAGE_PIXELS
         raise InputError(
-            f"{where}: more than Pillow's limit of {limit} pixels; make it smaller or leave it out"
+            f"{where}: more than Pillow's limit of {limit} pixels; make it smaller or use --skip-bad"
         ) from error
     except DECODE_ERRORS as error:
         raise InputError(f"{where}: not a readable image ({_reason(error)}); remove it or use --skip-bad") from error

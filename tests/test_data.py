@@ -1,0 +1,414 @@
+"""Laws of image sources: every layout, every file format, every way a file or an archive can be wrong."""
+
+import contextlib
+import io
+import os
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokbench import sources
+from tokbench.data import SAMPLES, describe, open_source
+from tokbench.errors import InputError
+from tokbench.images import ON_WHITE, TURNED, decode
+from tokbench.sources import Source
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def gray(value: int, size: tuple[int, int] = (8, 6)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (value, value, value)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Class folders with 12 images and things that are none."""
+    root = tmp_path / "photos"
+    for i in range(12):
+        path = root / f"n{i % 3}" / f"img{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gray(i))
+    (root / "labels.csv").write_text("x")
+    (root / "n0" / "._img00.png").write_bytes(b"macOS")
+    return root
+
+
+def tar_of(folder: Path, path: Path, mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        tar.add(folder, arcname=".")
+    return path
+
+
+def zip_of(folder: Path, path: Path, method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for file in sorted(folder.rglob("*.png")):
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+LAYOUTS: dict[str, Callable[[Path, Path], str]] = {
+    "folder": lambda folder, out: f"folder:{folder}",
+    "path": lambda folder, out: str(folder),
+    "tar": lambda folder, out: str(tar_of(folder, out / "a.tar")),
+    "tar.gz": lambda folder, out: str(tar_of(folder, out / "a.tar.gz", "w:gz")),
+    "zip": lambda folder, out: f"tar:{zip_of(folder, out / 'a.zip')}",
+    "stored zip": lambda folder, out: str(zip_of(folder, out / "a.zip", zipfile.ZIP_STORED)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_the_same_data_set(layout: str, folder: Path, tmp_path: Path) -> None:
+    plain = open_source(folder)
+    source = open_source(LAYOUTS[layout](folder, tmp_path))
+    assert source.ids == plain.ids == sorted(plain.ids)
+    assert source.ids[0] == "n0/img00"
+    assert source.fingerprint() == plain.fingerprint()
+    assert [np.asarray(source.read(i))[0, 0, 0] for i in range(12)] == [int(x[-2:]) for x in source.ids]
+
+
+def test_a_list_of_paths_is_read_relative_to_its_folder(folder: Path) -> None:
+    (folder / "some.txt").write_text(f"n1/img01.png\n\nn0/img00.png\n{folder}/n2/img02.png\n")
+    source = open_source(folder / "some.txt")
+    assert sorted(source.ids)[:2] == ["n0/img00", "n1/img01"]
+    assert [np.asarray(source.read(i))[0, 0, 0] for i in range(3)] == [int(x[-2:]) for x in source.ids]
+
+
+def test_imagenet_has_the_same_ids_however_it_lies_on_disk(tmp_path: Path) -> None:
+    flat, classes, kaggle, shipped = (tmp_path / name for name in ("flat", "classes", "kaggle", "shipped"))
+    for i in range(4):
+        name = f"ILSVRC2012_val_{i:08d}.JPEG"
+        for place in (flat, classes / "val" / f"n{3 - i}", kaggle / "ILSVRC/Data/CLS-LOC/val"):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(gray(i))
+    shipped.mkdir()
+    tar_of(flat, shipped / "ILSVRC2012_img_val.tar")
+    found = [open_source(f"imagenet:{root}") for root in (flat, classes, kaggle, shipped)]
+    assert all(source.ids == found[0].ids and source.name == "imagenet" for source in found)
+    assert len({source.fingerprint() for source in found}) == 1
+    assert "50000" in found[0].problems[0]
+    with pytest.raises(InputError, match="holds no train"):
+        open_source(f"imagenet:{classes}", "train")
+
+
+def test_imagenet_training_tar_of_tars_is_read_in_place(folder: Path, tmp_path: Path) -> None:
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    for part in ("n0", "n1", "n2"):
+        tar_of(folder / part, inner / f"{part}.tar")
+    root = tmp_path / "root"
+    root.mkdir()
+    tar_of(inner, root / "ILSVRC2012_img_train.tar")
+    source = open_source(f"imagenet:{root}", "train")
+    assert len(source) == 12
+    assert [np.asarray(source.read(i))[0, 0, 0] for i in range(12)] == list(range(12))
+
+
+def test_limit_takes_the_smallest_hashes_and_is_stable(folder: Path) -> None:
+    five, seven = open_source(folder, limit=5), open_source(folder, limit=7)
+    assert set(five.ids) < set(seven.ids)
+    assert five.name == "photos-5"
+    assert open_source(folder, limit=99).name == "photos"
+    (folder / "n0" / "img00.png").rename(folder / "n0" / "zzz.png")
+    assert len(set(open_source(folder, limit=5).ids) - set(five.ids)) <= 1
+    with pytest.raises(InputError, match="at least 1"):
+        open_source(folder, limit=0)
+
+
+def test_split_is_a_subfolder(folder: Path) -> None:
+    assert open_source(folder, "n1").name == "photos-n1"
+    with pytest.raises(InputError, match="no split 'test'"):
+        open_source(folder, "test")
+    with pytest.raises(InputError, match="no splits"):
+        open_source("samples", "val")
+    (folder / "n0").rename(folder / "train")
+    (folder / "n1").rename(folder / "val")
+    with pytest.raises(InputError, match="choose one with --split"):
+        open_source(folder)
+
+
+def test_samples_all_have_an_attribution() -> None:
+    lines = (SAMPLES / "ATTRIBUTION.tsv").read_text().splitlines()[1:]
+    assert sorted(line.split("\t")[0] for line in lines) == sorted(path.name for path in SAMPLES.glob("*.jpg"))
+    assert len(open_source("samples")) == len(lines) == 29
+
+
+def test_fingerprint_follows_the_bytes(folder: Path) -> None:
+    before = open_source(folder).fingerprint()
+    path = folder / "n0" / "img00.png"
+    path.write_bytes(gray(77))
+    changed = open_source(folder).fingerprint()
+    assert changed != before
+    path.write_bytes(gray(0))
+    assert open_source(folder).fingerprint() == before
+    path.rename(folder / "n0" / "other.png")
+    assert open_source(folder).fingerprint() != before
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_second_run_reads_no_file(layout: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = LAYOUTS[layout](folder, tmp_path)
+    before = open_source(spec).fingerprint()
+    monkeypatch.setattr(sources, "inspect", lambda *_: pytest.fail("read again"))
+    assert open_source(spec).fingerprint() == before
+
+
+def test_a_damaged_cache_is_named_and_made_again(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = open_source(folder).fingerprint()
+    for path in (tmp_path / "cache").rglob("*.json"):
+        path.write_bytes(path.read_bytes().replace(b"PNG", b"GNP"))
+    assert open_source(folder).fingerprint() == before
+    assert "damaged" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_only_warns(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert open_source(folder).fingerprint()
+    assert "cannot be written" in caplog.text
+
+
+def test_ids_that_clash_are_refused(folder: Path) -> None:
+    (folder / "n0" / "img00.jpg").write_bytes(gray(0))
+    with pytest.raises(InputError, match=r"n0/img00\.jpg and n0/img00\.png"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("name", ["/etc/a.png", "../a.png", "x/../../a.png", "C:\\a.png", "..\\a.png"])
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_archives_whose_names_lead_out_are_refused(name: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(name, gray(1))
+    else:
+        with tarfile.open(path, "w") as tar:
+            info = tarfile.TarInfo(name)
+            info.size = len(gray(1))
+            tar.addfile(info, io.BytesIO(gray(1)))
+    with pytest.raises(InputError, match="leads out"):
+        open_source(path)
+
+
+def test_damaged_archives_are_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "junk.tar").write_bytes(b"junk" * 500)
+    with pytest.raises(InputError, match="not a readable tar"):
+        open_source(tmp_path / "junk.tar")
+    path = zip_of(folder, tmp_path / "a.zip", zipfile.ZIP_STORED)
+    source = open_source(path)
+    raw = bytearray(path.read_bytes())
+    raw[source.entries[3].offset + 40] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=r"a\.zip:n0/img09\.png: cannot be read \(checksum"):
+        open_source(path).read(3)
+    tar = tar_of(folder, tmp_path / "b.tar")
+    source = open_source(tar)
+    tar.write_bytes(tar.read_bytes()[: source.entries[-1].offset + 10])
+    with pytest.raises(InputError, match="ends inside"):
+        source.read(len(source) - 1)
+
+
+def test_symlink_loops_end_and_are_noted(folder: Path) -> None:
+    (folder / "n0" / "up").symlink_to(folder)
+    (folder / "again").symlink_to(folder / "n1")
+    source = open_source(folder)
+    assert len(source) == 12
+    assert len(source.problems) == 2
+
+
+def test_linked_folders_and_files_are_followed(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "n").symlink_to(folder / "n1")
+    (other / "x.png").symlink_to(folder / "n0" / "img00.png")
+    assert open_source(other).ids == ["n/img01", "n/img04", "n/img07", "n/img10", "x"]
+
+
+def test_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
+    root = tmp_path / "odd"
+    root.mkdir()
+    try:
+        with open(os.fsencode(root) + b"/caf\xe9.png", "wb") as file:
+            file.write(gray(5))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    source = open_source(root)
+    assert source.ids == ["caf\\xe9"]
+    assert source.read(0).getpixel((0, 0)) == (5, 5, 5)
+    assert source.fingerprint() == open_source(tar_of(root, tmp_path / "odd.tar")).fingerprint()
+    source.ids[0].encode()
+    source.where(0).encode()
+
+
+def test_a_hundred_thousand_entries_are_listed_in_seconds(tmp_path: Path) -> None:
+    root = tmp_path / "many"
+    root.mkdir()
+    for i in range(100_000):
+        if i % 30_000:
+            os.link(root / f"{i // 30_000 * 30_000}.png", root / f"{i}.png")
+        else:
+            (root / f"{i}.png").write_bytes(gray(0))
+    start = time.perf_counter()
+    assert len(open_source(root, limit=10)) == 10
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    "text", ["nowhere", "folder:nowhere", "tar:nowhere.tar", "list:nowhere.txt", "imagenet:nowhere"]
+)
+def test_what_is_not_there_is_one_line(text: str) -> None:
+    with pytest.raises(InputError, match="nowhere"):
+        open_source(text)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no images"):
+        open_source(tmp_path / "empty")
+
+
+# Files
+
+
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+COLOUR = (200, 100, 50)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "1"])
+def test_every_format_and_mode_becomes_rgb(format: str, mode: str) -> None:
+    image = Image.new("RGB", (16, 12), COLOUR).convert(mode)
+    expected = image.convert("RGB").getpixel((0, 0))
+    try:
+        data = encoded(image, format)
+    except OSError:
+        pytest.skip(f"{format} has no {mode}")
+    decoded, notes = decode(data, "x")
+    assert decoded.mode == "RGB"
+    assert decoded.size == (16, 12)
+    assert notes == 0
+    tolerance = 3 if format in ("JPEG", "WEBP", "AVIF") else 0
+    assert np.abs(np.subtract(decoded.getpixel((8, 6)), expected)).max() <= tolerance
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF", "AVIF"])
+def test_transparency_is_put_on_white_and_noted(format: str) -> None:
+    options = {} if format in ("PNG", "TIFF") else {"lossless": True} if format == "WEBP" else {"quality": 100}
+    decoded, notes = decode(encoded(Image.new("RGBA", (16, 16), (*COLOUR, 0)), format, **options), "x")
+    assert notes == ON_WHITE
+    assert decoded.getpixel((0, 0)) == (255, 255, 255)
+    _, notes = decode(encoded(Image.new("RGBA", (16, 16), (*COLOUR, 255)), format, **options), "x")
+    assert notes == 0
+
+
+def test_half_transparency_and_transparent_colours_are_put_on_white() -> None:
+    decoded, _ = decode(encoded(Image.new("LA", (4, 4), (0, 128)), "PNG"), "x")
+    assert decoded.getpixel((0, 0)) == (127, 127, 127)
+    palette = Image.new("RGB", (4, 4), COLOUR).quantize(2)
+    decoded, notes = decode(encoded(palette, "PNG", transparency=palette.getpixel((0, 0))), "x")
+    assert notes == ON_WHITE
+    assert decoded.getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bit_gray_is_rescaled(format: str) -> None:
+    values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
+    decoded, _ = decode(encoded(Image.fromarray(values), format), "x")
+    assert np.asarray(decoded)[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_thirty_two_bit_values_are_refused() -> None:
+    with pytest.raises(InputError, match="x: 32-bit"):
+        decode(encoded(Image.new("F", (4, 4), 0.5), "TIFF"), "x")
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_exif_orientation_is_applied_and_noted(format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    decoded, notes = decode(encoded(Image.new("RGB", (16, 8), COLOUR), format, exif=exif), "x")
+    assert decoded.size == ((8, 16) if orientation in (6, 8) else (16, 8))
+    assert notes == (TURNED if orientation > 1 and format != "TIFF" else 0)  # Pillow turns TIFF by itself
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF"])
+def test_truncated_files_are_named(format: str) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    data = encoded(noise, format)
+    for length in (len(data) // 2, len(data) * 3 // 4, 5, 0):
+        with pytest.raises(InputError, match=r"^x\.img: (damaged|not a readable image)"):
+            decode(data[:length], "x.img")
+
+
+def test_any_flipped_byte_is_an_image_or_an_input_error() -> None:
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8))
+    for format in ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF"):
+        data = encoded(noise, format)
+        for at in rng.integers(0, len(data), 60):
+            broken = bytearray(data)
+            broken[at] ^= int(rng.integers(1, 256))
+            with contextlib.suppress(InputError):
+                decode(bytes(broken), "x")
+
+
+def test_decompression_bombs_are_refused_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in (300, 100):  # Pillow would warn at the first and refuse at the second
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(InputError, match="x: more than Pillow's limit"):
+            decode(gray(1, (20, 20)), "x")
+
+
+def test_vanished_and_unreadable_files_are_named(folder: Path) -> None:
+    source: Source = open_source(folder)
+    (folder / "n0" / "img00.png").unlink()
+    (folder / "n0" / "img03.png").unlink()
+    (folder / "n0" / "img03.png").mkdir()
+    for i in range(2):
+        with pytest.raises(InputError, match=rf"n0/img0{3 * i}\.png: cannot be read"):
+            source.read(i)
+
+
+def test_info_tells_what_a_run_would_meet(folder: Path) -> None:
+    (folder / "n0" / "broken.png").write_bytes(gray(1)[:-30])
+    (folder / "n0" / "text.jpg").write_text("not an image")
+    (folder / "n1" / "loop").symlink_to(folder)
+    text = "\n".join(describe(open_source(folder), decode=True))
+    assert "images       14" in text
+    assert "8x6 to 8x6" in text
+    assert "PNG 13" in text
+    assert "problems     3" in text
+    assert all(name in text for name in ("broken.png: damaged", "text.jpg: not a readable image", "n1/loop"))
+
+
+def test_parquet_rows_are_samples(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the hf extra")
+    rows = datasets.Dataset.from_dict(
+        {"label": [0, 1, 2], "image": [{"bytes": gray(i), "path": None} for i in range(3)]}
+    )
+    rows.to_parquet(tmp_path / "part.parquet")
+    for spec in (f"hf:{tmp_path}", str(tmp_path / "part.parquet")):
+        source = open_source(spec)
+        assert source.ids == ["00000000", "00000001", "00000002"]
+        assert [source.read(i).getpixel((0, 0))[0] for i in range(3)] == [0, 1, 2]
+        assert source.fingerprint() == open_source(spec).fingerprint()
