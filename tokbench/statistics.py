@@ -5,7 +5,6 @@ between images. A Fréchet distance is no mean, and a bootstrap of it is biased 
 distribution): its error comes from half-samples without replacement, the same for both sides and for both models.
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,7 +60,7 @@ def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 def bootstrap_interval(
     statistic: Callable[[np.ndarray], float], num_images: int, *, repeats: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of a statistic of image indices [N], redrawn with replacement. Not for Fréchet distances."""
+    """95 % percentile interval of a statistic of image indices [N], redrawn with replacement. Not for Fréchet."""
     generator = np.random.default_rng(seed)
     values = [statistic(generator.integers(num_images, size=num_images)) for _ in range(repeats)]
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
@@ -127,14 +126,8 @@ class Spread:
 
 
 def split_spread(values: np.ndarray) -> Spread:
-    """float [S, N], S seeds of the same N images -> how much of the spread is images and how much noise (one-way ANOVA)."""
+    """float [S, N], S seeds of the same N images -> what images and what noise contribute (one-way ANOVA)."""
     seeds, num_images = values.shape
     within = float(values.var(axis=0, ddof=1).mean())
     between = float(values.mean(axis=0).var(ddof=1)) - within / seeds if num_images > 1 else 0.0
     return Spread(math.sqrt(max(between, 0.0)), math.sqrt(within), math.sqrt(within / (seeds * num_images)))
-
-
-def stable_order(ids: list[str]) -> np.ndarray:
-    """Indices that order ids by their hash: a random order that does not depend on names or on who asks."""
-    keys = [hashlib.sha256(sample.encode()).digest() for sample in ids]
-    return np.array(sorted(range(len(ids)), key=keys.__getitem__))

@@ -43,9 +43,9 @@ class ArrayUnpickler(pickle.Unpickler):
         import numpy
         from numpy._core import multiarray
 
-        allowed = {("numpy", "ndarray"): numpy.ndarray, ("numpy", "dtype"): numpy.dtype}
+        allowed: dict[tuple[str, str], Any] = {("numpy", "ndarray"): numpy.ndarray, ("numpy", "dtype"): numpy.dtype}
         for core in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            allowed[core, "_reconstruct"] = multiarray._reconstruct  # type: ignore[attr-defined]
+            allowed[core, "_reconstruct"] = multiarray._reconstruct
         if (module, name) not in allowed:
             raise WeightsError(f"refused: the file asks for {module}.{name}, which is no array")
         return allowed[module, name]

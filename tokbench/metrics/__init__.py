@@ -183,8 +183,8 @@ METRICS: dict[str, Metric] = {
         _frechet("gfid", "inception", f"{_INCEPTION}, against the stated reference", "inception", "generation"),
         _frechet("fd-dinov2", "dinov2", "DINOv2 ViT-L/14 features", "dinov2"),
         _frechet("fd-mobilenet", "mobilenet", "MobileNetV2 features", "mobilenet"),
-        Metric("kid", "lower", "", None, None, 0.0001, 5, f"kernel distance of {_INCEPTION}", partial(kernel_of, "inception"),
-               extractor="inception", networks=("inception",), scope="both", minimum=2),
+        Metric("kid", "lower", "", None, None, 0.0001, 5, f"kernel distance of {_INCEPTION}",
+               partial(kernel_of, "inception"), extractor="inception", networks=("inception",), scope="both", minimum=2),
         Metric("is", "higher", "", 1.0, None, 1.0, 1, "Inception score, unshuffled tenths (ADM)", inception_score,
                extractor="inception-logits", sides=("fake",), networks=("inception",), scope="generation", minimum=10),
         Metric("precision", "higher", "", 0.0, 1.0, 0.01, 3, "share of fakes in the real manifold (Inception, k = 3)",
@@ -192,8 +192,8 @@ METRICS: dict[str, Metric] = {
         Metric("recall", "higher", "", 0.0, 1.0, 0.01, 3, "share of reals in the fake manifold (Inception, k = 3)",
                recall, extractor="inception", networks=("inception",), scope="generation", minimum=4),
         _mean("bpp", "lower", None, 0.01, 3, "measured size of the code", unit="bit/px"),
-        Metric("perplexity", "higher", "", 1.0, None, 1.0, 1, "codebook perplexity: exp of the codes' entropy", perplexity,
-               extractor="codes", sides=("fake",)),
+        Metric("perplexity", "higher", "", 1.0, None, 1.0, 1, "codebook perplexity: exp of the codes' entropy",
+               perplexity, extractor="codes", sides=("fake",)),
     )
 }  # fmt: skip
 

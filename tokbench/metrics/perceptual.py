@@ -4,20 +4,43 @@
 images and run without gradients. Both sides go through the network in one batch.
 """
 
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokbench import weights
+from tokbench.features import imagenet_normalised
 
-# Per backbone: channels, kernel, padding and the pooling before each convolution; taps are after these convolutions.
-_ALEX = {"channels": (64, 192, 384, 256, 256), "kernels": (11, 5, 3, 3, 3), "strides": (4, 1, 1, 1, 1)}
-_ALEX |= {"paddings": (2, 2, 1, 1, 1), "pooled": (1, 2), "taps": (0, 1, 2, 3, 4), "pool": (3,)}
-_VGG = {"channels": (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512), "kernels": (3,) * 13}
-_VGG |= {"strides": (1,) * 13, "paddings": (1,) * 13, "pooled": (2, 4, 7, 10), "taps": (1, 3, 6, 9, 12), "pool": (2,)}
-_BACKBONES = {"alex": _ALEX, "vgg": _VGG}
+
+@dataclass(frozen=True)
+class Plan:
+    """A backbone: its convolutions, before which of them it pools, and after which LPIPS reads activations."""
+
+    channels: tuple[int, ...]
+    kernels: tuple[int, ...]
+    strides: tuple[int, ...]
+    paddings: tuple[int, ...]
+    pooled: tuple[int, ...]
+    pool: int  # window of the pooling, of stride 2
+    taps: tuple[int, ...]
+
+
+_VGG_CHANNELS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+BACKBONES = {
+    "alex": Plan(
+        (64, 192, 384, 256, 256), (11, 5, 3, 3, 3), (4, 1, 1, 1, 1), (2, 2, 1, 1, 1), (1, 2), 3, (0, 1, 2, 3, 4)
+    ),
+    "vgg": Plan(_VGG_CHANNELS, (3,) * 13, (1,) * 13, (1,) * 13, (2, 4, 7, 10), 2, (1, 3, 6, 9, 12)),
+}
+
+
+def signed(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1], channels last."""
+    return images.contiguous(memory_format=torch.channels_last).float().div_(127.5).sub_(1)
 
 
 class Backbone(nn.Module):
@@ -25,23 +48,22 @@ class Backbone(nn.Module):
 
     def __init__(self, net: str) -> None:
         super().__init__()
-        plan = _BACKBONES[net]
-        self.pooled, self.taps, self.pool = plan["pooled"], plan["taps"], plan["pool"][0]
-        widths = (3, *plan["channels"])
-        geometry = zip(plan["kernels"], plan["strides"], plan["paddings"], strict=True)
+        self.plan = plan = BACKBONES[net]
+        widths = (3, *plan.channels)
+        geometry = zip(plan.kernels, plan.strides, plan.paddings, strict=True)
         self.convs = nn.ModuleList(
             nn.Conv2d(widths[index], widths[index + 1], kernel, stride, padding)
             for index, (kernel, stride, padding) in enumerate(geometry)
         )
-        self.widths = tuple(plan["channels"][tap] for tap in self.taps)
+        self.widths = tuple(plan.channels[tap] for tap in plan.taps)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, pool: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
         taps = []
         for index, conv in enumerate(self.convs):
-            if index in self.pooled:
-                x = F.max_pool2d(x, self.pool, 2)
+            if index in self.plan.pooled:
+                x = pool(x) if pool else F.max_pool2d(x, self.plan.pool, 2)
             x = F.relu(conv(x))
-            if index in self.taps:
+            if index in self.plan.taps:
                 taps.append(x)
         return taps
 
@@ -52,6 +74,9 @@ class LPIPS(nn.Module):
     eps is added to the activations' length: 1e-10 is the lpips package's value; 1e-8 under the root, as `safe` does,
     keeps the gradient finite where all activations of a position are zero.
     """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, net: str, *, safe: bool = False) -> None:
         super().__init__()
@@ -95,11 +120,79 @@ def lpips_network(net: str, *, safe: bool = True, fetch: bool = True) -> LPIPS:
     path = weights.fetch(name) if fetch else weights.locate(name)
     if path is None:
         raise weights.WeightsError(weights.missing(name))
-    network = LPIPS(net, safe=safe)
+    return _filled(LPIPS(net, safe=safe), name, path)
+
+
+def _filled(network: LPIPS, name: str, path: Path) -> LPIPS:
+    """The network with the tensors of a kept file, frozen."""
     tensors = weights.load(path)
     renamed = {key if key.startswith("heads") else f"backbone.{key}": tensor for key, tensor in tensors.items()}
     try:
         network.load_state_dict(renamed)
     except RuntimeError as error:
         raise weights.WeightsError(f"{path} does not hold the weights of {name} ({error})") from None
+    return network.eval().requires_grad_(False)
+
+
+class DISTS(nn.Module):
+    """DISTS (Ding et al. 2020, eqs. 5-7): similarities of means and covariances of VGG16's activations and the image.
+
+    Its VGG16 pools with the root of a blurred square instead of the maximum.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+    window: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Backbone("vgg")
+        self.widths = (3, *self.backbone.widths)
+        for name in ("alpha", "beta"):
+            self.register_buffer(name, torch.zeros(sum(self.widths)))
+        side = torch.tensor([0.25, 0.5, 0.25])
+        self.register_buffer("window", torch.outer(side, side).view(1, 1, 3, 3), persistent=False)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Root of the blurred square, every second position."""
+        channels = x.shape[1]
+        blurred = F.conv2d(x.square(), self.window.repeat(channels, 1, 1, 1), stride=2, padding=1, groups=channels)
+        return (blurred + 1e-12).sqrt()
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """float [B, 3, H, W] in [-1, 1] -> the image in [0, 1] and five activations [B, C, h, w]."""
+        images = images / 2 + 0.5
+        return [images, *self.backbone(imagenet_normalised(images), self.pool)]
+
+    def distance(self, real: list[Tensor], fake: list[Tensor]) -> Tensor:
+        """Two lists of `features` -> [B]."""
+        total = self.alpha.sum() + self.beta.sum()
+        dissimilarity = torch.zeros(len(real[0]), device=real[0].device)
+        alphas, betas = ((w / total).split(self.widths) for w in (self.alpha, self.beta))
+        for x, y, alpha, beta in zip(real, fake, alphas, betas, strict=True):
+            mean_x, mean_y = x.mean((2, 3)), y.mean((2, 3))
+            x, y = x - mean_x[..., None, None], y - mean_y[..., None, None]
+            variances = (x * x).mean((2, 3)) + (y * y).mean((2, 3))
+            means_agree = (2 * mean_x * mean_y + 1e-6) / (mean_x**2 + mean_y**2 + 1e-6)
+            texture_agrees = (2 * (x * y).mean((2, 3)) + 1e-6) / (variances + 1e-6)
+            # Summed from the differences to 1, so that equal images are exactly 0 apart.
+            dissimilarity = dissimilarity + (1 - means_agree) @ alpha + (1 - texture_agrees) @ beta
+        return dissimilarity
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        """float [B, 3, H, W] in [-1, 1], twice -> [B]."""
+        return self.distance(self.features(real), self.features(fake))
+
+
+def dists_network() -> DISTS:
+    """DISTS with VGG16's convolutions from LPIPS's file, frozen. WeightsError if weights cannot be had."""
+    network = DISTS()
+    network.backbone = _filled(LPIPS("vgg"), "lpips-vgg", weights.fetch("lpips-vgg")).backbone
+    path = weights.fetch("dists")
+    tensors = weights.load(path)
+    try:
+        network.alpha.copy_(tensors["alpha"].flatten())
+        network.beta.copy_(tensors["beta"].flatten())
+    except (KeyError, RuntimeError) as error:
+        raise weights.WeightsError(f"{path} does not hold the weights of dists ({error})") from None
     return network.eval().requires_grad_(False)
