@@ -71,8 +71,8 @@ def relative_bias(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """
     padded = F.pad(table.permute(2, 0, 1), (0, 1, 0, 1), value=MASKED)  # [heads, 16, 16]
     r, c = (torch.where(d.abs() <= RADIUS, d + RADIUS, SIDE) for d in (rows, columns))
-    bias = padded[:, r[:, None, :, None], c[None, :, None, :]]  # [heads, Qr, Qc, Kr, Kc]
-    return bias.flatten(3, 4).flatten(1, 2)
+    bias = padded.index_select(2, c.flatten()).index_select(1, r.flatten())  # [heads, Qr * Kr, Qc * Kc]
+    return bias.view(-1, *r.shape, *c.shape).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def differences(axis: Axis, run: Run, device: torch.device) -> Tensor:

@@ -87,6 +87,18 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
+def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 3x3 convolution (padding 1) of the nearest-neighbour enlargement: [B, C, H, W] -> [B, out, 2 H, 2 W].
+
+    On a CPU by the one 4x4 transposed convolution that is the same map with 4/9 of the products.
+    """
+    if x.device.type != "cpu":
+        return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    taps = x.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=conv.weight.dtype)
+    kernel = torch.einsum("ka,lb,oiab->iokl", taps, taps, conv.weight)
+    return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
+
+
 class Upsample(nn.Module):
     """Twice the size by nearest neighbours, then a 3x3 convolution."""
 
@@ -96,4 +108,4 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, 2 H, 2 W]"""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return upsample_conv(x, self.conv)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssdd_models.attention import SIDE, Layout, make_layout, windowed_attention
-from ssdd_models.layers import Init, initialise, timestep_embedding
+from ssdd_models.layers import Init, initialise, timestep_embedding, upsample_conv
 
 Tap = Callable[[int, Tensor], None]
 
@@ -320,5 +320,5 @@ class UViT(nn.Module):
             for block in level.resnets:
                 h = run(block, self.checkpointing, torch.cat([h, skips.pop()], dim=1), next(modulations), temb)
             if hasattr(level, "upsamplers"):
-                h = level.upsamplers[0]["conv"](F.interpolate(h, scale_factor=2.0, mode="nearest"))
+                h = upsample_conv(h, level.upsamplers[0]["conv"])
         return self.conv_out(silu(self.conv_norm_out(h)))
