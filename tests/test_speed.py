@@ -91,8 +91,6 @@ def test_quick_run_writes_records_that_read_back(tmp_path):
     assert not warnings
     names = [sorted((r.tokenizer.name, r.resolution) for r in found) for found in (read, results)]
     assert names[0] == names[1]
-        (r.tokenizer.name, r.resolution) for r in results
-    )
     assert read_speed(next(tmp_path.glob("*/bicubic-f8-16-*.json"))) == results[0]
 
 
