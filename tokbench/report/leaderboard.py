@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tokbench.errors import InputError
 from tokbench.metrics import METRICS
 from tokbench.result import EvalResult, TokenizerInfo, Value
+from tokbench.statistics import paired_interval
 from tokbench.store import per_image_path, read_per_image
 
 # Say much the same as their neighbour: the first to go where a table has no room.
@@ -333,17 +334,10 @@ def paired_columns(a: Entry, b: Entry, name: str) -> tuple[NDArray[np.float64], 
     return ours[name][[i for i, _ in shared]], theirs[name][[j for _, j in shared]]
 
 
-def paired_interval(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
-    """95 % interval of mean(a - b) over the same images [N], normal approximation."""
-    difference = a - b
-    error = 1.96 * float(difference.std(ddof=1)) / len(difference) ** 0.5
-    return float(difference.mean()) - error, float(difference.mean()) + error
-
-
 def _far_apart(a: Entry, b: Entry, c: Column) -> bool:
     """Spare reading rows: a paired standard error is at most the sum of the two (triangle inequality)."""
     x, y = c.read(a.result), c.read(b.result)
-    if not isinstance(x, Value) or not isinstance(y, Value) or not x.stderr or not y.stderr:
+    if not isinstance(x, Value) or not isinstance(y, Value) or not x.stderr or not y.stderr or min(x.n, y.n) < 10:
         return False
     return abs((x.value or 0) - (y.value or 0)) > 3 * (x.stderr + y.stderr)
 
@@ -389,7 +383,6 @@ def _caption(entries: Sequence[Entry]) -> str:
 def _footnotes(entries: Sequence[Entry], columns: Sequence[Column], one_device: bool) -> list[str]:
     """†, what the models say about themselves, why numbers are missing; equal remarks are gathered."""
     remarks: dict[str, list[str]] = {}
-    total = len(entries)
     for entry in entries:
         info = entry.result.tokenizer
         if info.note:
@@ -405,11 +398,21 @@ def _footnotes(entries: Sequence[Entry], columns: Sequence[Column], one_device: 
             missing.setdefault((name, reason), []).append(entry.name)
     by_reason: dict[tuple[str, str], list[str]] = {}
     for (name, reason), names in missing.items():
-        by_reason.setdefault((reason, "" if len(names) == total else f" ({', '.join(names)})"), []).append(name)
+        by_reason.setdefault((reason, _who(names, [entry.name for entry in entries])), []).append(name)
     notes += [f"{', '.join(names)} –{who}: {reason}" for (reason, who), names in by_reason.items()]
     if not one_device and any(c.key in TIMES for c in columns):
         notes.append("times come from different machines and are not ranked")
     return notes
+
+
+def _who(names: Sequence[str], everybody: Sequence[str]) -> str:
+    """Whom a remark concerns, in few words."""
+    others = sorted(set(everybody) - set(names))
+    if not others:
+        return ""
+    if len(others) <= 3 < len(names):
+        return f" (all but {', '.join(others)})"
+    return f" ({', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''})"
 
 
 def _missing(result: EvalResult) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from tokbench.report.plots import number
 
 METRICS = ("rfid", "psnr", "ssim", "lpips", "gfid")
 FACTS = ("f", "c", "codebook", "tokens", "resolution", "num_images", "params_m")
+MAIN = "ImageNet-1k val"  # the data set that most rows are on, shown first
 DIGITS = {"rfid": 2, "psnr": 2, "ssim": 3, "lpips": 3, "gfid": 2}
 
 
@@ -66,7 +67,13 @@ def ordered(rows: Sequence[Reported]) -> list[Reported]:
         place = [
             row.facts[name] if row.facts[name] is not None else 1e9 for name in ("resolution", "f", "c", "codebook")
         ]
-        return (row.metrics["rfid"] is None and row.metrics["psnr"] is None, row.dataset, *place, row.model.lower())
+        return (
+            row.metrics["rfid"] is None and row.metrics["psnr"] is None,
+            row.dataset != MAIN,
+            row.dataset,
+            *place,
+            row.model.lower(),
+        )
 
     return sorted(rows, key=key)
 

@@ -1,0 +1,178 @@
+"""The page: a static folder that opens from disk. Everything from files reaches it as JSON and is set as text."""
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from tokbench.report import speed
+from tokbench.report.leaderboard import Block, Entry, Row, blocks, compression, metric_column
+from tokbench.report.reported import (
+    COMPARISON_HEADS,
+    REPORTED_HEADS,
+    Reported,
+    compare,
+    comparison_cells,
+    reported_cells,
+)
+from tokbench.result import SpeedResult
+from tokbench.store import per_image_path, writable, write_whole
+
+REAL = "real.images"  # crops beside the results of a data set; a row's reconstructions lie in NAME.images
+
+
+def write_page(
+    entries: Sequence[Entry],
+    speeds: Sequence[SpeedResult],
+    reported: Sequence[Reported],
+    out: Path,
+    columns: Sequence[str] | None = None,
+    group: bool = True,
+) -> Path:
+    """Write the site below `out` and return its index.html. InputError where it cannot be written.
+
+    The first view (tables, scatter) is in index.html; per-image rows (rows/N.js) and images are loaded when looked at.
+    """
+    measured = blocks(entries, columns, group)
+    data = {
+        "blocks": [_block(block, number, out) for number, block in enumerate(measured)],
+        "comparison": {
+            "heads": COMPARISON_HEADS,
+            "rows": [comparison_cells(row) for row in compare(reported, entries)],
+        },
+        "reported": {"heads": REPORTED_HEADS, "rows": [reported_cells(row) for row in reported]},
+        "speed": [_speed(key, rows) for key, rows in speed.blocks(speeds).items()],
+    }
+    page = resources.files("tokbench.report") / "page"
+    text = (page / "page.html").read_text(encoding="utf-8")
+    for name, content in (
+        ("/*page.css*/", (page / "page.css").read_text(encoding="utf-8")),
+        ("/*page.js*/", (page / "page.js").read_text(encoding="utf-8")),
+        ("/*data*/", script_json(data)),
+    ):
+        text = text.replace(name, content)
+    write_whole(out / "index.html", text)
+    return out / "index.html"
+
+
+def script_json(value: object) -> str:
+    """JSON that is safe inside a script element: no "<", so no end tag and no comment."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _block(block: Block, number: int, out: Path) -> dict[str, Any]:
+    return {
+        "title": block.title,
+        "caption": block.caption,
+        "footnotes": block.footnotes,
+        "resolution": block.rows[0].entry.result.dataset.resolution,
+        "columns": [
+            {"key": c.key, "unit": c.unit, "better": c.better, "description": c.description} for c in block.columns
+        ],
+        "rows": [_row(row, heading) for heading, rows in block.groups for row in rows],
+        "images": _images(block, number, out),
+    }
+
+
+def _row(row: Row, heading: str) -> dict[str, Any]:
+    info = row.entry.result.tokenizer
+    cells = [[c.text, c.error, c.rank, int(c.dagger), c.value, c.note] for c in row.cells.values()]
+    return {
+        "name": info.name,
+        "family": info.family,
+        "group": heading,
+        "latent": compression(info),
+        "cells": cells,
+        "facts": provenance(row.entry),
+    }
+
+
+def provenance(entry: Entry) -> list[tuple[str, str]]:
+    """What is shown about a row on hover: where the model and the number come from."""
+    result, info, origin = entry.result, entry.result.tokenizer, entry.result.provenance
+    commit = str(origin.get("commit") or "")[:12] + (" (changed)" if origin.get("dirty") else "")
+    versions = origin.get("versions")
+    facts = {
+        "compression": compression(info),
+        "parameters": f"{info.encoder_params / 1e6:.1f} M + {info.decoder_params / 1e6:.1f} M",
+        "trained on": info.trained_on,
+        "losses": ", ".join(info.losses),
+        "licence": info.licence,
+        "paper": info.paper,
+        "note": info.note,
+        "weights": (info.weights or "")[:16],
+        "date": str(origin.get("date", "")),
+        "device": str(origin.get("device", "")),
+        "commit": commit,
+        "command": str(origin.get("command", "")),
+        "settings": ", ".join(f"{k} {v}" for k, v in result.settings.items()),
+        "versions": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "",
+    }
+    return [(name, text) for name, text in facts.items() if text.strip()]
+
+
+def _speed(key: tuple[str, str, int], rows: Sequence[SpeedResult]) -> dict[str, Any]:
+    reference = speed.find_reference(rows, None)
+    heads = [heading.replace("\n", ", ") for heading in speed.HEADINGS]
+    title = f"{key[2]} px · {key[0]} · {key[1]}"
+    body = [speed.cells(row, reference) for row in rows]
+    return {"title": title, "heads": heads, "rows": body, "footnotes": speed.footnotes(rows, reference)}
+
+
+def _images(block: Block, number: int, out: Path) -> dict[str, Any] | None:
+    """Copy the saved images of a block, write its per-image rows, and say what there is; None without images."""
+    entries = [row.entry for row in block.rows]
+    folders = {e.name: e.path.with_name(f"{e.path.stem}.images") for e in entries if e.path is not None}
+    folders = {name: folder for name, folder in folders.items() if folder.is_dir()}
+    real = next((f.with_name(REAL) for f in folders.values() if f.with_name(REAL).is_dir()), None)
+    if real is None:
+        return None
+    ids = sorted(unquote(path.stem) for path in real.glob("*.png"))
+    place = {sample: index for index, sample in enumerate(ids)}
+    _copy(real, out / "images" / str(number) / "real", place)
+    models: dict[str, dict[str, Any]] = {}
+    for index, (name, folder) in enumerate(folders.items()):
+        have = _copy(folder, out / "images" / str(number) / str(index), place)
+        models[name] = {"folder": str(index), "have": have}
+    rows = {e.name: _values(e, ids) for e in entries if e.name in models and e.path and per_image_path(e.path).exists()}
+    metrics = sorted({key for columns in rows.values() for key in columns})
+    content = script_json({"block": number, "rows": rows})
+    write_whole(out / "rows" / f"{number}.js", f"tokbenchRows({content});\n")
+    return {
+        "ids": ids,
+        "models": models,
+        "metrics": [{"key": m, "better": metric_column(m).better} for m in metrics],
+    }
+
+
+def _copy(source: Path, target: Path, place: dict[str, int]) -> list[int]:
+    """Copy images that changed to short names, by index of their id; the sorted indices that are there."""
+    have = []
+    with writable(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for path in source.glob("*.png"):
+            index = place.get(unquote(path.stem))
+            if index is None:
+                continue
+            have.append(index)
+            to, stat = target / f"{index}.png", path.stat()
+            if not to.exists() or (to.stat().st_size, to.stat().st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+                shutil.copy2(path, to)
+    return sorted(have)
+
+
+def _values(entry: Entry, ids: Sequence[str]) -> dict[str, list[float | None]]:
+    """Per-image columns by the order of `ids`, five digits."""
+    samples, columns = entry.rows
+    place = {sample: index for index, sample in enumerate(samples)}
+    at = [place.get(sample) for sample in ids]
+
+    def rounded(value: float) -> float | None:
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+
+    return {name: [None if i is None else rounded(float(x[i])) for i in at] for name, x in columns.items()}
