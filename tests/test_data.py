@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import tarfile
 import time
@@ -401,12 +402,19 @@ def test_info_tells_what_a_run_would_meet(folder: Path) -> None:
     assert all(name in text for name in ("broken.png: damaged", "text.jpg: not a readable image", "n1/loop"))
 
 
-def test_parquet_rows_are_samples(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="needs the hf extra")
-    rows = datasets.Dataset.from_dict(
-        {"label": [0, 1, 2], "image": [{"bytes": gray(i), "path": None} for i in range(3)]}
+@pytest.mark.parametrize("features", [{}, {"label": {"_type": "Value", "dtype": "int64"}, "image": {"_type": "Image"}}])
+def test_parquet_rows_are_samples(features: dict[str, object], tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="needs the hf extra")
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    images = [{"bytes": gray(i), "path": None} for i in range(3)]
+    table = pa.table(
+        {"label": [0, 1, 2], "image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))}
     )
-    rows.to_parquet(tmp_path / "part.parquet")
+    if features:  # what `datasets` itself writes, so that the column is an Image
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pa.parquet.write_table(table, tmp_path / "part.parquet")
     for spec in (f"hf:{tmp_path}", str(tmp_path / "part.parquet")):
         source = open_source(spec)
         assert source.ids == ["00000000", "00000001", "00000002"]

@@ -1,0 +1,154 @@
+"""Laws of the loader: the same crops for any batch size, workers and cache; bad images stop it or are counted."""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tokbench.data import SAMPLES, open_source
+from tokbench.errors import InputError
+from tokbench.images import crop
+from tokbench.loader import CropCache, Loader, refuse_small
+from tokbench.protocols import PROTOCOLS
+from tokbench.sources import Source
+
+ADM = PROTOCOLS["adm"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    root = tmp_path / "photos"
+    root.mkdir()
+    for i, path in enumerate(sorted(SAMPLES.glob("*.jpg"))[:9]):
+        Image.open(path).resize((100 + i, 90)).save(root / f"{i}.png")
+    return open_source(root)
+
+
+def everything(loader: Loader) -> tuple[list[str], torch.Tensor]:
+    batches = list(loader)
+    return [name for ids, _ in batches for name in ids], torch.cat([images for _, images in batches])
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 2), (9, 1), (50, 2)])
+def test_crops_do_not_depend_on_batch_size_or_workers(batch_size: int, workers: int, source: Source) -> None:
+    ids, images = everything(Loader(source, 64, ADM, batch_size=batch_size, workers=workers))
+    assert ids == source.ids
+    assert images.dtype == torch.uint8
+    assert images.is_contiguous()
+    for i in range(len(source)):
+        assert (images[i].permute(1, 2, 0).numpy() == crop(source.read(i), 64, ADM)).all()
+
+
+def test_only_the_wanted_samples_come_in_the_wanted_order(source: Source) -> None:
+    ids, images = everything(Loader(source, 64, ADM, batch_size=2, workers=0, indices=[7, 1, 4]))
+    assert ids == ["7", "1", "4"]
+    assert (images[1].permute(1, 2, 0).numpy() == crop(source.read(1), 64, ADM)).all()
+    assert list(Loader(source, 64, ADM, batch_size=2, indices=[])) == []
+
+
+def test_ranks_shares_are_every_image_exactly_once(source: Source) -> None:
+    for world in (1, 2, 4, 16):
+        shares = [list(range(rank, len(source), world)) for rank in range(world)]
+        ids = [name for share in shares for name in everything_ids(source, share)]
+        assert sorted(ids) == source.ids
+
+
+def everything_ids(source: Source, share: list[int]) -> list[str]:
+    return [name for ids, _ in Loader(source, 32, ADM, batch_size=2, workers=0, indices=share) for name in ids]
+
+
+def test_a_tar_gives_the_same_batches_as_its_folder(source: Source, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(source.root, arcname=".")
+    packed = everything(Loader(open_source(tmp_path / "a.tar"), 64, ADM, batch_size=4, workers=2))
+    plain = everything(Loader(source, 64, ADM, batch_size=4, workers=2))
+    assert packed[0] == plain[0]
+    assert torch.equal(packed[1], plain[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_stops_the_loader_with_one_line(workers: int, source: Source) -> None:
+    path = source.root / "5.png"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(InputError, match=r"^[^\n]*5\.png: damaged[^\n]*$"):
+        everything(Loader(source, 64, ADM, batch_size=4, workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_skipped_and_counted_on_demand(workers: int, source: Source) -> None:
+    (source.root / "5.png").write_bytes(b"")
+    (source.root / "0.png").unlink()
+    loader = Loader(source, 64, ADM, batch_size=1, workers=workers, skip_bad=True)
+    ids, images = everything(loader)
+    assert ids == ["1", "2", "3", "4", "6", "7", "8"]
+    assert len(images) == 7
+    assert loader.skipped.keys() == {"0", "5"}
+
+
+def test_small_images_are_refused_with_their_names(source: Source) -> None:
+    refuse_small(source, 90)
+    with pytest.raises(InputError, match=r"9 images are smaller than 91 px: .*0\.png, .*4\.png and 4 more"):
+        refuse_small(source, 91)
+    with pytest.raises(InputError, match=r"0\.png: 100x90 is smaller than 91"):
+        everything(Loader(source, 91, ADM, batch_size=4, workers=0))
+
+
+def test_small_images_are_upscaled_and_counted_on_demand(source: Source) -> None:
+    loader = Loader(source, 96, ADM, batch_size=4, workers=0, upscale=True)
+    assert everything(loader)[1].shape == (9, 3, 96, 96)
+    assert loader.notes == {"upscaled": 9}
+
+
+def test_notes_are_counted_across_workers_and_from_the_cache(source: Source, tmp_path: Path) -> None:
+    image = Image.open(source.root / "3.png").convert("RGBA")
+    image.putalpha(100)
+    image.save(source.root / "3.png")
+    cache = CropCache(tmp_path / "crops", source, 64, ADM)
+    for _ in range(2):
+        loader = Loader(source, 64, ADM, batch_size=2, workers=2, cache=cache)
+        everything(loader)
+        assert loader.notes == {"transparent, put on white": 1}
+
+
+def test_cached_crops_are_equal_and_not_decoded_again(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = CropCache(tmp_path / "crops", source, 64, ADM)
+    first = everything(Loader(source, 64, ADM, batch_size=4, workers=2, cache=cache))
+    monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("decoded again"))
+    again = everything(Loader(source, 64, ADM, batch_size=3, workers=0, cache=cache))
+    assert first[0] == again[0]
+    assert torch.equal(first[1], again[1])
+    cache.drop()
+    assert list((tmp_path / "crops").iterdir()) == []
+
+
+def test_a_damaged_crop_is_decoded_again(source: Source, tmp_path: Path) -> None:
+    cache = CropCache(tmp_path / "crops", source, 64, ADM)
+    first = everything(Loader(source, 64, ADM, batch_size=4, workers=0, cache=cache))[1]
+    raw = bytearray(cache.pixels.read_bytes())
+    raw[3 * 64 * 64 * 4 + 5] ^= 1
+    cache.pixels.write_bytes(raw)
+    assert cache.get(4) is None
+    assert torch.equal(everything(Loader(source, 64, ADM, batch_size=4, workers=0, cache=cache))[1], first)
+    assert cache.get(4) is not None
+
+
+def test_crops_of_another_rule_size_or_content_are_kept_apart(source: Source, tmp_path: Path) -> None:
+    paths = {CropCache(tmp_path, source, size, PROTOCOLS[name]).pixels for size in (32, 64) for name in ("adm", "ssdd")}
+    assert len(paths) == 4
+    Image.fromarray(np.zeros((99, 99, 3), np.uint8)).save(source.root / "3.png")
+    assert CropCache(tmp_path, open_source(source.root), 64, ADM).pixels not in paths
+
+
+def test_crops_that_would_fill_the_disk_are_not_kept(tmp_path: Path) -> None:
+    assert CropCache.fits(tmp_path / "not" / "yet", 10, 64)
+    assert not CropCache.fits(tmp_path, 10**12, 1024)
