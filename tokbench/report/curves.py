@@ -55,11 +55,11 @@ def all_plots(
         for metric in RATE_METRICS:
             made.append(rate_distortion(members, metric, folder / f"rate-{metric}-{name}.{kind}"))
             made.append(dimension_ratio(members, metric, folder / f"dimensions-{metric}-{name}.{kind}"))
-        if metric := headline_metric(members):
-            made.append(against_steps(members, metric, folder / f"steps-{name}.{kind}"))
-            made.append(ecdf(members, metric, folder / f"ecdf-{metric}-{name}.{kind}"))
-    if metric := headline_metric(entries):
-        made.append(against_resolution(entries, metric, folder / f"resolution.{kind}"))
+        if headline := headline_metric(members):
+            made.append(against_steps(members, headline, folder / f"steps-{name}.{kind}"))
+            made.append(ecdf(members, headline, folder / f"ecdf-{headline}-{name}.{kind}"))
+    if headline := headline_metric(entries):
+        made.append(against_resolution(entries, headline, folder / f"resolution.{kind}"))
     made.append(rfid_vs_gfid(entries, reported, folder / f"rfid-gfid.{kind}"))
     made.append(speed.rate_against_resolution(speeds, folder / f"speed-resolution.{kind}"))
     made.append(speed.memory_against_resolution(speeds, folder / f"memory-resolution.{kind}"))
@@ -217,9 +217,8 @@ def against_resolution(entries: Sequence[Entry], metric: str, path: Path) -> Pat
 def ecdf(entries: Sequence[Entry], metric: str, path: Path, most: int = 7) -> Path | None:
     """Share of images at or below each value, for up to `most` rows. None without two that have per-image values."""
     column = metric_column(metric)
-    values = {
-        e.name: e.rows[1][column.per_image] for e in _spread(entries, most) if (column.per_image or "") in e.rows[1]
-    }
+    name = column.per_image or ""
+    values = {e.name: e.rows[1][name] for e in _spread(entries, most) if name in e.rows[1]}
     if len(values) < 2:
         return None
     fig, ax = figure()

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -81,18 +81,12 @@ def label_points(ax: Axes, points: Sequence[Point], size: float = 7.5) -> None:
             box = (left, low, left + wide, low + high)
             inside = box[0] >= frame.x0 and box[2] <= frame.x1 and box[1] >= frame.y0 and box[3] <= frame.y1
             if inside and not any(_overlap(box, other) for other in taken):
-                line = {"arrowprops": {"arrowstyle": "-", "color": "0.6", "lw": 0.5}} if distance > 6 else {}
                 place = ((left - x) / scale, (low + high / 2 - y) / scale)
+                line = {"arrowstyle": "-", "color": "0.6", "lw": 0.5} if distance > 6 else None
                 ax.annotate(
-                    name,
-                    (point.x, point.y),
-                    place,
-                    textcoords="offset points",
-                    fontsize=size,
-                    va="center",
-                    bbox=_BEHIND,
-                    **line,
-                )
+                    name, (point.x, point.y), place, textcoords="offset points", fontsize=size, va="center",
+                    bbox=_BEHIND, arrowprops=line,
+                )  # fmt: skip
                 taken.append(box)
                 break
 
@@ -183,7 +177,7 @@ def scatter(points: Sequence[Point], x_label: str, better_x: str, y: Column, log
         log_axis(ax.xaxis, [p.x for p in points])
     front = pareto(points, better_x, y.better)
     if y.better != "neither":
-        where = "post" if better_x == "lower" else "pre"
+        where: Literal["post", "pre"] = "post" if better_x == "lower" else "pre"
         ax.step([p.x for p in front], [p.y for p in front], where=where, color="0.6", lw=1, zorder=1)
     for family, (colour, marker) in styles(p.family for p in points).items():
         members = [p for p in points if p.family == family]

@@ -52,8 +52,8 @@ def terminal(block: Block, columns: Sequence[Column], errors: bool, styled: bool
     table = Table(title=Text(block.title, style="bold"), title_justify="left", box=None, padding=(0, 1), pad_edge=False)
     table.add_column(Text("tokenizer\n"), no_wrap=True)
     for column in columns:
-        heading = Text(column.heading + (f"\n{column.unit}" if column.unit else "\n"))
-        table.add_column(heading, justify="left" if column.key == "latent" else "right", no_wrap=True)
+        title = Text(f"{column.heading}\n{column.unit}")
+        table.add_column(title, justify="left" if column.key == "latent" else "right", no_wrap=True)
     room = {c.key: max(len(_marks(row.cells[c.key], styled)) for row in block.rows) for c in columns}
     for heading, rows in block.groups:
         if heading:
