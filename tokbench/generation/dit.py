@@ -85,7 +85,8 @@ class DiT(nn.Module):
         self.config = config
         width = config.width
         self.patch_in = nn.Conv2d(config.channels, width, config.patch, stride=config.patch)
-        self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        first, second = nn.Linear(256, width), nn.Linear(width, width)
+        self.time_mlp = nn.Sequential(first, nn.SiLU(), second)
         self.classes = nn.Embedding(config.num_classes + 1, width)
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
         self.last_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
@@ -93,11 +94,11 @@ class DiT(nn.Module):
         self.patch_out = nn.Linear(width, config.patch**2 * config.channels)
         self.apply(self._initialise)
         nn.init.xavier_uniform_(self.patch_in.weight.view(width, -1))
-        for layer in (self.classes, self.time_mlp[0], self.time_mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
-        zeroed = [block.modulation for block in self.blocks]  # so every block starts as the identity
-        for layer in (*zeroed, self.last_modulation, self.patch_out):
-            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+        for weight in (self.classes.weight, first.weight, second.weight):
+            nn.init.normal_(weight, std=0.02)
+        blocks = [module.modulation for module in self.modules() if isinstance(module, Block)]
+        for layer in (*blocks, self.last_modulation, self.patch_out):  # every block starts as the identity
+            nn.init.zeros_(layer.weight)
 
     @staticmethod
     def _initialise(module: nn.Module) -> None:

@@ -1,0 +1,111 @@
+"""Published DiTs (Peebles and Xie, arXiv 2212.09748) through diffusers: their latents, to be decoded by any tokenizer.
+
+The pipeline decodes by its own VAE; here only its transformer and its noise schedule are used, in a loop of our own
+with noise by image. The latents that come out are normalised as they were in training, z * scaling_factor: what a
+tokenizer's decode takes here.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokbench.errors import CellError, InputError
+from tokbench.generation.fit import LatentSpace, measure, probe_images
+from tokbench.generation.sample import Sampling
+from tokbench.seeding import normal
+
+
+class PublishedDiT:
+    """facebook/DiT-XL-2-256 and its like. Raises InputError if the repository is no DiT, CellError if it does not load.
+
+    ddim follows the pipeline (the learned variance unused); ddpm is the paper's sampler (250 steps), learned variance
+    and all.
+    """
+
+    samplers: Sequence[str] = ("ddim", "ddpm")
+    default_steps = 250
+    steps_trained: int | None = None
+
+    def __init__(self, repository: str, device: torch.device) -> None:
+        from diffusers import DiTPipeline
+
+        try:
+            pipeline = DiTPipeline.from_pretrained(repository)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CellError(f"hf:{repository}: does not load as a DiT pipeline: {reason}") from error
+        self._use(pipeline, repository, device)
+
+    def _use(self, pipeline: Any, repository: str, device: torch.device) -> None:
+        self.name = repository.rpartition("/")[2].lower()
+        self.device, self.schedule = device, dict(pipeline.scheduler.config)
+        self.transformer: nn.Module = pipeline.transformer.to(device).eval().requires_grad_(False)
+        config = pipeline.transformer.config
+        if config.in_channels != pipeline.vae.config.latent_channels:
+            raise InputError(
+                f"hf:{repository}: the transformer has {config.in_channels} channels, its VAE "
+                f"{pipeline.vae.config.latent_channels}"
+            )
+        self.null = config.num_embeds_ada_norm
+        self.learned_variance = config.out_channels == 2 * config.in_channels
+        names = {number: name for name, number in (getattr(pipeline, "labels", None) or {}).items()}
+        self.classes = [names.get(number, str(number)) for number in range(self.null)]
+        self.space = self._space(pipeline.vae.to(device), config.sample_size, repository)
+        self.weights = _hash(self.transformer)
+        self.note = f"hf:{repository}, {self.schedule.get('num_train_timesteps')} noise levels"
+
+    def _space(self, vae: Any, sample_size: int, repository: str) -> LatentSpace:
+        """What the pipeline's own VAE makes of the probe images, scaled as in training."""
+        resolution = sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+        images = probe_images(resolution).to(self.device).float() / 127.5 - 1
+
+        def encode() -> Tensor:
+            return vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
+
+        return measure(encode, f"the VAE of {repository}", None, resolution, self.device)
+
+    def scheduler(self, sampler: str) -> Any:
+        from diffusers import DDIMScheduler, DDPMScheduler
+
+        if sampler == "ddim":
+            return DDIMScheduler.from_config(self.schedule)
+        variance = {"variance_type": "learned_range"} if self.learned_variance else {}
+        return DDPMScheduler.from_config(self.schedule, **variance)
+
+    def sample(self, seeds: Tensor, labels: Tensor, how: Sampling) -> Tensor:
+        """Latents float32 [B, C, H, W] for seeds int64 and labels [B]. The interval counts noise 0 to data 1 by steps."""
+        scheduler = self.scheduler(how.sampler)
+        scheduler.set_timesteps(how.steps, device=self.device)
+        labels, null = labels.to(self.device), torch.full_like(labels, self.null).to(self.device)
+        x = normal(seeds, self.space.shape, device=self.device) * scheduler.init_noise_sigma
+        noise = [torch.Generator().manual_seed(int(seed)) for seed in seeds.tolist()]
+        channels = x.shape[1]
+        for step, t in enumerate(scheduler.timesteps):
+            inside = how.interval[0] <= step / len(scheduler.timesteps) <= how.interval[1]
+            if how.guidance == 1 or not inside:
+                out = self._predict(x, t, labels)
+            else:
+                both = self._predict(torch.cat((x, x)), t, torch.cat((labels, null)))
+                out, without = both.chunk(2)
+                guided = without[:, :channels] + how.guidance * (out[:, :channels] - without[:, :channels])
+                out = torch.cat((guided, out[:, channels:]), dim=1)
+            if how.sampler == "ddim":
+                x = scheduler.step(out[:, :channels], t, x).prev_sample
+            else:
+                x = scheduler.step(out, t, x, generator=noise).prev_sample
+        return x
+
+    def _predict(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return self.transformer(x, timestep=t.expand(len(x)), class_labels=labels).sample.float()
+
+
+def _hash(module: nn.Module) -> str:
+    """sha256 over the names and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,86 @@
+"""The table of `tokbench generate`."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokbench.errors import InputError
+from tokbench.metrics import METRICS
+from tokbench.result import EvalResult, Value
+from tokbench.store import read_results
+
+BEST_BY = ("gfid", "fd-dinov2", "fd-mobilenet", "kid")  # the first that was measured marks the best of a sweep
+ALWAYS = ("gfid", "is", "precision", "recall")
+
+
+def print_table(results: Sequence[EvalResult], folders: Sequence[Path]) -> None:
+    """tokenizer, rfid (looked up in `folders`), generator, steps trained, guidance, scores, and images a second of the
+    generator, of the decoder and of both. To stdout; what could not be given is explained below it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    known = reconstruction_scores(folders)
+    measured = {name for r in results for name, value in r.metrics.items() if value.value is not None}
+    names = [name for name in METRICS if name in measured or name in ALWAYS]
+    table = Table(caption="* best guidance scale; /s are images a second", caption_justify="left")
+    for heading in (
+        "tokenizer",
+        "rfid",
+        "generator",
+        "steps trained",
+        "guidance",
+        *names,
+        "generator/s",
+        "decoder/s",
+        "both/s",
+    ):
+        table.add_column(heading, justify="left" if heading in ("tokenizer", "generator") else "right")
+    for result in results:
+        run, seconds = result.settings, result.provenance["seconds"]
+        rfid = known.get((result.tokenizer.weights or result.tokenizer.name, result.dataset.resolution))
+        steps = run["generator"]["steps_trained"]
+        times = (seconds["generator"], seconds["decode"], seconds["generator"] + seconds["decode"])
+        table.add_row(
+            result.tokenizer.name,
+            "-" if rfid is None else f"{rfid:.2f}",
+            run["generator"]["name"],
+            "-" if steps is None else f"{steps:,}",
+            f"{run['guidance']:g}{'*' if is_best(result, results) else ''}",
+            *(shown(result.metrics.get(name), METRICS[name].digits) for name in names),
+            *(
+                f"{1 / s:.2f}"
+                for s in (seconds["generator"], seconds["decode"], seconds["generator"] + seconds["decode"])
+            ),
+        )
+    console = Console()
+    Console(width=None if console.is_terminal else 200).print(table)
+    notes = {v.note for r in results for v in r.metrics.values() if v.value is None}
+    for note in sorted(notes | {reason for r in results for reason in r.unavailable.values()}):
+        print(f"- {note}")
+
+
+def shown(value: Value | None, digits: int) -> str:
+    return "-" if value is None or value.value is None else f"{value.value:.{digits}f}"
+
+
+def is_best(result: EvalResult, results: Sequence[EvalResult]) -> bool:
+    """Whether of its tokenizer's results this has the lowest distance; nothing is marked without a sweep."""
+    rivals = [r.metrics for r in results if r.tokenizer.name == result.tokenizer.name]
+    for name in BEST_BY:
+        values = [m[name].value if name in m else None for m in rivals]
+        numbers = [value for value in values if value is not None]
+        if len(rivals) > 1 and len(numbers) == len(values):
+            return result.metrics[name].value == min(numbers)
+    return False
+
+
+def reconstruction_scores(folders: Sequence[Path]) -> dict[tuple[str, int], float]:
+    """rfid by weights (name, for a model without) and resolution, from the results of `tokbench run`."""
+    found: dict[tuple[str, int], float] = {}
+    for folder in folders:
+        with contextlib.suppress(InputError):
+            for _, result in read_results(folder)[0]:
+                value = result.metrics.get("rfid")
+                if value is not None and value.value is not None:
+                    found[result.tokenizer.weights or result.tokenizer.name, result.dataset.resolution] = value.value
+    return found
