@@ -40,16 +40,20 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard what --out holds of these cells.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="An unavailable metric is a failure.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out unreadable images, and count them.")] = False,
+    upscale: Annotated[
+        bool, typer.Option("--upscale", help="Enlarge images below the resolution, and count them.")
+    ] = False,
     keep_features: Annotated[bool, typer.Option("--keep-features", help="Keep features beside the result.")] = False,
     save_images: Annotated[int, typer.Option(help="First N and worst N images in the picture of a cell.")] = 8,
 ) -> None:
     """Reconstruct images with tokenizers and measure what is lost."""
-    from tokbench.api import RunOptions, run_cells
+    from tokbench.run import RunOptions
+    from tokbench.run import run as run_cells
 
     options = RunOptions(
         models=models, resolutions=res, data=data, split=split, limit=limit, protocol=protocol, metrics=metrics,
         batch_size=batch_size, workers=workers, device=device, dtype=dtype, seeds=seeds, out=out, fresh=fresh,
-        strict=strict, skip_bad=skip_bad, keep_features=keep_features, save_images=save_images,
+        strict=strict, skip_bad=skip_bad, upscale=upscale, keep_features=keep_features, save_images=save_images,
     )  # fmt: skip
     raise typer.Exit(run_cells(options))
 
@@ -144,6 +148,37 @@ def check(
         markdown=markdown, junit=junit, json=json, strips=strips, update=update, accept=accept,
     )  # fmt: skip
     raise typer.Exit(run_check(options))
+
+
+@app.command()
+def generate(
+    generator: Annotated[str, typer.Option(help="Folder of `train dit`, or hf:facebook/DiT-XL-2-256.")],
+    tokenizer: Annotated[str, typer.Option(help="Specs of the tokenizers that decode, comma-separated.")],
+    num_images: Annotated[int, typer.Option(help="How many, equally many of every class.")],
+    reference: Annotated[str, typer.Option(help="ADM statistics (.npz), or images as for run --data.")],
+    guidance: Annotated[str, typer.Option(help="Classifier-free guidance scales, comma-separated; 1: none.")] = "1",
+    guidance_interval: Annotated[str, typer.Option(help="Guide from t=A to t=B; 0 is noise, 1 data.")] = "0,1",
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler; default 50, or 250 for hf:.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="euler or heun; for hf: ddim or ddpm.")] = None,
+    labels: Annotated[str, typer.Option(help="Only these classes: 207,360 or 0-9.")] = "",
+    seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
+    metrics: Annotated[str | None, typer.Option(help="Metrics, comma-separated; default: all of generation.")] = None,
+    batch_size: BatchSize = "auto",
+    device: Device = "auto",
+    dtype: DataType = "float32",
+    save: Annotated[str, typer.Option(help="none, png, or npz as ADM's evaluator reads it.")] = "none",
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="Where else to look rfid up for the table.")] = Path("results"),
+) -> None:
+    """Sample a generator, decode by tokenizers, and score the images against a reference (gFID)."""
+    from tokbench.generation.generate import GenerateOptions, run_generate
+
+    options = GenerateOptions(
+        generator=generator, tokenizer=tokenizer, num_images=num_images, reference=reference, guidance=guidance,
+        interval=guidance_interval, steps=steps, sampler=sampler, labels=labels, seed=seed, metrics=metrics,
+        batch_size=batch_size, device=device, dtype=dtype, save=save, out=out, results=results,
+    )  # fmt: skip
+    raise typer.Exit(run_generate(options))
 
 
 @app.command(name="list")

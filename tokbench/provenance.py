@@ -67,14 +67,18 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def source_hash(modules: Iterable[str]) -> str:
+def source_hash(modules: Iterable[str]) -> str | None:
     """sha256 over the Python files of the packages that these modules belong to, tokbench's own always among them.
 
-    A single-file module counts as its own package: `file.py:factory` is its file.
+    A single-file module counts as its own package: `file.py:factory` is its file. None if one has no source file (a
+    notebook): then nobody can tell whether the code is still the same.
     """
     digest = hashlib.sha256()
     for package in sorted({"tokbench", *(module.partition(".")[0] for module in modules)}):
-        for path in _sources(package):
+        sources = _sources(package)
+        if not sources:
+            return None
+        for path in sources:
             digest.update(f"{package}/{path.name}\n".encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()

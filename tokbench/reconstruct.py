@@ -15,16 +15,17 @@ from torch import Tensor
 
 from tokbench.device import is_out_of_memory, precision, release
 from tokbench.errors import CellError
+from tokbench.metrics.scoring import Instruments
 from tokbench.protocols import Protocol, Rounding
 from tokbench.seeding import image_seeds
 from tokbench.store import SampleStore
 from tokbench.tokenizer import Tokenizer
 
-Scorer = Callable[[Tensor, Tensor], Mapping[str, Tensor]]  # real, fake uint8 [B, 3, H, W] -> columns [B]
-Extractor = Callable[[Tensor], Tensor]  # uint8 [B, 3, H, W] -> float32 [B, D]
 PIXELS_PER_BATCH = {"cpu": 8 * 256 * 256, "cuda": 64 * 256 * 256}
+LARGEST_BATCH = {"cpu": 16, "cuda": 256}  # more gains nothing
 MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError)
 CODES = "codes"  # the feature that holds a discrete tokenizer's codes
+LATENT_COLUMNS = frozenset(("bpp", "latent-mean", "latent-square"))  # of the latents, so the same for all seeds
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,12 @@ class Conditions:
 
     @property
     def first_batch_size(self) -> int:
-        return self.batch_size or max(1, PIXELS_PER_BATCH[self.device.type] // self.resolution**2)
+        fitting = max(1, PIXELS_PER_BATCH[self.device.type] // self.resolution**2)
+        return self.batch_size or min(fitting, LARGEST_BATCH[self.device.type])
 
     @property
     def autocast(self) -> torch.dtype:
         return torch.bfloat16 if self.protocol.autocast == "bfloat16" else self.dtype
-
-
-@dataclass(frozen=True)
-class Instruments:
-    """What is read off every pair of images."""
-
-    scorers: Sequence[Scorer] = ()
-    extractors: Mapping[str, Extractor] = field(default_factory=dict)  # of both sides
-    known: Mapping[str, set[str]] = field(default_factory=dict)  # ids whose real features an earlier model left
-    codes: bool = False  # keep a discrete tokenizer's codes
 
 
 @dataclass
@@ -110,10 +102,12 @@ class Cell:
 
     tokenizer: Tokenizer
     conditions: Conditions
-    instruments: Instruments
+    tools: Instruments
     store: SampleStore
     album: Album
     watch: Stopwatch
+    known: Mapping[str, set[str]] = field(default_factory=dict)  # ids whose real features an earlier model left
+    codes: bool = False  # keep a discrete tokenizer's codes
 
 
 def badness(columns: Mapping[str, np.ndarray], num_images: int) -> np.ndarray:
@@ -180,7 +174,7 @@ def measure_batch(cell: Cell, ids: Sequence[str], real: Tensor) -> None:
 
     With several seeds a column is the mean over seeds, beside one column (and feature) per seed.
     """
-    tools, seeds = cell.instruments, cell.conditions.seeds
+    tools, seeds = cell.tools, cell.conditions.seeds
     real = real.to(cell.conditions.device, non_blocking=True)
     fakes, latents = reconstruct(cell, ids, real)
     columns: dict[str, np.ndarray] = {}
@@ -190,7 +184,7 @@ def measure_batch(cell: Cell, ids: Sequence[str], real: Tensor) -> None:
         for name in scores[0]:
             columns[name] = np.mean([score[name] for score in scores], axis=0)
         for name, extractor in tools.extractors.items():
-            if not tools.known.get(name, set()).issuperset(ids):
+            if not cell.known.get(name, set()).issuperset(ids):
                 features["real", name] = _numpy(extractor(real))
         for seed, score, fake in zip(seeds, scores, fakes, strict=True):
             several = len(seeds) > 1
@@ -200,7 +194,10 @@ def measure_batch(cell: Cell, ids: Sequence[str], real: Tensor) -> None:
                 features["fake", seeded(name, seed) if several else name] = _numpy(extractor(fake))
         if hasattr(cell.tokenizer, "bits"):
             columns["bpp"] = _numpy(cell.tokenizer.bits(latents)) / cell.conditions.resolution**2
-        if tools.codes:
+        if cell.tokenizer.info.channels is not None and latents.is_floating_point():
+            values = latents.double().flatten(1)
+            columns |= {"latent-mean": _numpy(values.mean(1)), "latent-square": _numpy(values.square().mean(1))}
+        if cell.codes:
             features["fake", CODES] = _numpy(latents.flatten(1))
     cell.store.append(ids, columns, features)
     cell.album.add(ids, badness(columns, len(ids)).tolist(), real, fakes[0])
@@ -212,8 +209,10 @@ def _numpy(values: Tensor) -> np.ndarray:
 
 def measure(
     cell: Cell, batches: Iterable[tuple[Sequence[str], Tensor]], progress: Callable[[int], None] = lambda _: None
-) -> None:
+) -> int:
     """Measure every batch (ids, uint8 [B, 3, H, W]); `progress` is told how many images are done.
+
+    Returns the batch size in the end.
 
     When memory runs out, the batch is cut into halves, and so are all that follow. CellError if even one image needs
     too much, or if the batch size was the user's wish.
@@ -234,6 +233,7 @@ def measure(
                 hint = f"; try --batch-size {size // 2}, or auto" if size > 1 else ""
                 raise CellError(f"{where} with batch size {size}{hint}")
             limit = size // 2
+    return limit
 
 
 def _fits(cell: Cell, ids: Sequence[str], real: Tensor) -> bool:

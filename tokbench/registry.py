@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import logging
 import re
 import sys
 import types
@@ -25,6 +26,8 @@ from tokbench.errors import CellError, InputError
 
 if TYPE_CHECKING:
     from tokbench.tokenizer import Tokenizer
+
+log = logging.getLogger("tokbench")
 
 ROW_NAME = re.compile(r"[a-z0-9._-]+")
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors format allows no longer header
@@ -100,16 +103,19 @@ def _load_plugins() -> None:
     for point in importlib.metadata.entry_points(group="tokbench.plugins"):
         try:
             point.load()()
-        except (ImportError, AttributeError) as error:
-            raise InputError(
-                f"plugin {point.name} ({point.value}) does not load: {error}; reinstall or remove it"
-            ) from error
+        except (ImportError, AttributeError) as error:  # somebody else's plugin must not stop the rest
+            log.warning("plugin %s (%s) does not load: %s; reinstall or remove it", point.name, point.value, error)
 
 
 def entries() -> list[Entry]:
     """Every registered entry, plugins included, by name."""
     _load_plugins()
     return sorted(_entries.values(), key=lambda entry: entry.name)
+
+
+def packages() -> set[str]:
+    """Top-level packages that registered tokenizers come from: whose code a model's numbers depend on."""
+    return {entry.factory.__module__.partition(".")[0] for entry in entries()}
 
 
 def parse(spec: str) -> Spec:

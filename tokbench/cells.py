@@ -1,0 +1,179 @@
+"""One cell of a run: find it finished, or measure what is missing and hand it to `finish`."""
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from tokbench.cache import cache_folder
+from tokbench.device import prepare
+from tokbench.errors import CellError, InputError
+from tokbench.finish import Measured, clear, finish
+from tokbench.kits import Kits
+from tokbench.metrics import METRICS
+from tokbench.metrics.scoring import Instruments
+from tokbench.plan import Plan, cell_key, cell_path, describe, settings
+from tokbench.progress import bar, say
+from tokbench.reconstruct import (
+    CODES,
+    LATENT_COLUMNS,
+    Album,
+    Cell,
+    Stopwatch,
+    measure,
+    seeded,
+)
+from tokbench.result import EvalResult, read_result
+from tokbench.store import SampleStore, hold
+from tokbench.tokenizer import Tokenizer
+
+log = logging.getLogger("tokbench")
+
+
+def finished(path: Path, key: str, available: Callable[[], Mapping[str, str]]) -> EvalResult | None:
+    """The result in a file if it is this cell's. What was unavailable then and is not now makes it unfinished."""
+    if not path.exists():
+        return None
+    try:
+        result = read_result(path)
+    except InputError:
+        aside = path.with_name(path.name + ".damaged")
+        path.replace(aside)
+        log.warning("%s: damaged, set aside as %s; the cell is measured again", path, aside.name)
+        return None
+    if result.provenance.get("cell") != key:
+        return None
+    if result.unavailable and not set(result.unavailable) <= set(available()):
+        return None
+    return result
+
+
+def applies(name: str, tokenizer: Tokenizer) -> bool:
+    """Whether a metric means anything for this tokenizer: bits need `bits`, codes a codebook, latents channels."""
+    metric = METRICS[name]
+    if "bpp" in metric.columns:
+        return hasattr(tokenizer, "bits")
+    if "latent-mean" in metric.columns:
+        return tokenizer.info.channels is not None
+    return metric.extractor != CODES or tokenizer.info.codebook_size is not None
+
+
+def wanted(cell: Cell, metrics: Sequence[str]) -> tuple[set[str], set[tuple[str, str]]]:
+    """The columns and features that a sample must have to count as measured."""
+    seeds = cell.conditions.seeds if len(cell.conditions.seeds) > 1 else ()
+    columns = {column for name in metrics for column in METRICS[name].columns}
+    columns |= {seeded(column, seed) for column in columns - LATENT_COLUMNS for seed in seeds}
+    features = {("real", name) for name in cell.tools.extractors}
+    for name in cell.tools.extractors:
+        features |= {("fake", seeded(name, seed)) for seed in seeds} or {("fake", name)}
+    return columns, features | ({("fake", CODES)} if cell.codes else set())
+
+
+def run_cell(tokenizer: Tokenizer, spec: str, plan: Plan, kits: Kits) -> tuple[EvalResult, bool]:
+    """Measure one model at one resolution; (result, whether it was found finished).
+
+    Raises CellError if the model fails and InputError if the images or the output folder do; what was measured until
+    then stays for the next attempt.
+    """
+    name, world = tokenizer.info.name, plan.world
+    info = describe(tokenizer)
+    chosen = settings(tokenizer, spec, plan)
+    key = cell_key(info, tokenizer, plan, chosen, kits)
+    path = cell_path(plan.out, plan, name) if plan.out is not None else None
+    found = None
+    if path is not None and key is not None and not plan.fresh and world.rank == 0:
+        found = finished(path, key, lambda: kits.load(plan.conditions.resolution).unavailable)
+    if (found := world.share(found)) is not None:
+        return found, True
+    with ExitStack() as stack:
+        work = world.share(_working_folder(path, key, plan, stack) if world.rank == 0 else None)
+        if isinstance(work, CellError):
+            raise work
+        conditions = replace(plan.conditions, seeds=tuple(chosen["seeds"]))
+        measured = measure_cell(tokenizer, replace(plan, conditions=conditions), work, kits)
+        outcome: EvalResult | CellError | InputError | None = None
+        if world.rank == 0:
+            try:
+                outcome = finish(measured, info, chosen, key, plan, path, kits)
+            except (CellError, InputError) as error:
+                outcome = error
+        outcome = world.share(outcome)
+    if isinstance(outcome, CellError | InputError):
+        raise outcome
+    assert outcome is not None
+    if path is not None and world.rank == 0:
+        clear(path, work, plan.keep_features)
+    return outcome, False
+
+
+def _working_folder(path: Path | None, key: str | None, plan: Plan, stack: ExitStack) -> Path | CellError:
+    """Where the cell's rows and features gather, held against other runs."""
+    if path is None:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tokbench-")))
+    work = path.with_name(f".{path.stem}-{(key or secrets.token_hex(6))[:12]}")
+    try:
+        if plan.fresh and work.exists():
+            with hold(work):
+                shutil.rmtree(work)
+        stack.enter_context(hold(work))
+    except InputError as error:
+        return CellError(str(error))
+    return work
+
+
+def measure_cell(tokenizer: Tokenizer, plan: Plan, work: Path, kits: Kits) -> Measured:
+    """Measure this rank's share of the images that no earlier attempt has measured."""
+    conditions, world, source = plan.conditions, plan.world, plan.source
+    tools = kits.load(conditions.resolution)
+    applicable = [metric.name for metric in kits.metrics if applies(metric.name, tokenizer)]
+    metrics = [name for name in applicable if name not in tools.unavailable]
+    enough = [name for name in metrics if METRICS[name].minimum <= len(source)]
+    real = SampleStore(real_folder(plan, tools, work), rank=world.rank)
+    store = SampleStore(work, rank=world.rank, real=real)
+    known = {name: real.done([], [("real", name)]) for name in tools.extractors}
+    codes = any(METRICS[name].extractor == CODES for name in enough)
+    album = Album(frozenset(sorted(source.ids)[: plan.save_images]), plan.save_images if world.rank == 0 else 0)
+    cell = Cell(tokenizer, conditions, tools, store, album, Stopwatch(conditions.device), known, codes)
+    done = world.share(store.done(*wanted(cell, enough)))
+    pending = [index for index, sample in enumerate(source.ids) if sample not in done]
+    mine = pending[world.rank :: world.size]
+    loader = plan.batches(mine)
+    failure: CellError | InputError | None = None
+    batch_size = conditions.first_batch_size
+    try:
+        prepare(tokenizer, conditions.device)
+        with store, real, bar(f"{tokenizer.info.name} {conditions.resolution} px", len(mine)) as progress:
+            batch_size = measure(cell, loader, progress)
+    except (CellError, InputError) as error:
+        failure = error
+    world.agree(failure)
+    for reason in loader.skipped.values():
+        say(f"left out: {reason}")
+    rates = [rate for rate in world.gather(cell.watch.per_image()) if rate]
+    seconds = {part: float(np.mean([rate[part] for rate in rates])) for part in (rates[0] if rates else {})}
+    notes: Counter[str] = sum(world.gather(loader.notes), Counter())
+    unavailable = {name: tools.unavailable[name] for name in applicable if name in tools.unavailable}
+    return Measured(cell, metrics, unavailable, seconds, batch_size, dict(notes))
+
+
+def real_folder(plan: Plan, tools: Instruments, work: Path) -> Path:
+    """Where features of the real images are shared between models: in the cache, keyed by images, crop and networks."""
+    protocol = plan.conditions.protocol
+    record = [plan.fingerprint, plan.conditions.resolution, protocol.crop, protocol.real_rounding]
+    record += sorted(extractor.identity for extractor in tools.extractors.values())
+    folder = cache_folder() / "real" / hashlib.sha256(json.dumps(record).encode()).hexdigest()[:24]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder if os.access(folder, os.W_OK) else work
+    except OSError:
+        return work

@@ -1,0 +1,162 @@
+"""From a full store to a result: metrics, rows, picture and the record, which is written last."""
+
+import math
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokbench import picture, provenance
+from tokbench.errors import InputError
+from tokbench.kits import Kits
+from tokbench.metrics import METRICS, too_few
+from tokbench.plan import Plan, dataset_of
+from tokbench.reconstruct import (
+    CODES,
+    Cell,
+    badness,
+    reconstruct,
+    seeded,
+)
+from tokbench.result import EvalResult, TokenizerInfo, Value, to_json
+from tokbench.statistics import CONFIDENCE, t_quantile
+from tokbench.store import SampleStore, hold, per_image_path, write_per_image, write_whole
+
+
+class SeedView:
+    """A store as if only one of several seeds had been run: what metrics read."""
+
+    def __init__(self, store: SampleStore, seed: int) -> None:
+        self.store, self.seed, self.ids = store, seed, store.ids
+        self._columns = set(store.columns)
+
+    def column(self, name: str) -> np.ndarray:
+        """float64 [N] in id order."""
+        own = seeded(name, self.seed)
+        return self.store.column(own if own in self._columns else name)
+
+    def features(self, side: str, extractor: str) -> np.ndarray:
+        """float32 [N, D] in id order; real images and codes are the same for every seed."""
+        return self.store.features(
+            side, extractor if side == "real" or extractor == CODES else seeded(extractor, self.seed)
+        )
+
+
+def over_seeds(values: Sequence[Value]) -> Value:
+    """The mean over seeds, its standard error split into images and noise (said in the note).
+
+    One seed's standard error over images holds the noise of that seed too; it is taken out before the noise of the
+    mean over seeds is put in.
+    """
+    numbers = [value.value for value in values if value.value is not None]
+    if len(values) == 1 or len(numbers) < len(values):
+        return values[0]
+    mean, spread = float(np.mean(numbers)), float(np.var(numbers, ddof=1))
+    errors = [value.stderr for value in values if value.stderr is not None]
+    images = math.sqrt(max(0.0, float(np.mean(np.square(errors))) - spread)) if errors else 0.0
+    noise = math.sqrt(spread / len(numbers))
+    stderr = math.hypot(images, noise)
+    note = f"{len(numbers)} seeds; standard error {noise:.2g} by noise, {images:.2g} by images"
+    n = values[0].n
+    half = t_quantile((1 + CONFIDENCE) / 2, n - 1) * stderr if values[0].low is not None else None
+    low, high = (None, None) if half is None else (mean - half, mean + half)
+    return Value(mean, stderr, low, high, n, "; ".join(filter(None, (values[0].note, note))))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the loop hands over: everything in the cell's store, and what is known besides."""
+
+    cell: Cell
+    metrics: Sequence[str]  # those that apply and are available
+    unavailable: dict[str, str]
+    seconds: Mapping[str, float]  # per image: encode, decode
+    batch_size: int
+    image_notes: dict[str, int]  # images turned, put on white, ... in this attempt
+
+
+def finish(
+    measured: Measured, info: TokenizerInfo, chosen: Mapping[str, Any], key: str | None, plan: Plan, path: Path | None,
+    kits: Kits,
+) -> EvalResult:  # fmt: skip
+    """Compute every metric from the store and write the result, its rows and its picture; the JSON comes last."""
+    cell = measured.cell
+    real = SampleStore(cell.store.real.folder) if cell.store.real else None
+    store = SampleStore(cell.store.folder, real=real)
+    if not store.ids:
+        raise InputError(f"{plan.source.name}: none of its {len(plan.source.ids)} images can be used")
+    values = {name: _checked(compute(name, store, chosen["seeds"])) for name in measured.metrics}
+    skipped = sorted(set(plan.source.ids) - set(store.ids))
+    result = EvalResult(
+        protocol=cell.conditions.protocol.name,
+        protocol_fingerprint=cell.conditions.protocol.fingerprint(),
+        tokenizer=info,
+        dataset=dataset_of(plan, len(store.ids)),
+        metrics=values,
+        unavailable=measured.unavailable,
+        settings=dict(chosen) | ({"skipped": len(skipped), "skipped_ids": skipped[:100]} if skipped else {}),
+        provenance=provenance.collect(
+            cell.conditions.device,
+            plan.world.size,
+            batch_size=measured.batch_size,
+            seconds={part: seconds * len(store.ids) for part, seconds in measured.seconds.items()},
+            image_notes=measured.image_notes,
+            extractors=dict(kits.networks),
+            cell=key,
+        ),
+    )
+    if path is not None:
+        write_per_image(per_image_path(path), store.ids, {name: store.column(name) for name in store.columns})
+        if plan.save_images:
+            write_whole(path.with_suffix(".png"), draw(cell, store, plan))
+        write_whole(path, to_json(result))
+    return result
+
+
+def compute(name: str, store: SampleStore, seeds: Sequence[int]) -> Value:
+    """A metric of everything in the store, averaged over seeds."""
+    if len(store.ids) < METRICS[name].minimum:
+        return too_few(len(store.ids), METRICS[name].minimum)
+    if len(seeds) == 1:
+        return METRICS[name].compute(store)
+    return over_seeds([METRICS[name].compute(SeedView(store, seed)) for seed in seeds])
+
+
+def _checked(value: Value) -> Value:
+    if value.value is not None and not math.isfinite(value.value):
+        return Value(None, n=value.n, note=f"not a finite number ({value.value})")
+    return value
+
+
+def draw(cell: Cell, store: SampleStore, plan: Plan) -> bytes:
+    """The picture of the first and the worst images; those measured elsewhere or earlier are made again."""
+    columns = {name: store.column(name) for name in store.columns}
+    bad = badness(columns, len(store.ids))
+    first = store.ids[: plan.save_images]
+    worst = [store.ids[i] for i in np.argsort(-bad, kind="stable")[: plan.save_images] if store.ids[i] not in first]
+    pairs = cell.album.pairs
+    missing = [index for index, sample in enumerate(plan.source.ids) if sample in {*first, *worst} - pairs.keys()]
+    for ids, real in plan.batches(missing) if missing else ():
+        fakes, _ = reconstruct(cell, ids, real.to(cell.conditions.device))
+        pairs |= {sample: (real[i], fakes[0][i].cpu()) for i, sample in enumerate(ids)}
+    psnr = dict(zip(store.ids, columns["psnr"], strict=True)) if "psnr" in columns else {}
+    labels = {sample: f"{sample} {psnr[sample]:.2f} dB" if psnr else sample for sample in (*first, *worst)}
+    rows = [(labels[sample], *pairs[sample]) for sample in first if sample in pairs]
+    return picture.draw(rows + [("worst: " + labels[sample], *pairs[sample]) for sample in worst if sample in pairs])
+
+
+def clear(path: Path, work: Path, keep_features: bool) -> None:
+    """Remove the finished cell's working folder, and those that older code or other settings left unfinished."""
+    kept = path.with_suffix(".features")
+    if keep_features:
+        shutil.rmtree(kept, ignore_errors=True)
+        work.rename(kept)
+    for folder in path.parent.glob(f".{path.stem}-*"):
+        if re.fullmatch(re.escape(f".{path.stem}-") + "[0-9a-f]{12}", folder.name):
+            with suppress(InputError), hold(folder):
+                shutil.rmtree(folder, ignore_errors=True)
