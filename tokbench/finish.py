@@ -104,7 +104,7 @@ def finish(
             cell.conditions.device,
             plan.world.size,
             batch_size=measured.batch_size,
-            seconds={part: seconds * len(store.ids) for part, seconds in measured.seconds.items()},
+            seconds=dict(measured.seconds),
             image_notes=measured.image_notes,
             extractors=dict(kits.networks),
             cell=key,

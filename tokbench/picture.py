@@ -13,7 +13,7 @@ GAP = 6
 
 
 def draw(rows: Sequence[tuple[str, Tensor, Tensor]], columns: int = 2) -> bytes:
-    """(label, real, fake uint8 [3, H, W]) -> PNG of triples: input, reconstruction, error x 4; `columns` side by side."""
+    """(label, real, fake uint8 [3, H, W]) -> PNG of triples (input, reconstruction, error), `columns` side by side."""
     width, height = rows[0][1].shape[2], rows[0][1].shape[1]
     columns = min(columns, len(rows))
     lines = -(-len(rows) // columns)
