@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ssdd_models.encoder import Attention, Encoder, EncoderConfig, Posterior, ResBlock
+from ssdd_models.encoder import Encoder, EncoderConfig, Posterior
+from ssdd_models.layers import AttentionBlock, Init, ResBlock, Upsample, initialise
 from tokbench.checkpoints import load_strictly, read_model
-from tokbench.config import from_dict
+from tokbench.config import from_dict, to_dict
+from tokbench.registry import checkpoint_metadata
 from tokbench.result import TokenizerInfo
 from tokbench.seeding import normal
 
@@ -23,7 +26,7 @@ class ConvDecoderConfig:
     width: int = 128
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     blocks: int = 3  # residual blocks a level
-    groups: int = 32  # of the group normalisations; narrow decoders need fewer, see the README
+    groups: int = 32  # of every group norm; 4 at width 32, as in the encoder
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,8 @@ class KLVAEConfig:
     decoder: ConvDecoderConfig = field(default_factory=ConvDecoderConfig)
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # [B, C, 2H, 2W]
+# About 7 million parameters in all; the demo weights.
+SMALL = KLVAEConfig(EncoderConfig(width=32, groups=4), ConvDecoderConfig(32, (1, 2, 4, 6), groups=4))
 
 
 class Level(nn.Module):
@@ -47,7 +45,7 @@ class Level(nn.Module):
     def __init__(self, channels_in: int, channels: int, config: ConvDecoderConfig, upsample: bool) -> None:
         super().__init__()
         widths = [channels_in] + [channels] * config.blocks
-        self.block = nn.ModuleList(ResBlock(a, b, config.groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResBlock(a, b, config.groups) for a, b in pairwise(widths))
         self.upsample = Upsample(channels) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +58,7 @@ class Middle(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.block_1 = ResBlock(channels, channels, groups)
-        self.attn_1 = Attention(channels, groups)
+        self.attn_1 = AttentionBlock(channels, groups)
         self.block_2 = ResBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +68,7 @@ class Middle(nn.Module):
 class ConvDecoder(nn.Module):
     """Latents [B, c, h, w] -> images [B, 3, h * 2^(levels - 1), w * 2^(levels - 1)], nominal [-1, 1]."""
 
-    def __init__(self, latent_channels: int, config: ConvDecoderConfig) -> None:
+    def __init__(self, latent_channels: int, config: ConvDecoderConfig, init: Init = "normal") -> None:
         super().__init__()
         widths = [config.width * mult for mult in config.channel_mult]
         self.in_proj = nn.Conv2d(latent_channels, latent_channels, 1)
@@ -81,6 +79,7 @@ class ConvDecoder(nn.Module):
         )
         self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        initialise(self, init)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(self.in_proj(z)))  # [B, widths[-1], h, w]
@@ -88,23 +87,18 @@ class ConvDecoder(nn.Module):
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))  # [B, 3, H, W]
 
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """The weight on which the adaptive weight of the GAN loss is measured."""
-        return self.conv_out.weight
-
 
 class KLVAE(nn.Module):
     """Images [B, 3, H, W] in [-1, 1] -> posterior over [B, c, H / f, W / f] -> images."""
 
-    def __init__(self, config: KLVAEConfig) -> None:
+    def __init__(self, config: KLVAEConfig, init: Init = "fan-in") -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config.encoder)
-        self.decoder = ConvDecoder(config.encoder.channels, config.decoder)
+        self.encoder = Encoder(config.encoder, init)
+        self.decoder = ConvDecoder(config.encoder.channels, config.decoder, init)
 
     def encode(self, x: Tensor) -> Posterior:
-        return Posterior(self.encoder(x))
+        return self.encoder(x)
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z)
@@ -117,10 +111,10 @@ class KLVAE(nn.Module):
         what a diffusion decoder and a latent generator want.
         """
         out, into = self.encoder.out_proj, self.decoder.in_proj
-        scale = torch.cat((1 / std, 1 / std))[:, None, None, None]
-        out.weight.mul_(scale)
+        assert out.bias is not None
+        assert into.bias is not None
+        out.weight[: len(mean)].div_(std[:, None, None, None])
         out.bias.copy_(torch.cat(((out.bias[: len(mean)] - mean) / std, out.bias[len(mean) :] - 2 * std.log())))
-        out.weight[len(mean) :].div_(scale[len(mean) :])
         into.bias.add_(into.weight[:, :, 0, 0] @ mean)
         into.weight.mul_(std[None, :, None, None])
 
@@ -159,16 +153,37 @@ def load(path: Path) -> tuple[KLVAE, dict[str, Any]]:
 
 
 class KLVAETokenizer:
-    """tokbench's interface around a KLVAE whose latents are normalised already."""
+    """tokbench's interface around a KLVAE, whose latents are normalised by the model itself."""
 
-    def __init__(self, model: KLVAE, info: TokenizerInfo) -> None:
-        self.model, self.info = model, info
+    def __init__(self, model: KLVAE, about: Mapping[str, Any]) -> None:
         self.networks: Mapping[str, nn.Module] = {"encoder": model.encoder, "decoder": model.decoder}
+        encoder = model.config.encoder
+        facts = {key: about[key] for key in ("trained_on", "licence", "note") if key in about}
+        self.info = TokenizerInfo(
+            name="klvae",
+            family="kl-vae",
+            downsample=encoder.downsample,
+            channels=encoder.channels,
+            size_multiple=encoder.downsample,
+            losses=tuple(about.get("losses", ())),
+            paper="arXiv 2112.10752",
+            **facts,
+        )
 
     def encode(self, images: Tensor, *, sample: bool, seeds: Tensor) -> Tensor:
-        posterior = self.model.encode(images.float() / 127.5 - 1)
+        posterior = self.networks["encoder"](images.float() / 127.5 - 1)
         mean = posterior.mode()
-        return mean + posterior.std * normal(seeds, mean.shape[1:], device=mean.device) if sample else mean
+        return posterior.sample(normal(seeds, mean.shape[1:], device=mean.device)) if sample else mean
 
     def decode(self, latents: Tensor, *, seeds: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.model.decode(latents).float()
+        return self.networks["decoder"](latents).float()
+
+
+def load_tokenizer(file: Path | None = None, *, random_weights: bool = False) -> KLVAETokenizer:
+    """The bundled demo weights or those of a file; `random_weights` keeps their size alone."""
+    path = file or Path(__file__).parent / "weights" / "klvae.safetensors"
+    if not random_weights:
+        model, metadata = load(path)
+        return KLVAETokenizer(model, metadata["info"])
+    metadata = checkpoint_metadata(path) if path.exists() else {"config": to_dict(SMALL)}
+    return KLVAETokenizer(KLVAE(from_dict(KLVAEConfig, metadata["config"])), {"note": "random weights"})

@@ -1,0 +1,77 @@
+"""The stages of SSDD's training and their settings; README.md says what is the paper's and what a default of ours."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ssdd_models.encoder import EncoderConfig
+from ssdd_models.layers import Init
+from ssdd_models.losses import LossWeights
+from ssdd_models.uvit import SIZES, DecoderConfig
+from tokbench.crops import CropConfig
+from tokbench.training import EmaConfig, OptimConfig, Perceptual, RunConfig
+
+Stage = Literal["joint", "pretrain", "finetune", "distill"]
+
+
+@dataclass(frozen=True)
+class SSDDTraining:
+    """Everything that decides a run's result."""
+
+    stage: Stage = "joint"
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = SIZES["M"]
+    init: Init = "normal"  # "fan-in" for widths below 64
+    cancel_noise: bool = False  # start from a decoder that takes the noise out of x_t; ours, see train.cancel_noise
+    crops: CropConfig = field(default_factory=CropConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    weights: LossWeights = field(default_factory=LossWeights)
+    perceptual: Perceptual = "lpips-vgg"
+    perceptual_start: int = 0  # step from which it counts
+    share_at_one: float = 0.0  # of the samples at t = 1 instead of logit-normal; 1: one-step regression
+    teacher_steps: int = 7  # of the sample that a distilled student learns
+    eval_steps: int = 8  # of the sampler, on held-out photographs
+    gan_start: int = 50_000
+    loss_limit: float = 1e4  # a loss above this stops the run
+
+    @property
+    def freeze_encoder(self) -> bool:
+        return self.stage != "joint"
+
+
+EPOCH = 1_281_167 // 256  # steps of 256 images over ImageNet
+_JOINT = SSDDTraining(run=RunConfig(steps=300 * EPOCH))
+STAGES: dict[Stage, SSDDTraining] = {
+    "joint": _JOINT,
+    "pretrain": replace(_JOINT, stage="pretrain", optim=OptimConfig(learning_rate=3e-4)),
+    "finetune": replace(
+        _JOINT, stage="finetune", run=RunConfig(steps=200 * EPOCH), crops=CropConfig(256, (256, 256)),
+    ),
+    "distill": replace(
+        _JOINT, stage="distill", run=RunConfig(steps=10 * EPOCH), crops=CropConfig(256, (256, 256)), eval_steps=1,
+    ),
+}  # fmt: skip
+
+_SMALL = SSDDTraining(
+    "pretrain",
+    EncoderConfig(width=32, groups=4),
+    replace(SIZES["XS"], groups=4),
+    "fan-in",
+    True,
+    CropConfig(64, (192, 320), enlarge=1.1, sample_by="area", flat=8.0, late_size=128),
+    RunConfig(steps=4000, batch_size=16, log_every=20, sample_every=500, save_every=200, eval_every=1000),
+    OptimConfig("adamw", 1e-3, (0.9, 0.99), clip=1.0, warmup_steps=100, schedule="cosine", final_share=0.05),
+    EmaConfig(start_step=0),
+    LossWeights(repa=0.0),
+    perceptual_start=1000,
+    share_at_one=0.1,
+)
+# The demo weights: a decoder XS whose norms have 4 groups, on a few hundred photographs, in minutes.
+SMALL_STAGES: dict[Stage, SSDDTraining] = {
+    "joint": replace(_SMALL, stage="joint"),
+    "pretrain": _SMALL,
+    "finetune": replace(_SMALL, stage="finetune", perceptual_start=0),
+    "distill": replace(_SMALL, stage="distill", perceptual_start=0, eval_steps=1),
+}
+PRESETS = {"paper": STAGES, "small": SMALL_STAGES}

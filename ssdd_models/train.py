@@ -1,0 +1,235 @@
+"""Training of SSDD (arXiv 2510.04961): one visible loop for every stage."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssdd_models.distill import distillation_losses, make_teacher
+from ssdd_models.encoder import Posterior
+from ssdd_models.layers import AttentionBlock, ResBlock
+from ssdd_models.losses import Repa, flow_losses, training_times
+from ssdd_models.ssdd import SSDD, read_checkpoint
+from ssdd_models.stages import SSDDTraining
+from ssdd_models.uvit import UViT
+from ssdd_models.zoo import SSDDTokenizer
+from tokbench.crops import PhotoCrops, batches
+from tokbench.errors import InputError
+from tokbench.held_out import held_out_images, open_photographs, score
+from tokbench.progress import bar, say
+from tokbench.seeding import normal
+from tokbench.training import (
+    Ema,
+    Log,
+    Machine,
+    Meter,
+    Parts,
+    averaged,
+    check_losses,
+    due,
+    image_grid,
+    interrupts,
+    is_best,
+    learning_rate,
+    load_checkpoint,
+    make_optimizer,
+    optimizer_step,
+    perceptual_loss,
+    plot_curves,
+    recompute,
+    sample_seeds,
+    save_checkpoint,
+    save_image,
+    training_record,
+)
+from tokbench.weights import file_sha256
+
+POSTERIOR, TIME, NOISE = 0, 1, 2  # streams of random numbers
+
+
+def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, encoder_from: Path | None) -> Path:
+    """Train until config.run.steps, or go on from where `out` stopped; returns out/model.safetensors.
+
+    Writes into `out`: last.ckpt, model.safetensors, best.safetensors, log.jsonl, curves.png, samples/. `start` is the
+    previous stage's file, `encoder_from` a file whose encoder is taken (SSDD or KL-VAE). Raises InputError for data or
+    files that cannot be used, CellError for a loss that is no number, KeyboardInterrupt after saving when told to stop.
+    """
+    # Set up: processes, data, model, what judges it.
+    run, machine = config.run, Machine(config.run)
+    source, train, held = open_photographs(data, run)
+    crops = PhotoCrops(source, train, config.crops, run.seed)
+    real_held = held_out_images(source, held, run.eval_resolution)
+    torch.manual_seed(run.seed)
+    model, origin = build(config, start, encoder_from)
+    model.to(machine.device).to(memory_format=torch.channels_last)
+    teacher = make_teacher(model) if config.stage == "distill" else None
+    if run.checkpoint_activations:
+        recompute(model.encoder, (ResBlock, AttentionBlock))
+        model.decoder.checkpointing = True
+    if run.compile:
+        model.encoder.compile()
+        model.decoder.compile()
+    perceptual = perceptual_loss(config.perceptual, machine.device) if config.weights.perceptual else None
+    repa = make_repa(model, machine.device) if config.weights.repa else None
+    named = [*model.named_parameters(), *(repa.named_parameters() if repa is not None else ())]
+    parameters = [parameter for _, parameter in named if parameter.requires_grad]
+    optimizer, ema = make_optimizer(named, config.optim), Ema(model, config.ema)
+    everything = {"model": model, "ema": ema, "optimizer": optimizer}
+    parts = Parts(
+        everything | ({} if repa is None else {"repa": repa}) | ({} if teacher is None else {"teacher": teacher})
+    )
+
+    # Resume.
+    checkpoint, first = out / "last.ckpt", 0
+    if (state := load_checkpoint(checkpoint, config)) is not None:
+        parts.restore(state["parts"])
+        first = state["step"]
+    log, meter = Log(out / "log.jsonl", first, machine.main), Meter()
+
+    def save(step: int) -> None:
+        if machine.main:
+            save_checkpoint(checkpoint, config, {"parts": parts.state(), "step": step})
+
+    def export(path: Path) -> None:
+        """Write the averaged weights as a model of their own; inside `averaged` and `ema.applied`."""
+        finished = SSDD.from_state(replace(model.config, steps=config.eval_steps), model.state_dict())
+        networks = [config.perceptual] * (config.weights.perceptual > 0) + ["dinov2-base"] * (config.weights.repa > 0)
+        about = {"losses": networks, "trained_on": f"{source.name}, {len(train)} images"}
+        finished.save_pretrained(path, info=about, training=training_record(config, config.stage, origin, log))
+
+    # Loop. A step's batch is cut evenly over processes, then into `accumulate` parts.
+    stream = batches(
+        crops, first_step=first, num_steps=run.steps, batch_size=run.batch_size,
+        rank=machine.rank, world=machine.world, num_workers=run.workers,
+    )  # fmt: skip
+    with interrupts() as stop, bar("train ssdd", run.steps, "steps", first) as advance:
+        for step, (numbers, images, ids) in enumerate(stream, first + 1):
+            sums: dict[str, Tensor] = {}
+            for part in range(run.accumulate):
+                chosen = slice(part * len(ids) // run.accumulate, (part + 1) * len(ids) // run.accumulate)
+                real = images[chosen].to(machine.device, non_blocking=True).float() / 127.5 - 1  # [B, 3, H, W]
+                real = real.contiguous(memory_format=torch.channels_last)
+                seeds = [sample_seeds(run.seed, numbers[chosen], stream) for stream in (POSTERIOR, TIME, NOISE)]
+                noise = normal(seeds[NOISE], real.shape[1:], device=machine.device)
+                judge = perceptual if step > config.perceptual_start else None
+                with machine.autocast():
+                    with torch.set_grad_enabled(not config.freeze_encoder):
+                        posterior: Posterior = model.encode(real)
+                    if teacher is not None:
+                        losses, clean, _ = distillation_losses(
+                            model,
+                            teacher,
+                            posterior.mode(),
+                            real,
+                            noise,
+                            config.teacher_steps,
+                            perceptual=judge,
+                            repa=repa,
+                        )
+                    else:
+                        z = posterior.sample(normal(seeds[POSTERIOR], posterior.mean.shape[1:], device=machine.device))
+                        t = training_times(normal(seeds[TIME], (2,), device=machine.device), config.share_at_one)
+                        losses, clean, _ = flow_losses(model, z, real, noise, t, perceptual=judge, repa=repa)
+                if not config.freeze_encoder:
+                    losses["kl"] = posterior.kl().mean()
+                loss = torch.stack([getattr(config.weights, name) * value for name, value in losses.items()]).sum()
+                (loss / run.accumulate).backward()
+                for name, value in (losses | {"loss": loss}).items():
+                    sums[name] = sums.get(name, 0) + value.detach() / run.accumulate
+            rate = learning_rate(step - 1, run.steps, config.optim)
+            norm = optimizer_step(optimizer, parameters, rate, config.optim.clip, machine)
+            means = machine.means(sums) | {"gradient": norm}
+            check_losses(means, step, ids, checkpoint, config.loss_limit)
+            with averaged(optimizer):
+                ema.update(step - 1)
+
+            # Log, show, score, save.
+            meter.add(means, run.batch_size)
+            advance(1)
+            if due(step, run.log_every, run.steps):
+                log.write(step=step, rate=rate, **meter.take())
+            if machine.main and due(step, run.sample_every, run.steps):
+                save_image(image_grid([real[:8], clean[:8]]), out / "samples" / f"{step:07d}.png")
+            if machine.main and held and due(step, run.eval_every, run.steps):
+                with averaged(optimizer), ema.applied():
+                    log.write(step=step, **score(SSDDTokenizer(model, config.eval_steps), real_held, machine.device))
+                    if is_best(log.records(), run.best_by):
+                        export(out / "best.safetensors")
+                plot_curves(log.records(), out / "curves.png")
+            if due(step, run.save_every, run.steps) or stop:
+                save(step)
+            if stop:
+                say(f"stopped at step {step} of {run.steps}, saved; the same command goes on")
+                raise KeyboardInterrupt
+
+    # Hand over the averaged weights.
+    if machine.main:
+        with averaged(optimizer), ema.applied():
+            export(out / "model.safetensors")
+    return out / "model.safetensors"
+
+
+def build(config: SSDDTraining, start: Path | None, encoder_from: Path | None) -> tuple[SSDD, dict[str, str]]:
+    """The model to train and which files it was started from. Raises InputError for files that do not fit."""
+    model, origin = SSDD(config.encoder, config.decoder, init=config.init), {}
+    if config.cancel_noise:
+        cancel_noise(model.decoder)
+    if start is None and encoder_from is None and config.freeze_encoder:
+        raise InputError(f"stage {config.stage} needs a trained encoder: give --from or --encoder-from")
+    if start is None and config.stage == "distill":
+        raise InputError("stage distill needs --from, the checkpoint that is both teacher and student")
+    for path, name, part in ((start, "model", model), (encoder_from, "encoder", model.encoder)):
+        if path is not None:
+            load_part(part, path, "" if name == "model" else "encoder.")
+            origin[name] = f"{path.name} {file_sha256(path)[:16]}"
+    model.encoder.requires_grad_(not config.freeze_encoder)
+    return model, origin
+
+
+@torch.no_grad()
+def cancel_noise(decoder: UViT) -> None:
+    """Initial weights with v = -x_t + what the rest of the network adds, so that one step need not learn to do that.
+
+    Six channels carry x_t and -x_t from the input to the last residual block's shortcut, and the output takes the
+    difference of their SiLU: silu(a) - silu(-a) = a. The last norm only scales them, for the noise has variance 1.
+    """
+    last = decoder.up_blocks[-1].resnets[-1].conv_shortcut.weight  # its input is [features, the first skip]
+    width = decoder.conv_in.weight.shape[0]
+    decoder.conv_in.weight[:6] = 0
+    last[:6] = 0
+    decoder.conv_out.weight.mul_(0.1)
+    for channel in range(6):
+        colour, sign = channel // 2, 1 - 2 * (channel % 2)
+        decoder.conv_in.weight[channel, colour, 1, 1] = sign
+        last[channel, last.shape[1] - width + channel, 0, 0] = 1
+        decoder.conv_out.weight[colour, channel, 1, 1] = -sign
+
+
+def load_part(part: torch.nn.Module, path: Path, prefix: str) -> None:
+    """Load the file's tensors below `prefix` into a module. Raises InputError for a file that does not fit."""
+    try:
+        state, _ = read_checkpoint(path)
+        part.load_state_dict({k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)})
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: does not fit this model: {str(error).splitlines()[0]}") from error
+
+
+def make_repa(model: SSDD, device: torch.device) -> Repa:
+    """REPA on DINOv2-base. Raises InputError if its network cannot be had."""
+    try:
+        from transformers import AutoModel
+
+        dino: Any = AutoModel.from_pretrained("facebook/dinov2-base").to(device).eval().requires_grad_(False)
+    except (ImportError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"REPA needs facebook/dinov2-base ({reason}); `hf download facebook/dinov2-base`, or weights.repa=0"
+        ) from error
+
+    def features(images: Tensor) -> Tensor:
+        tokens: Tensor = dino(pixel_values=images).last_hidden_state
+        return tokens[:, 1:]  # without the class token
+
+    return Repa(model.decoder.config.widths[-1], features).to(device)

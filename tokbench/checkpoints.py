@@ -1,0 +1,48 @@
+"""Our checkpoint format: safetensors, with one metadata entry "tokbench" that says what the file is.
+
+{"model": "ssdd" | "klvae" | "dit", "config": {...}, "info": {trained_on, losses, licence, note, ...}, "training": {...}}
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from tokbench.errors import InputError
+from tokbench.store import write_whole
+
+
+def write_model(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Write the tensors as `dtype`, whole or not at all."""
+    plain = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    write_whole(path, save(plain, metadata={"tokbench": json.dumps(metadata)}))
+
+
+def read_model(path: Path, model: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors as float32 and the metadata. Raises InputError if the file is no checkpoint of `model`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("tokbench", "{}"))
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not a readable checkpoint ({error})") from error
+    if metadata.get("model") != model:
+        raise InputError(f"{path}: holds {metadata.get('model') or 'no tokbench model'}, expected {model}")
+    return tensors, metadata
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Load all tensors. Raises InputError listing missing, unexpected and misshapen keys."""
+    own = module.state_dict()
+    wrong = [f"{name} {tuple(tensors[name].shape)} for {tuple(own[name].shape)}" for name in own.keys() & tensors.keys()
+             if own[name].shape != tensors[name].shape]  # fmt: skip
+    faults = {"missing": sorted(own.keys() - tensors.keys()), "unexpected": sorted(tensors.keys() - own.keys())}
+    text = "; ".join(f"{kind}: {', '.join(keys[:5])}" for kind, keys in (faults | {"shape": wrong}).items() if keys)
+    if text:
+        raise InputError(f"{where}: does not fit this model; {text}")
+    module.load_state_dict(dict(tensors))

@@ -1,0 +1,111 @@
+"""Configs are frozen dataclasses; strict `key=value` texts change them. Never imports torch."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tokbench.errors import InputError
+
+C = TypeVar("C")
+
+
+def parse_value(text: str, annotation: Any, key: str) -> Any:
+    """`text` as the annotated type: int, float, bool, str, Path, Literal, a tuple of them, or one of these or None.
+
+    Raises InputError naming `key`, the text and what is expected.
+    """
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        if text.lower() == "none" and type(None) in args:
+            return None
+        return parse_value(text, next(arg for arg in args if arg is not type(None)), key)
+    if origin is typing.Literal:
+        if text in args:
+            return text
+        raise InputError(f"{key}={text}: expected one of {', '.join(map(str, args))}")
+    if origin is tuple:
+        return tuple(parse_value(part, args[0], key) for part in text.split(",") if part)
+    if annotation is bool:
+        if text.lower() in ("true", "false", "1", "0"):
+            return text.lower() in ("true", "1")
+        raise InputError(f"{key}={text}: expected true or false")
+    if annotation not in (int, float, str, Path):
+        raise InputError(f"{key} cannot be set by key=value")
+    try:
+        return annotation(text)
+    except ValueError:
+        raise InputError(f"{key}={text}: expected {annotation.__name__}") from None
+
+
+def override(config: C, pairs: Iterable[str]) -> C:
+    """The config with each `key=value` applied in order; a dot reaches into a nested config (`gan.weight=0`).
+
+    Raises InputError for a text without '=', an unknown key (near matches are named) or a value of another type.
+    """
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator:
+            raise InputError(f"{pair!r}: expected key=value")
+        config = _set(config, key, key, text)
+    return config
+
+
+def _set(config: C, path: str, key: str, text: str) -> C:
+    head, _, rest = path.partition(".")
+    annotations = typing.get_type_hints(type(config))
+    if head not in annotations:
+        near = difflib.get_close_matches(head, annotations, n=3) or sorted(annotations)
+        raise InputError(f"unknown setting {key!r}; did you mean {', '.join(near)}?")
+    inner = getattr(config, head)
+    if dataclasses.is_dataclass(inner) != bool(rest):
+        raise InputError(f"{key}: " + ("not a group of settings" if rest else f"a group; set {head}.NAME=value"))
+    value = _set(inner, rest, key, text) if rest else parse_value(text, annotations[head], key)
+    return dataclasses.replace(config, **{head: value})  # type: ignore[type-var]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as JSON-ready values: paths as text, tuples as lists, nested configs as dicts."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config) if field.init}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+    """The inverse of to_dict. Raises InputError for keys that `cls` does not have."""
+    annotations = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(annotations))
+    if unknown:
+        raise InputError(f"{cls.__name__}: unknown setting {', '.join(unknown)}")
+    return cls(**{key: _typed(value, annotations[key]) for key, value in values.items()})
+
+
+def _typed(value: Any, annotation: Any) -> Any:
+    if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
+        return from_dict(typing.cast(type, annotation), value)
+    if isinstance(value, list):
+        return tuple(value)
+    kinds = typing.get_args(annotation) or (annotation,)
+    return Path(value) if Path in kinds and isinstance(value, str) else value
+
+
+def describe(config: Any, prefix: str = "") -> list[str]:
+    """A `key=value` line per setting, nested ones with their dotted key: what --help prints and override reads."""
+    lines = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            lines += describe(value, f"{prefix}{field.name}.")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            lines.append(f"{prefix}{field.name}={text}")
+    return lines

@@ -1,0 +1,421 @@
+"""What every training loop here shares: optimiser, averages, processes, checkpoints, logs. The loops are elsewhere.
+
+A loop stays one visible function: set up, resume, loop, log, save. All randomness of a step comes from the numbers of
+its samples (`sample_seeds`), so a checkpoint needs no random state and any number of processes takes the same steps.
+"""
+
+import io
+import json
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tokbench.config import to_dict
+from tokbench.device import describe
+from tokbench.errors import CellError, InputError
+from tokbench.metrics import METRICS
+from tokbench.store import write_whole
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW or schedule-free RAdam, and what is done to the gradient."""
+
+    name: Literal["radam-schedulefree", "adamw"] = "radam-schedulefree"
+    learning_rate: float = 1e-4
+    betas: tuple[float, ...] = (0.9, 0.999)
+    weight_decay: float = 1e-3  # of weights, not of biases nor of relative bias tables
+    clip: float = 0.1  # largest norm of the gradient
+    warmup_steps: int = 0  # linear, from 0
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine ends at final_share of the rate
+    final_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """decay = min(decay, (1 + n) / (10 + n)) after n updates; before `start_step` the average is a plain copy."""
+
+    decay: float = 0.999
+    start_step: int = 50_000
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long a run is, on what, and how often it reports."""
+
+    steps: int = 500_000
+    batch_size: int = 256  # over all processes
+    accumulate: int = 1  # the batch of a process is taken in this many parts
+    seed: int = 0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of autocast; weights and losses stay float32
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int = 0  # processes that cut crops
+    compile: bool = False  # torch.compile
+    checkpoint_activations: bool = False  # recompute in the backward pass instead of keeping
+    log_every: int = 20
+    sample_every: int = 1000
+    save_every: int = 500
+    eval_every: int = 2000
+    eval_resolution: int = 256
+    held_out: int = 14  # photographs of the data kept for scoring; 0: none
+    best_by: str = "lpips-alex"  # the held-out metric that chooses best.safetensors
+
+
+# ---- processes ----------------------------------------------------------------------------------------------------
+
+
+class Machine:
+    """The device and this process among those started by torchrun or accelerate."""
+
+    def __init__(self, run: RunConfig) -> None:
+        from accelerate import Accelerator
+
+        if run.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("run.device=cuda: no CUDA device here; use cpu")
+        self.accelerator = Accelerator(cpu=run.device == "cpu" or not torch.cuda.is_available())
+        self.device, self.dtype = self.accelerator.device, run.dtype
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.rank == 0
+        if run.batch_size % (self.world * run.accumulate):
+            raise InputError(
+                f"run.batch_size={run.batch_size} cannot be cut into {self.world} x {run.accumulate} parts"
+            )
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
+        return value if self.world == 1 else self.accelerator.reduce(value, reduction="mean")
+
+    def means(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Each value's mean over all processes, in one exchange."""
+        flat = self.mean(torch.stack([value.float().reshape(()) for value in values.values()]))
+        return dict(zip(values, flat.tolist(), strict=True))
+
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """One flat all-reduce per step. Not DistributedDataParallel: it sees only `forward`, and its order of sums
+        depends on its buckets, while two optimisers, accumulation and adaptive weights want plain gradients."""
+        if self.world == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = self.mean(torch.cat([g.flatten() for g in gradients]))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def sample_seeds(seed: int, numbers: Sequence[int], stream: int) -> Tensor:
+    """int64 [B]: a seed per sample number; `stream` separates the uses (posterior, time, noise)."""
+    states = [np.random.SeedSequence((seed, stream, number)).generate_state(1, np.uint64)[0] for number in numbers]
+    return torch.tensor([int(state >> np.uint64(1)) for state in states], dtype=torch.int64)
+
+
+# ---- optimisation -------------------------------------------------------------------------------------------------
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: weights (of normalisations too) are decayed; biases and relative bias tables are not."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in named:
+        if parameter.requires_grad:
+            (decayed if name.endswith("weight") else plain).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
+    groups = parameter_groups(named, config.weight_decay)
+    betas = (config.betas[0], config.betas[1])
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
+    from schedulefree import RAdamScheduleFree
+
+    return RAdamScheduleFree(groups, lr=config.learning_rate, betas=betas)
+
+
+def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
+    """The rate of a step, counted from 0."""
+    rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.schedule == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * step / num_steps))
+        rate *= config.final_share + (1 - config.final_share) * share
+    return rate
+
+
+@contextmanager
+def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, a schedule-free optimiser's parameters are its averaged ones; any other is left alone."""
+    switch = hasattr(optimizer, "eval")
+    if switch:
+        optimizer.eval()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if switch:
+            optimizer.train()  # type: ignore[attr-defined]
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], rate: float, clip: float, machine: Machine
+) -> float:
+    """Average over processes, clip, step, clear; returns the gradient's norm before clipping."""
+    machine.average_gradients(parameters)
+    norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+class Ema:
+    """An exponential moving average of a module's parameters; buffers are taken as they are."""
+
+    def __init__(self, module: nn.Module, config: EmaConfig) -> None:
+        self.module, self.config, self.updates = module, config, 0
+        self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimiser step number `step`, counted from 0."""
+        live = dict(self.module.named_parameters())
+        if step < self.config.start_step:
+            torch._foreach_copy_(list(self.shadow.values()), [live[name].detach() for name in self.shadow])
+            return
+        decay = min(self.config.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(list(self.shadow.values()), [live[name].detach() for name in self.shadow], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the module has the averaged parameters."""
+        live = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+        self._load(self.shadow)
+        try:
+            yield
+        finally:
+            self._load(live)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "shadow": self.shadow}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.updates = state["updates"]
+        for name, value in self.shadow.items():
+            value.copy_(state["shadow"][name])
+
+    @torch.no_grad()
+    def _load(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(values[name])
+
+
+def recompute(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Let every submodule of these kinds keep no activations and run again in the backward pass."""
+    for part in module.modules():
+        if isinstance(part, kinds):
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+# ---- losses -------------------------------------------------------------------------------------------------------
+
+Perceptual = Literal["lpips-vgg", "lpips-alex", "dists", "none"]
+
+
+def perceptual_loss(name: Perceptual, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """(real, fake) float [B, 3, H, W] in [-1, 1] -> [B], differentiable in `fake`; zeros for "none"."""
+    if name == "none":
+        return lambda real, fake: fake.new_zeros(len(fake))
+    from tokbench.metrics import perceptual
+
+    if name == "dists":
+        return perceptual.dists_network().to(device)
+    network = perceptual.lpips_network(name.removeprefix("lpips-"), safe=True)
+    return network.to(device).to(memory_format=torch.channels_last)
+
+
+# ---- state on disk ------------------------------------------------------------------------------------------------
+
+FREE_SETTINGS = ("device", "workers", "steps", "compile", "log_every", "sample_every", "save_every", "eval_every")
+
+
+def save_checkpoint(path: Path, config: Any, state: Mapping[str, Any]) -> None:
+    """Write a training state whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save({"config": json.dumps(to_dict(config)), **state}, buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, config: Any) -> dict[str, Any] | None:
+    """The state saved in `path`, or None if there is none yet. Raises InputError for a file that is no checkpoint or
+    was written with settings that change the result, naming the first that differs."""
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        then = json.loads(state["config"])
+    except (RuntimeError, KeyError, EOFError, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a training checkpoint ({error}); remove it to start again") from error
+    now = json.loads(json.dumps(to_dict(config)))
+    for settings in (then, now):
+        settings |= {f"run.{k}": v for k, v in settings.pop("run").items() if k not in FREE_SETTINGS}
+    for key in sorted(set(then) | set(now)):
+        if then.get(key) != now.get(key):
+            raise InputError(f"{path}: trained with {key}={then.get(key)}, not {now.get(key)}; use another --out")
+    return state
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything with a state_dict that a run continues from, by name."""
+
+    parts: Mapping[str, Any]
+
+    def state(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+class Log:
+    """A JSON line per record in log.jsonl; resuming at a step drops the lines of later ones. One process writes."""
+
+    def __init__(self, path: Path, first_step: int, main: bool = True) -> None:
+        self.path, self.main = path, main
+        if not main:
+            return
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+        write_whole(path, "".join(line + "\n" for line in kept))
+
+    def write(self, **record: Any) -> None:
+        if not self.main:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+
+class Meter:
+    """Means of losses between two log lines, and the rate of images."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.steps = self.images = 0
+        self.since = time.perf_counter()
+
+    def add(self, losses: Mapping[str, Tensor | float], images: int) -> None:
+        self.steps, self.images = self.steps + 1, self.images + images
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call, and start again."""
+        seconds = time.perf_counter() - self.since
+        record = {name: total / self.steps for name, total in self.sums.items()}
+        record |= {"seconds": round(seconds, 3), "images_per_second": round(self.images / seconds, 2)}
+        self.__init__()  # type: ignore[misc]
+        return record
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done `every` so many steps, and at the end, is to be done after this step. 0: never."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def is_best(records: Sequence[Mapping[str, Any]], metric: str) -> bool:
+    """Whether the last record with this held-out metric is the best of all."""
+    values = [record[metric] for record in records if metric in record]
+    better = max if METRICS[metric].better == "higher" else min
+    return bool(values) and values[-1] == better(values)
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying, so that the loop can save and stop. A second one is not caught."""
+    caught: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    before = {name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def check_losses(losses: Mapping[str, float], step: int, ids: Sequence[str], checkpoint: Path, limit: float) -> None:
+    """Raises CellError naming step, samples and last good checkpoint for a loss that is not finite or above limit."""
+    for name, value in losses.items():
+        if not math.isfinite(value) or abs(value) > limit:
+            saved = f"last good checkpoint: {checkpoint}" if checkpoint.exists() else "no checkpoint yet"
+            raise CellError(f"step {step}: {name} is {value} on {', '.join(ids)}; {saved}")
+
+
+def image_grid(rows: Sequence[Tensor]) -> Image.Image:
+    """Rows of float [B, 3, H, W] in [-1, 1], one under the other."""
+    lines = [torch.cat(list(row.detach().float().cpu().clamp(-1, 1)), dim=2) for row in rows]
+    pixels = ((torch.cat(lines, dim=1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, buffer.getvalue())
+
+
+def plot_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """One small plot per logged quantity, over steps."""
+    from matplotlib.figure import Figure
+
+    names = [key for key in dict.fromkeys(k for record in records for k in record) if key not in ("step", "images")]
+    figure = Figure(figsize=(9, 2.2 * math.ceil(max(1, len(names)) / 3)), layout="constrained")
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(math.ceil(len(names) / 3), 3, i + 1, title=name, xlabel="step")
+        points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)]
+        axes.plot([x for x, _ in points], [y for _, y in points], linewidth=1)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_whole(path, buffer.getvalue())
+
+
+def training_record(config: Any, stage: str, origin: Mapping[str, str], log: Log) -> dict[str, Any]:
+    """What a model's file and card say about how it was made."""
+    records = [record for record in log.records() if "seconds" in record]
+    return {
+        "stage": stage,
+        "started_from": dict(origin),
+        "images_seen": (records[-1]["step"] if records else 0) * config.run.batch_size,
+        "seconds": round(sum(record["seconds"] for record in records), 1),
+        "machine": describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "command": shlex.join(["tokbench", *sys.argv[1:]]),
+        "settings": to_dict(config),
+    }
