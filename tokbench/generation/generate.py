@@ -40,6 +40,7 @@ from tokbench.plan import describe
 from tokbench.protocols import find_protocol
 from tokbench.reconstruct import Album, Cell, Conditions, Stopwatch
 from tokbench.result import Dataset, EvalResult, TokenizerInfo, to_json
+from tokbench.run import numbers
 from tokbench.store import SampleStore, result_path, write_whole
 from tokbench.training import image_grid, save_image
 from tokbench.weights import file_sha256
@@ -63,7 +64,7 @@ class GenerateOptions:
     labels: str = ""
     seed: int = 0
     metrics: str | None = None
-    batch_size: int | None = None
+    batch_size: str = "auto"
     device: str = "auto"
     dtype: str = "float32"
     save: str = "none"
@@ -128,14 +129,23 @@ def _generate(options: GenerateOptions, world: World) -> int:
     resolution, work = generator.space.resolution, options.out / ".generate"
     tools = instruments(find_metrics(names), options.num_images, resolution, device)
     reference = open_reference(options.reference, resolution, tools.extractors, work, device, world)
-    conditions = Conditions(find_protocol("adm"), resolution, device, dtype, (options.seed,), options.batch_size)
+    batch_size = None if options.batch_size == "auto" else numbers(options.batch_size, "--batch-size")[0]
+    conditions = Conditions(find_protocol("adm"), resolution, device, dtype, (options.seed,), batch_size)
 
     results, failures = [], 0
     for how in samplings:
         key = _key(generator.weights, asdict(how), options.labels, options.dtype)
-        batch_size = options.batch_size or BATCH[device.type]
-        draw = Draw(generator, how, labels, work / f"{generator.name}-{key}", device, dtype, batch_size, world)
-        seconds = together(world, lambda d=draw: sample_latents(d))  # type: ignore[misc]
+        draw = Draw(
+            generator,
+            how,
+            labels,
+            work / f"{generator.name}-{key}",
+            device,
+            dtype,
+            batch_size or BATCH[device.type],
+            world,
+        )
+        seconds = together(world, partial(sample_latents, draw))
         for spec, tokenizer in models:
             info = describe(tokenizer)
             place = draw.folder / f"{info.name}-{_key(info.weights or spec.text)}"

@@ -5,17 +5,19 @@ with noise by image. The latents that come out are normalised as they were in tr
 tokenizer's decode takes here.
 """
 
-import hashlib
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from tokbench.device import hash_state
 from tokbench.errors import CellError, InputError
 from tokbench.generation.fit import LatentSpace, measure, probe_images
 from tokbench.generation.sample import Sampling
 from tokbench.seeding import normal
+from tokbench.tokenizer import Tokenizer
 
 
 class PublishedDiT:
@@ -52,9 +54,10 @@ class PublishedDiT:
         self.null = config.num_embeds_ada_norm
         self.learned_variance = config.out_channels == 2 * config.in_channels
         names = {number: name for name, number in (getattr(pipeline, "labels", None) or {}).items()}
-        self.classes = [names.get(number, str(number)) for number in range(self.null)]
+        self.classes: Sequence[str] = [names.get(number, str(number)) for number in range(self.null)]
         self.space = self._space(pipeline.vae.to(device), config.sample_size, repository)
-        self.weights = _hash(self.transformer)
+        parts = cast(Tokenizer, SimpleNamespace(networks={"transformer": self.transformer}))
+        self.weights = hash_state(parts) or ""
         self.note = f"hf:{repository}, {self.schedule.get('num_train_timesteps')} noise levels"
 
     def _space(self, vae: Any, sample_size: int, repository: str) -> LatentSpace:
@@ -76,7 +79,7 @@ class PublishedDiT:
         return DDPMScheduler.from_config(self.schedule, **variance)
 
     def sample(self, seeds: Tensor, labels: Tensor, how: Sampling) -> Tensor:
-        """Latents float32 [B, C, H, W] for seeds int64 and labels [B]. The interval counts noise 0 to data 1 by steps."""
+        """Latents float32 [B, C, H, W] for seeds int64 and labels [B]; the interval counts steps, from 0 to 1."""
         scheduler = self.scheduler(how.sampler)
         scheduler.set_timesteps(how.steps, device=self.device)
         labels, null = labels.to(self.device), torch.full_like(labels, self.null).to(self.device)
@@ -100,12 +103,3 @@ class PublishedDiT:
 
     def _predict(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         return self.transformer(x, timestep=t.expand(len(x)), class_labels=labels).sample.float()
-
-
-def _hash(module: nn.Module) -> str:
-    """sha256 over the names and bytes of all parameters."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -47,10 +47,7 @@ def print_table(results: Sequence[EvalResult], folders: Sequence[Path]) -> None:
             "-" if steps is None else f"{steps:,}",
             f"{run['guidance']:g}{'*' if is_best(result, results) else ''}",
             *(shown(result.metrics.get(name), METRICS[name].digits) for name in names),
-            *(
-                f"{1 / s:.2f}"
-                for s in (seconds["generator"], seconds["decode"], seconds["generator"] + seconds["decode"])
-            ),
+            *(f"{1 / time:.2f}" for time in times),
         )
     console = Console()
     Console(width=None if console.is_terminal else 200).print(table)

@@ -1,6 +1,6 @@
 """Train a diffusion transformer in the latents of any tokenizer: `tokbench train dit`."""
 
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokbench.checkpoints import write_model
-from tokbench.config import to_dict
+from tokbench.config import override, to_dict
 from tokbench.crops import CropConfig
 from tokbench.device import prepare
 from tokbench.errors import InputError
@@ -18,6 +18,7 @@ from tokbench.generation.dit import DiT, dit_config
 from tokbench.generation.fit import latent_space, to_record
 from tokbench.generation.flow import draw_times, guided, integrate, noised, velocity
 from tokbench.generation.latents import Images, LatentConfig, Latents, Normaliser, encode
+from tokbench.progress import say
 from tokbench.registry import create, row_name
 from tokbench.seeding import normal
 from tokbench.tokenizer import Tokenizer
@@ -42,7 +43,6 @@ from tokbench.training import (
     save_image,
 )
 
-log = logging.getLogger("tokbench")
 NOISE, UNIFORM = 1, 2  # streams of random numbers
 
 
@@ -98,6 +98,11 @@ def find_preset(name: str) -> DiTTraining:
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r} of dit: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def train_dit(preset: str, data: str, out: Path, settings: Sequence[str]) -> Path:
+    """`tokbench train dit`: a preset with `key=value` settings."""
+    return train(override(find_preset(preset), settings), data, out)
 
 
 def row_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
@@ -159,10 +164,9 @@ def train(config: DiTTraining, data: str, out: Path) -> Path:
     machine.accelerator.wait_for_everyone()
     latents = Latents(out / "latents")
     normaliser = latents.statistics(config.normalise)
-    log.info(
-        "%d latents %s of %s, %d classes; normalised as %s",
-        len(latents), latents.shape, row_name(config.tokenizer), len(images.classes), normaliser,
-    )  # fmt: skip
+    if machine.main:
+        count, classes = f"{len(latents)} latents {latents.shape}", len(images.classes)
+        say(f"{count} of {row_name(config.tokenizer)}, {classes} classes; normalised as {normaliser}")
 
     # Model, average, optimiser. All processes start from the same weights.
     torch.manual_seed(run.seed)
@@ -234,13 +238,8 @@ def train(config: DiTTraining, data: str, out: Path) -> Path:
                 check_losses(means, step, [f"rows of steps {step - run.log_every}..{step - 1}"], checkpoint, 1e6)
                 if records is not None:
                     records.write(step=step, rate=rate, **means)
-                    log.info(
-                        "step %d of %d: loss %.4f, %.1f images/s",
-                        step,
-                        run.steps,
-                        means["loss"],
-                        means["images_per_second"],
-                    )
+                    rate_text = f"{means['images_per_second']:.1f} images/s"
+                    say(f"step {step} of {run.steps}: loss {means['loss']:.4f}, {rate_text}")
             if machine.main and (step % run.save_every == 0 or step == run.steps):
                 save(step)
             if machine.main and (step % run.sample_every == 0 or step == run.steps):
