@@ -20,6 +20,7 @@ from tokbench.report.reported import (
     read_reported,
     reported_cells,
 )
+from tokbench.report.speed import speed_markdown, speed_table
 from tokbench.result import SpeedResult
 from tokbench.store import write_whole
 
@@ -60,7 +61,7 @@ def build(options: ReportOptions) -> int:
     entries, speeds, warnings = gather(options.results)
     for warning in warnings:
         print(f"tokbench: {warning}", file=sys.stderr)
-    if options.where is not None:
+    if options.where is not None and entries:
         entries = where(entries, options.where)
     for key in options.columns or ():
         if key != "tokenizer":
@@ -88,6 +89,8 @@ def _write(report: Report, options: ReportOptions) -> None:
     elif options.format == "table" and options.out is None:
         console = Console(width=None if sys.stdout.isatty() else tables.WIDTH)
         console.print(_leaderboard(report, options))
+        if report.speeds:
+            console.print(speed_table(report.speeds))
         if comparisons := compare(report.reported, report.entries):
             console.print(
                 tables.plain_table("paper against ours", COMPARISON_HEADS, map(comparison_cells, comparisons))
@@ -123,6 +126,8 @@ def text(report: Report, options: ReportOptions) -> str:
             parts.append(tables.plain_latex("Numbers of papers against ours.", COMPARISON_HEADS, comparisons))
         return "% needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc}\n" + "\n".join(parts)
     parts = [tables.markdown(block) for block in measured]
+    if report.speeds:
+        parts.append(speed_markdown(report.speeds))
     if comparisons:
         parts.append(tables.plain_markdown("Paper against ours", COMPARISON_HEADS, comparisons))
     if published:

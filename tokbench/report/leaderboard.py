@@ -193,9 +193,10 @@ def column(key: str, entries: Sequence[Entry]) -> Column:
 
 
 def default_columns(entries: Sequence[Entry]) -> list[Column]:
-    """Latent, steps and size, the measured metrics in the table's order, time; without what no row has."""
+    """Latent, steps and size, measured metrics that can be better or worse, time; without what no row has."""
     measured = {name for entry in entries for name, value in entry.result.metrics.items() if value.value is not None}
-    names = [*(name for name in METRICS if name in measured), *sorted(measured - set(METRICS))]
+    told = (name for name, metric in METRICS.items() if name in measured and metric.better != "neither")
+    names = [*told, *sorted(measured - set(METRICS))]
     columns = [FACTS[key] for key in ("latent", "steps", "params")]
     columns += [metric_column(name) for name in names] + [FACTS[key] for key in TIMES]
     return [c for c in columns if any(_number(c.read(entry.result)) is not None for entry in entries)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, NullFormatter, ScalarFormatter
@@ -48,7 +49,8 @@ def save(fig: Figure, path: Path) -> Path:
         raise InputError(f"{path}: plots are written as png, svg or pdf")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(path, metadata=stamp[kind])
+        with rc_context({"svg.hashsalt": "tokbench"}):
+            fig.savefig(path, metadata=stamp[kind])
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     return path

@@ -51,6 +51,8 @@ def read_reported(path: Path) -> list[Reported]:
 
 
 def _row(line: dict[str, str], where: str) -> Reported:
+    if None in line or None in line.values():
+        raise InputError(f"{where}: too few or too many cells")
     try:
         facts = {name: float(line[name]) if line[name] else None for name in FACTS}
         metrics = {name: float(line[name]) if line[name] else None for name in METRICS}

@@ -1,0 +1,305 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from tests.records import record, rows, write
+from tokbench.errors import InputError
+from tokbench.report.build import Report, ReportOptions, build, text
+from tokbench.report.collect import frame, gather, where
+from tokbench.report.leaderboard import Entry, blocks, column, compression, ranking
+from tokbench.report.tables import WIDTH, latex, leaderboard_table, markdown
+from tokbench.result import EvalResult, TokenizerInfo, Value
+
+
+def entry(folder: Path, name: str, **options: object) -> Entry:
+    result = record(name, **options)  # type: ignore[arg-type]
+    columns = rows(options.get("seed", 0), result.dataset.num_images, options.get("shift", 0.0))  # type: ignore[arg-type]
+    return Entry(result, write(folder, result, columns))
+
+
+def with_metrics(result: EvalResult, **metrics: Value) -> EvalResult:
+    return dataclasses.replace(result, metrics={name.replace("_", "-"): value for name, value in metrics.items()})
+
+
+def printed(entries: list[Entry], terminal: bool = False) -> str:
+    console = Console(width=WIDTH, force_terminal=terminal, no_color=not terminal)
+    with console.capture() as capture:
+        console.print(leaderboard_table(entries))
+    return capture.get()
+
+
+def test_best_is_bold_and_second_underlined(tmp_path: Path) -> None:
+    good, fair, poor = (
+        entry(tmp_path, name, seed=i, shift=s) for i, (name, s) in enumerate([("a", 2), ("b", 1), ("c", 0)])
+    )
+    (block,) = blocks([poor, good, fair])
+    ranks = {row.entry.name: row.cells["psnr"].rank for row in block.rows}
+    assert ranks == {"a": 1, "b": 2, "c": 0}
+    assert [row.entry.name for row in block.rows] == ["a", "b", "c"]
+    text = markdown(block)
+    assert f"**{good.result.metrics['psnr'].value:.2f}**" in text
+    assert f"<ins>{fair.result.metrics['psnr'].value:.2f}</ins>" in text
+
+
+def test_rows_whose_paired_interval_holds_zero_share_a_rank(tmp_path: Path) -> None:
+    a, b = entry(tmp_path, "a", seed=1, shift=0.5), entry(tmp_path, "b", seed=2, shift=0.5)
+    worse = entry(tmp_path, "c", seed=3, shift=0.3)  # far less than the spread over images, yet behind on nearly each
+    assert ranking([a, b, worse], column("psnr", [a])) == {"a": 1, "b": 1, "c": 2}
+    alone = [Entry(e.result) for e in (a, b, worse)]  # without per-image rows only equal values tie
+    assert sorted(ranking(alone, column("psnr", alone)).values()) == [1, 2]
+
+
+def test_pairs_are_matched_by_id_not_by_place(tmp_path: Path) -> None:
+    a, b = entry(tmp_path, "a", seed=1), entry(tmp_path, "b", seed=2)
+    ids, columns = b.rows
+    order = np.random.default_rng(0).permutation(len(ids))
+    b.__dict__["rows"] = ([ids[i] for i in order], {k: v[order] for k, v in columns.items()})
+    assert ranking([a, b], column("psnr", [a])) == {"a": 1, "b": 1}
+
+
+def test_lower_is_better_where_the_metric_says_so(tmp_path: Path) -> None:
+    a, b = entry(tmp_path, "a", seed=1, shift=3), entry(tmp_path, "b", seed=2, shift=0)
+    assert ranking([a, b], column("lpips-alex", [a])) == {"a": 1, "b": 2}
+    assert a.result.metrics["lpips-alex"].value < b.result.metrics["lpips-alex"].value
+
+
+def test_one_value_is_not_best_of_anything(tmp_path: Path) -> None:
+    (block,) = blocks([entry(tmp_path, "a")])
+    assert {cell.rank for row in block.rows for cell in row.cells.values()} == {0}
+
+
+def test_the_identity_wins_nothing(tmp_path: Path) -> None:
+    entries = [
+        entry(tmp_path, "identity", family="identity", shift=9),
+        *(entry(tmp_path, n, seed=i, shift=i) for i, n in enumerate("ab")),
+    ]
+    (block,) = blocks(entries, group=False)
+    assert {row.entry.name: row.cells["psnr"].rank for row in block.rows} == {"identity": 0, "a": 2, "b": 1}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"protocol_fingerprint": "e" * 16},
+        {"protocol": "ssdd"},
+        {"dataset": dataclasses.replace(record("b").dataset, fingerprint="e" * 16)},
+        {"dataset": dataclasses.replace(record("b").dataset, num_images=28)},
+        {"dataset": dataclasses.replace(record("b").dataset, resolution=512)},
+    ],
+)
+def test_different_conditions_are_never_ranked_together(change: dict[str, object]) -> None:
+    found = blocks([Entry(record("a", shift=3)), Entry(dataclasses.replace(record("b"), **change))])  # type: ignore[arg-type]
+    assert len(found) == 2
+    assert len({block.title for block in found}) == 2
+
+
+def test_rows_are_gathered_by_compression_and_ranked_within() -> None:
+    entries = [
+        Entry(record(n, shift=i, seed=i, channels=c))
+        for i, (n, c) in enumerate([("a", 4), ("b", 4), ("c", 16), ("d", 16)])
+    ]
+    (block,) = blocks(entries, ["psnr"])
+    assert [
+        (heading, [(row.entry.name, row.cells["psnr"].rank) for row in rows]) for heading, rows in block.groups
+    ] == [
+        ("f8c4", [("b", 1), ("a", 2)]),
+        ("f8c16", [("d", 1), ("c", 2)]),
+    ]
+    (flat,) = blocks(entries, ["psnr"], group=False)
+    assert [row.cells["psnr"].rank for row in flat.rows] == [1, 2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("facts", "name"),
+    [
+        ({"downsample": 8, "channels": 4}, "f8c4"),
+        ({"downsample": 16, "channels": 8, "codebook_size": 16384}, "f16 K16384"),
+        ({"tokens_per_image": 32, "codebook_size": 4096}, "32 tokens K4096"),
+        ({"tokens_per_image": 128, "channels": 16}, "128 tokens c16"),
+        ({}, "codec"),
+    ],
+)
+def test_compression_is_named_as_the_field_does(facts: dict[str, int], name: str) -> None:
+    assert compression(TokenizerInfo("x", "y", **facts)) == name  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_terminal_table_fits_a_hundred_columns(tmp_path: Path, terminal: bool) -> None:
+    names = ["ssdd", "klvae", "sd-vae-ft-mse-steps-8-and-a-name-that-never-ends-" + "x" * 60]
+    entries = [
+        entry(tmp_path, name, seed=i, shift=i, note="demo weights, undertrained") for i, name in enumerate(names)
+    ]
+    lines = printed(entries, terminal).splitlines()
+    plain = [line for line in (__import__("re").sub(r"\x1b\[[0-9;]*m", "", line) for line in lines) if line]
+    assert max(map(len, plain)) <= 100
+    assert not any(line.rstrip().endswith("…") for line in plain)
+
+
+def test_table_says_units_directions_notes_numbers_and_machine(tmp_path: Path) -> None:
+    entries = [entry(tmp_path, n, seed=i, losses=("lpips-vgg",), note="undertrained") for i, n in enumerate("ab")]
+    text = printed(entries)
+    for part in (
+        "psnr ↑",
+        "dB",
+        "lpips-alex ↓",
+        "N = 29",
+        "CPU, 4 cores",
+        "†",
+        "a, b: undertrained",
+        "rfid –: needs 2,048",
+    ):
+        assert part in text, part
+    assert "*" in text  # no styles in a pipe: a star marks the best
+
+
+def test_values_keep_the_digits_that_their_error_leaves() -> None:
+    result = with_metrics(record("a"), psnr=Value(24.3456, 1.234, n=29), ssim=Value(0.71234, 0.0004, n=29))
+    (block,) = blocks([Entry(result)])
+    cells = block.rows[0].cells
+    assert (cells["psnr"].text, cells["psnr"].error) == ("24.3", "±1.2")
+    assert (cells["ssim"].text, cells["ssim"].error) == ("0.7123", "±0.0004")
+
+
+def test_unavailable_metrics_are_named_with_their_reason() -> None:
+    result = dataclasses.replace(record("a"), unavailable={"dists": "no network; tokbench weights fetch dists"})
+    (block,) = blocks([Entry(result), Entry(record("b"))])
+    assert "dists – (a): no network; tokbench weights fetch dists" in block.footnotes
+
+
+def test_times_of_different_machines_are_not_ranked() -> None:
+    a, b = record("a", seed=1), record("b", seed=2)
+    b = dataclasses.replace(b, provenance={**b.provenance, "device": "GPU"})
+    (block,) = blocks([Entry(a), Entry(b)])
+    assert {row.cells["decode"].rank for row in block.rows} == {0}
+    assert any("different machines" in note for note in block.footnotes)
+
+
+def test_metrics_this_version_does_not_know_are_shown() -> None:
+    (block,) = blocks([Entry(with_metrics(record("a"), new_metric=Value(1.5, n=29)))])
+    assert block.rows[0].cells["new-metric"].text == "1.5000"
+
+
+def test_query_keeps_rows(tmp_path: Path) -> None:
+    entries = [entry(tmp_path, "a"), entry(tmp_path, "b", downsample=16), entry(tmp_path, "c", res=512)]
+    assert [e.name for e in where(entries, "f==8 and resolution==256")] == ["a"]
+    assert [e.name for e in where(entries, "`lpips-alex` < 9 and tokenizer == 'b'")] == ["b"]
+
+
+@pytest.mark.parametrize("query", ["nonsense == 1", "f ==", "f.missing", "1 +", "resolution", "f == 99", "f ~ 'a'"])
+def test_bad_query_is_one_clear_line(query: str) -> None:
+    with pytest.raises(InputError) as caught:
+        where([Entry(record("a"))], query)
+    assert query in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_column_names_the_known() -> None:
+    with pytest.raises(InputError, match=r"unknown column 'nope'; choose from .*psnr"):
+        blocks([Entry(record("a"))], ["nope"])
+
+
+def test_foreign_newer_and_half_written_files_are_named_and_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = entry(tmp_path, "good")
+    assert good.path is not None
+    folder = good.path.parent
+    (folder / "foreign.json").write_text('{"a": 1}')
+    (folder / "half.json").write_text(good.path.read_text()[:200])
+    (folder / "newer.json").write_text(json.dumps({**json.loads(good.path.read_text()), "schema": 99}))
+    (folder / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    (folder / "list.json").write_text("[]")
+    entries, _, warnings = gather(tmp_path)
+    assert [e.name for e in entries] == ["good"]
+    for name in ("foreign", "half", "newer", "bytes", "list"):
+        assert any(f"{name}.json" in warning for warning in warnings), name
+    assert build(ReportOptions(tmp_path)) == 0
+    assert build(ReportOptions(tmp_path, strict=True)) == 1
+    assert "foreign.json" in capsys.readouterr().err
+
+
+def test_of_two_results_for_a_cell_the_newer_counts(tmp_path: Path) -> None:
+    old = record("a", shift=0)
+    new = dataclasses.replace(record("a", shift=1), provenance={**old.provenance, "date": "2026-12-01"})
+    write(tmp_path, old)
+    (tmp_path / "adm" / "samples-256" / "copy.json").write_text(write(tmp_path / "other", new).read_text())
+    entries, _, warnings = gather(tmp_path)
+    (kept,) = entries
+    assert kept.result.metrics == new.metrics
+    assert any("the same cell" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("make", [lambda p: p / "missing", lambda p: p])
+def test_no_results_is_one_clear_line(tmp_path: Path, make: object) -> None:
+    with pytest.raises(InputError, match="results"):
+        gather(make(tmp_path))  # type: ignore[operator]
+
+
+def test_damaged_rows_are_named(tmp_path: Path) -> None:
+    a, b = entry(tmp_path, "a", seed=1), entry(tmp_path, "b", seed=2)
+    assert a.path is not None
+    a.path.with_suffix(".per_image.csv.gz").write_bytes(b"not gzip")
+    with pytest.raises(InputError, match=r"a\.per_image\.csv\.gz"):
+        blocks([a, b])
+
+
+def test_csv_holds_full_precision(tmp_path: Path) -> None:
+    a = entry(tmp_path, "a")
+    table = text(Report([a], [], []), ReportOptions(tmp_path, format="csv"))
+    assert repr(a.result.metrics["psnr"].value) in table
+    head = text(Report([a], [], []), ReportOptions(tmp_path, format="csv", columns=("ssim", "psnr"))).splitlines()[0]
+    assert head.endswith("ssim,psnr")
+    assert frame([a])["f"].tolist() == [8]
+
+
+NASTY = "<script>alert(1)</script> | ` * _ [x](y) \\ & % $ # { } ~ ^ é 中"
+
+
+def test_markdown_lets_nothing_through(tmp_path: Path) -> None:
+    (block,) = blocks([Entry(record("a", note=NASTY))])
+    out = markdown(block)
+    assert "<script" not in out
+    assert r"\[x\](y)" in out
+    assert all(line.count("|") - line.count("\\|") == out.splitlines()[2].count("|") for line in out.splitlines()[2:5])
+
+
+def test_latex_compiles_with_booktabs(tmp_path: Path) -> None:
+    import shutil
+
+    if shutil.which("pdflatex") is None:
+        pytest.skip("pdflatex is not installed")
+    from tokbench.report.tables import latex_document
+
+    entries = [
+        entry(tmp_path, n, seed=i, shift=i, losses=("lpips-vgg",), note=NASTY, channels=4 + i % 2)
+        for i, n in enumerate("abcd")
+    ]
+    (tmp_path / "t.tex").write_text(latex_document([latex(block) for block in blocks(entries)]), encoding="utf-8")
+    command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "t.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Missing character" not in done.stdout
+
+
+def test_report_never_imports_torch(tmp_path: Path) -> None:
+    entry(tmp_path, "a"), entry(tmp_path, "b", seed=1)
+    code = (
+        "import sys; from pathlib import Path; from tokbench.report.build import *;"
+        "d = Path(sys.argv[1]); build(ReportOptions(d, format='html', out=d / 'site', plots=d / 'plots'));"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("options", [{"format": "word"}, {"format": "html"}, {"columns": ("nope",)}, {"where": "x"}])
+def test_wrong_use_is_an_input_error(tmp_path: Path, options: dict[str, object]) -> None:
+    entry(tmp_path, "a")
+    with pytest.raises(InputError):
+        build(ReportOptions(tmp_path, **options))  # type: ignore[arg-type]
