@@ -221,7 +221,12 @@ def _find_entry(head: str, text: str) -> tuple[Entry, dict[str, str]]:
 
 def suggest(name: str, known: list[str]) -> str:
     """'did you mean X? known: ...' for a name that is none of `known`."""
-    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    alike = {re.sub(r"\{\w+\}|\d+", "0", one): one for one in reversed(known)}  # a number stands for a placeholder
+    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
+    close += [
+        alike[one] for one in difflib.get_close_matches(re.sub(r"\d+", "0", name.lower()), alike, n=3, cutoff=0.6)
+    ]
+    close = list(dict.fromkeys(close))[:3]
     return (f"did you mean {' or '.join(close)}? " if close else "") + f"known: {', '.join(known)}"
 
 

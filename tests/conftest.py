@@ -1,0 +1,72 @@
+"""What tests share: one thread, caches of their own, tiny real photographs, the command line in this process."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tokbench import cli
+from tokbench.weights import weights_dir
+
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
+SAMPLES = Path(cli.__file__).parent / "samples"
+TINY = f"{Path(__file__).with_name('tiny.py')}:tiny"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Weights are found where they are; everything else that is kept between runs goes to a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKBENCH_WEIGHTS", str(weights_dir()))
+        patch.setenv("TOKBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("PYTHONWARNINGS", "ignore")
+        yield
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of twelve bundled photographs, 40 pixels at their shorter side. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("data") / "photographs"
+    folder.mkdir()
+    for path in sorted(SAMPLES.glob("*.jpg"))[:12]:
+        with Image.open(path) as image:
+            scale = 40 / min(image.size)
+            image.resize((round(image.width * scale), round(image.height * scale))).save(folder / f"{path.stem}.png")
+    return folder
+
+
+@dataclass
+class Ran:
+    """How a command ended: exit status, stdout, stderr."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def reason(self) -> str:
+        """The last line of stderr that is no report of progress."""
+        return self.err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def tokbench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """Run the command line in this process."""
+
+    def call(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["tokbench", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        output = capsys.readouterr()
+        assert "Traceback" not in output.err
+        return Ran(int(ended.value.code or 0), output.out, output.err)
+
+    return call

@@ -1,0 +1,120 @@
+"""Names, specs and options of tokenizers."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from tests.conftest import TINY
+from tokbench import registry
+from tokbench.checkpoints import write_model
+from tokbench.errors import CellError, InputError
+from tokbench.registry import Entry, create, parse, parse_all, row_name
+
+
+def factory(
+    quality: int,
+    scale: float = 1.0,
+    exact: bool = False,
+    file: Path | None = None,
+    mode: Literal["a", "b"] = "a",
+    random_weights: bool = False,
+) -> dict[str, object]:
+    return {"quality": quality}
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.entries()
+    entry = Entry("toy-q{quality}", factory, "for tests")
+    monkeypatch.setattr(registry, "_entries", {**registry._entries, entry.name: entry})
+
+
+def test_options_get_the_types_that_the_factory_declares() -> None:
+    options = parse("toy-q7@scale=0.5@exact=true@mode=b@file=none").parts[0].options
+    assert options == {"quality": 7, "scale": 0.5, "exact": True, "mode": "b", "file": None}
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("jpg-q50", "did you mean jpeg-q{quality}"),
+        ("toy-q7@scal=2", "did you mean scale"),
+        ("toy-q7.5", 'option quality is "7.5", must be int'),
+        ("toy-q7@exact=yes", "must be true or false"),
+        ("toy-q7@mode=c", "known: a, b"),
+        ("toy-q7@scale=1@scale=2", "given twice"),
+        ("toy-q7@quality=8", "given twice"),
+        ("toy-q7@file=/nowhere/x.bin", "no such file"),
+        ("Row A=identity", "may hold only"),
+        ("identity+identity+identity", "exactly two"),
+        ("identity:file.bin", "takes no file"),
+        ("/nowhere/model.safetensors", "no such file or folder"),
+        ("a=", "empty"),
+        ("nowhere.py:make", "no such file: nowhere.py"),
+        (TINY.replace(":tiny", ":huge"), 'no function "huge"'),
+    ],
+)
+def test_a_wrong_spec_is_refused_with_the_reason(spec: str, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        parse(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "row"),
+    [("JPEG-q50", "jpeg-q50"), ("toy-q7@scale=2", "toy-q7-scale-2"), ("mine=toy-q7@scale=2", "mine"),
+     ("identity+bicubic-f8", "identity-bicubic-f8")],
+)  # fmt: skip
+def test_a_row_is_named_by_its_alias_or_by_its_spec(spec: str, row: str) -> None:
+    assert row_name(spec) == row
+
+
+def test_two_rows_of_one_name_are_refused() -> None:
+    with pytest.raises(InputError, match="two rows"):
+        parse_all("identity,identity")
+    assert [spec.row for spec in parse_all("identity, b=identity")] == ["identity", "b"]
+
+
+def test_a_file_with_a_factory_is_a_model() -> None:
+    tokenizer = create(f"mine={TINY}@noise=0.5")
+    assert tokenizer.info.name == "mine"
+    assert tokenizer.info.deterministic is False
+
+
+def test_a_model_that_does_not_load_fails_alone() -> None:
+    with pytest.raises(CellError, match="the weights are gone"):
+        create(f"{TINY}@fault=load")
+
+
+def test_joined_tokenizers_encode_with_the_first_and_decode_with_the_second() -> None:
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seeds = torch.zeros(2, dtype=torch.int64)
+    first, second, joined = create(TINY), create(f"{TINY}@bias=0.1"), create(f"{TINY}+{TINY}@bias=0.1")
+    latents = first.encode(images, sample=False, seeds=seeds)
+    assert torch.equal(joined.encode(images, sample=False, seeds=seeds), latents)
+    expected = second.decode(latents, seeds=seeds, size=(16, 16))
+    assert torch.equal(joined.decode(latents, seeds=seeds, size=(16, 16)), expected)
+
+
+def test_joined_tokenizers_must_share_the_latent_space() -> None:
+    with pytest.raises(InputError, match="latents differ"):
+        create(f"{TINY}+bicubic-f8")
+
+
+def test_a_checkpoint_says_which_model_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    write_model(path, {"w": torch.zeros(1)}, {"model": "klvae"}, torch.float32)
+    part = parse(str(path)).parts[0]
+    assert (part.entry.name, part.options["file"]) == ("klvae", path)
+    path.write_bytes(b"no safetensors")
+    with pytest.raises(InputError, match="not a readable safetensors file"):
+        parse(str(path))
+
+
+def test_naming_models_does_not_import_torch() -> None:
+    code = "import sys, tokbench.registry as r; r.entries(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
