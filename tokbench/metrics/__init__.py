@@ -131,6 +131,20 @@ def perplexity(samples: Samples) -> Value:
     return Value(distribution.perplexity(codes), n=len(codes), note=f"{np.unique(codes).size} codes used")
 
 
+def codebook_use(samples: Samples) -> Value:
+    """How many different codes occur in the whole set."""
+    codes = samples.features("fake", "codes")
+    return Value(float(np.unique(codes).size), n=len(codes))
+
+
+def latent_deviation(samples: Samples) -> Value:
+    """Standard deviation of all numbers of all latents, and what would bring it to one."""
+    mean, square = samples.column("latent-mean").mean(), samples.column("latent-square").mean()
+    deviation = float(np.sqrt(max(0.0, square - mean**2)))
+    note = f"its scale times {1 / deviation:.4g} would make it 1" if deviation else "all latents are equal"
+    return Value(deviation, n=len(samples.ids), note=note)
+
+
 def too_few(num_images: int, minimum: int) -> Value:
     """The value of a metric that so few images cannot give."""
     return Value(None, n=num_images, note=f"needs {minimum:,} images, here {num_images:,}; pd-* serves at any number")
@@ -194,11 +208,18 @@ METRICS: dict[str, Metric] = {
         _mean("bpp", "lower", None, 0.01, 3, "measured size of the code", unit="bit/px"),
         Metric("perplexity", "higher", "", 1.0, None, 1.0, 1, "codebook perplexity: exp of the codes' entropy",
                perplexity, extractor="codes", sides=("fake",)),
+        Metric("codebook-use", "higher", "codes", 1.0, None, 1.0, 0, "different codes that occur", codebook_use,
+               extractor="codes", sides=("fake",)),
+        Metric("latent-mean", "neither", "", None, None, 0.01, 4, "mean of the normalised latents",
+               partial(mean_of, "latent-mean"), ("latent-mean",)),
+        Metric("latent-std", "neither", "", 0.0, None, 0.01, 4, "standard deviation of the normalised latents",
+               latent_deviation, ("latent-mean", "latent-square")),
     )
 }  # fmt: skip
 
-# What `run` measures when nobody asks for less or more. bpp and perplexity come by themselves where there are codes.
-DEFAULT = ("psnr", "psnr-global", "ssim", "ssim-gauss", "lpips-alex", "lpips-vgg", "pd-mobilenet", "rfid", "bpp")
+# What `run` measures when nobody asks for less or more; the last five only where there are codes or latents.
+DEFAULT = ("psnr", "psnr-global", "ssim", "ssim-gauss", "lpips-alex", "lpips-vgg", "pd-mobilenet", "rfid",
+           "bpp", "perplexity", "codebook-use", "latent-mean", "latent-std")  # fmt: skip
 
 
 def find_metrics(names: Sequence[str]) -> list[Metric]:
