@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from tokbench.errors import InputError
 from tokbench.report.build import Report, ReportOptions, build, text
 from tokbench.report.collect import frame, gather, where
 from tokbench.report.leaderboard import Entry, blocks, column, compression, ranking
-from tokbench.report.tables import WIDTH, latex, leaderboard_table, markdown
+from tokbench.report.tables import WIDTH, latex, latex_document, leaderboard_table, markdown
 from tokbench.result import EvalResult, TokenizerInfo, Value
 
 
@@ -136,7 +138,7 @@ def test_terminal_table_fits_a_hundred_columns(tmp_path: Path, terminal: bool) -
         entry(tmp_path, name, seed=i, shift=i, note="demo weights, undertrained") for i, name in enumerate(names)
     ]
     lines = printed(entries, terminal).splitlines()
-    plain = [line for line in (__import__("re").sub(r"\x1b\[[0-9;]*m", "", line) for line in lines) if line]
+    plain = [line for line in (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines) if line]
     assert max(map(len, plain)) <= 100
     assert not any(line.rstrip().endswith("…") for line in plain)
 
@@ -270,12 +272,8 @@ def test_markdown_lets_nothing_through(tmp_path: Path) -> None:
 
 
 def test_latex_compiles_with_booktabs(tmp_path: Path) -> None:
-    import shutil
-
     if shutil.which("pdflatex") is None:
         pytest.skip("pdflatex is not installed")
-    from tokbench.report.tables import latex_document
-
     entries = [
         entry(tmp_path, n, seed=i, shift=i, losses=("lpips-vgg",), note=NASTY, channels=4 + i % 2)
         for i, n in enumerate("abcd")
