@@ -20,6 +20,7 @@ from tokbench.reconstruct import (
     CODES,
     Cell,
     badness,
+    quantise,
     reconstruct,
     seeded,
 )
@@ -142,8 +143,9 @@ def draw(cell: Cell, store: SampleStore, plan: Plan) -> bytes:
     pairs = cell.album.pairs
     missing = [index for index, sample in enumerate(plan.source.ids) if sample in {*first, *worst} - pairs.keys()]
     for ids, real in plan.batches(missing) if missing else ():
-        fakes, _ = reconstruct(cell, ids, real.to(cell.conditions.device))
-        pairs |= {sample: (real[i], fakes[0][i].cpu()) for i, sample in enumerate(ids)}
+        decoded, _ = reconstruct(cell, ids, real.to(cell.conditions.device))
+        fake = quantise(decoded[0], cell.conditions.protocol.fake_rounding).cpu()
+        pairs |= {sample: (real[i], fake[i]) for i, sample in enumerate(ids)}
     psnr = dict(zip(store.ids, columns["psnr"], strict=True)) if "psnr" in columns else {}
     labels = {sample: f"{sample} {psnr[sample]:.2f} dB" if psnr else sample for sample in (*first, *worst)}
     rows = [(labels[sample], *pairs[sample]) for sample in first if sample in pairs]

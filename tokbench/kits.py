@@ -18,7 +18,7 @@ class Kits:
         self.num_images, self.device = num_images, device
         needed = [metric for metric in self.metrics if metric.minimum <= num_images]
         self.networks = {
-            name: weights.NETWORKS[name].sha256
+            name: weights.digest(name)
             for metric in needed
             for name in metric.networks
             if name in weights.NETWORKS

@@ -36,11 +36,14 @@ class Protocol:
     fake_rounding: Rounding = "nearest"
     autocast: Literal["bfloat16"] | None = None
     summary: str = ""
+    metrics: tuple[str, ...] = ()  # what its paper reports, mistakes included; () is tokbench's own set
     notes: tuple[str, ...] = ()  # where the original's code is mistaken, or where this preset cannot follow it
 
     def fingerprint(self) -> str:
-        """16 hex digits over every field that can change a number (all but the texts)."""
-        record = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("summary", "notes")}
+        """16 hex digits over every field that can change a number (all but texts and names of metrics)."""
+        record = {
+            key: value for key, value in dataclasses.asdict(self).items() if key not in ("summary", "notes", "metrics")
+        }
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -54,9 +57,10 @@ PROTOCOLS: dict[str, Protocol] = {
             crop="pil-bilinear",
             autocast="bfloat16",
             summary="SSDD's evaluation (arXiv 2510.04961)",
+            metrics=("psnr-global", "ssim", "lpips-alex", "dreamsim-native", "rfid"),
             notes=(
                 "its PSNR is psnr-global, its SSIM ssim, its LPIPS lpips-alex",
-                "its DreamSim runs at the native size and is not the metric called dreamsim here",
+                "its DreamSim runs at the native size (dreamsim-native), not at the 224 pixels it was trained for",
                 "its noise comes from one generator for the whole set; here every image has its own",
             ),
         ),
@@ -65,7 +69,11 @@ PROTOCOLS: dict[str, Protocol] = {
             1,
             crop="pil-bicubic",
             summary="1d-tokenizer's evaluation (TiTok, arXiv 2406.07550)",
-            notes=("its Inception network runs in float64, which moves features by less than 1e-6 of their range",),
+            metrics=("rfid",),
+            notes=(
+                "it truncates to 8 bits after rounding to k / 255, which moves none of the 256 levels",
+                "its Inception network runs in float64, which moves features by less than 1e-6 of their range",
+            ),
         ),
         Protocol(
             "vavae",
@@ -73,8 +81,11 @@ PROTOCOLS: dict[str, Protocol] = {
             crop="tensor-bilinear",
             posterior="sample",
             summary="LightningDiT's evaluate_tokenizer (VA-VAE, arXiv 2501.01423)",
+            metrics=("psnr", "ssim-gauss", "lpips-vgg-unclamped", "rfid"),
             notes=(
-                "its LPIPS sees the unclamped decoder output, its SSIM averages batch means; not repeated here",
+                "its LPIPS sees the decoder's unclamped output (lpips-vgg-unclamped)",
+                "its latents are a sample of the posterior, so its numbers depend on the seed",
+                "its SSIM averages batch means and pads the border; ours is the mean over images inside it",
                 "its model sees the resized image before it is rounded to 8 bits",
                 "its rFID uses pytorch-fid's resize, ours torch-fidelity's",
             ),
@@ -83,6 +94,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "dcae",
             1,
             summary="DC-AE's eval_dc_ae_model (arXiv 2410.10733)",
+            metrics=("psnr", "ssim-gauss", "lpips-alex", "rfid"),
             notes=(
                 "its SSIM has an 11x11 Gaussian window (ssim-gauss), its LPIPS is lpips-alex",
                 "its rFID uses pytorch-fid's resize, ours torch-fidelity's",
@@ -92,8 +104,9 @@ PROTOCOLS: dict[str, Protocol] = {
             "llamagen",
             1,
             summary="LlamaGen's reconstruction scripts (arXiv 2406.06525)",
+            metrics=("psnr", "ssim-range2", "rfid"),
             notes=(
-                "its SSIM uses data_range 2 on images in [0, 1] and reads higher (0.675 printed, 0.55 measured right)",
+                "its SSIM uses data_range 2 on images in [0, 1] and reads higher (0.675 for 0.55): ssim-range2",
                 "its distributed sampler counts padded images twice when ranks do not divide their number",
                 "its rFID comes from ADM's TensorFlow graph, ours from torch-fidelity's port of it",
             ),

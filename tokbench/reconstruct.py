@@ -127,7 +127,12 @@ def quantise(images: Tensor, rounding: Rounding) -> Tensor:
 
 
 def decode_uint8(cell: Cell, latents: Tensor, seeds: Tensor, ids: Sequence[str]) -> Tensor:
-    """latents -> uint8 [B, 3, H, W]. CellError naming the image for NaN or infinity, or for a wrong shape."""
+    """latents -> uint8 [B, 3, H, W]. Raises CellError as `decode` does."""
+    return quantise(decode(cell, latents, seeds, ids), cell.conditions.protocol.fake_rounding)
+
+
+def decode(cell: Cell, latents: Tensor, seeds: Tensor, ids: Sequence[str]) -> Tensor:
+    """latents -> float [B, 3, H, W]. CellError naming the image for NaN or infinity, or for a wrong shape."""
     name, size = cell.tokenizer.info.name, (cell.conditions.resolution, cell.conditions.resolution)
     images = cell.watch.time("decode", len(ids), lambda: cell.tokenizer.decode(latents, seeds=seeds, size=size))
     if images.shape != (len(ids), 3, *size):
@@ -135,18 +140,18 @@ def decode_uint8(cell: Cell, latents: Tensor, seeds: Tensor, ids: Sequence[str])
     finite = torch.isfinite(images).flatten(1).all(1)
     if not finite.all():
         raise CellError(f"{name}: NaN or infinity in the reconstruction of {ids[int((~finite).nonzero()[0])]}")
-    return quantise(images, cell.conditions.protocol.fake_rounding)
+    return images
 
 
 def reconstruct(cell: Cell, ids: Sequence[str], real: Tensor) -> tuple[list[Tensor], Tensor]:
-    """uint8 [B, 3, H, W] on the device -> (one uint8 reconstruction per seed, the latents of the first seed).
+    """uint8 [B, 3, H, W] on the device -> (one float reconstruction per seed, the latents of the first seed).
 
     A posterior's mode is encoded once; a sample of it is drawn anew for every seed. Raises CellError for whatever the
     model gets wrong, except a lack of memory.
     """
     conditions, tokenizer = cell.conditions, cell.tokenizer
     sample = conditions.protocol.posterior == "sample"
-    fakes: list[Tensor] = []
+    decoded: list[Tensor] = []
     latents: list[Tensor] = []
     try:
         with precision(conditions.device, conditions.autocast):
@@ -155,13 +160,13 @@ def reconstruct(cell: Cell, ids: Sequence[str], real: Tensor) -> tuple[list[Tens
                 if sample or not latents:
                     encode = partial(tokenizer.encode, real, sample=sample, seeds=seeds)
                     latents.append(cell.watch.time("encode", len(ids), encode))
-                fakes.append(decode_uint8(cell, latents[-1], seeds, ids))
+                decoded.append(decode(cell, latents[-1], seeds, ids))
     except MODEL_ERRORS as error:
         if is_out_of_memory(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CellError(f"{tokenizer.info.name}: {reason}") from error
-    return fakes, latents[0]
+    return decoded, latents[0]
 
 
 def seeded(name: str, seed: int) -> str:
@@ -176,11 +181,15 @@ def measure_batch(cell: Cell, ids: Sequence[str], real: Tensor) -> None:
     """
     tools, seeds = cell.tools, cell.conditions.seeds
     real = real.to(cell.conditions.device, non_blocking=True)
-    fakes, latents = reconstruct(cell, ids, real)
+    decoded, latents = reconstruct(cell, ids, real)
+    fakes = [quantise(images, cell.conditions.protocol.fake_rounding) for images in decoded]
     columns: dict[str, np.ndarray] = {}
     features: dict[tuple[str, str], np.ndarray] = {}
     with torch.inference_mode():
-        scores = [{k: _numpy(v) for score in tools.scorers for k, v in score(real, fake).items()} for fake in fakes]
+        scores = [
+            {name: _numpy(v) for score in tools.scorers for name, v in score(real, fake, images).items()}
+            for fake, images in zip(fakes, decoded, strict=True)
+        ]
         for name in scores[0]:
             columns[name] = np.mean([score[name] for score in scores], axis=0)
         for name, extractor in tools.extractors.items():

@@ -81,8 +81,8 @@ def _run(options: RunOptions, world: World) -> int:
     specs = registry.parse_all(options.models)
     resolutions = list(dict.fromkeys(numbers(options.resolutions, "--res")))
     device = select_device(options.device, world.local_rank)
-    names = [name.strip() for name in options.metrics.split(",") if name.strip()] if options.metrics else DEFAULT
-    find_protocol(options.protocol)
+    chosen = [name.strip() for name in (options.metrics or "").split(",") if name.strip()]
+    names = chosen or find_protocol(options.protocol).metrics or DEFAULT
     source = open_source(options.data, options.split, options.limit)
     kits = Kits(names, len(source), device)
     outcome = Outcome()

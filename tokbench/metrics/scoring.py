@@ -2,11 +2,12 @@
 
     tools = instruments(find_metrics(names), num_images, resolution, device)
     for score in tools.scorers:
-        columns |= score(real, fake)        # uint8 [B, 3, H, W] twice -> {column: float [B]} on the device
+        columns |= score(real, fake, decoded)   # uint8 [B, 3, H, W] twice -> {column: float [B]} on the device
     for name, extract in tools.extractors.items():
         features["fake", name] = extract(fake)
     tools.unavailable                       # {metric: reason}: those are not to be computed
 
+`decoded` is the decoder's float output, which only lpips-vgg-unclamped reads; None where there is none.
 Nothing here waits for a GPU. The side of the real images is computed once for all fakes of the same batch.
 """
 
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from tokbench import weights
+from tokbench.errors import InputError
 from tokbench.features import EXTRACTORS, Extractor, extractors
-from tokbench.metrics import Metric, perceptual, pixel
+from tokbench.metrics import Metric, dreamsim, perceptual, pixel
 
-Scorer = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
+Scorer = Callable[[Tensor, Tensor, Tensor | None], Mapping[str, Tensor]]
 
 
 @dataclass
@@ -34,38 +36,52 @@ class Instruments:
     columns: list[str] = field(default_factory=list)
 
 
-def squared_error_and_psnr(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+def squared_error_and_psnr(real: Tensor, fake: Tensor, decoded: Tensor | None = None) -> dict[str, Tensor]:
     """Columns mse (on the scale [0, 1]) and psnr."""
     errors = pixel.squared_error(real, fake)
     return {"mse": errors, "psnr": pixel.psnr(errors)}
 
 
 class NetworkScorer:
-    """A column from a network that compares `features` of both sides; those of the last real batch are kept."""
+    """A column from a network that compares `features` of both sides; those of the last real batch are kept.
 
-    def __init__(self, column: str, network: Any) -> None:
-        self.column, self.network = column, network
+    `unclamped`: it takes the decoder's own output instead of the 8-bit image.
+    """
+
+    def __init__(self, column: str, network: Any, *, unclamped: bool = False) -> None:
+        self.column, self.network, self.unclamped = column, network, unclamped
         self.real: Tensor | None = None
         self.kept: list[Tensor] = []
 
-    def __call__(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    def __call__(self, real: Tensor, fake: Tensor, decoded: Tensor | None = None) -> dict[str, Tensor]:
         with torch.autocast(real.device.type, enabled=False):
             if real is not self.real:
                 self.real, self.kept = real, self.network.features(perceptual.signed(real))
-            return {self.column: self.network.distance(self.kept, self.network.features(perceptual.signed(fake)))}
+            if not self.unclamped:
+                images = perceptual.signed(fake)
+            elif decoded is None:
+                raise InputError(f"{self.column} needs a decoder's output, not images")
+            else:
+                images = decoded.float().contiguous(memory_format=torch.channels_last)
+            return {self.column: self.network.distance(self.kept, self.network.features(images))}
 
 
+UNCLAMPED = "lpips-vgg-unclamped"
 _PIXELS: dict[str, tuple[Scorer, int]] = {  # column -> scorer, smallest side
     "mse": (squared_error_and_psnr, 1),
     "psnr": (squared_error_and_psnr, 1),
-    "ssim": (lambda real, fake: {"ssim": pixel.ssim(real, fake)}, 7),
-    "ssim-gauss": (lambda real, fake: {"ssim-gauss": pixel.ssim_gauss(real, fake)}, 11),
-    "ms-ssim": (lambda real, fake: {"ms-ssim": pixel.ms_ssim(real, fake)}, pixel.MS_MINIMUM),
+    "ssim": (lambda real, fake, _: {"ssim": pixel.ssim(real, fake)}, 7),
+    "ssim-range2": (lambda real, fake, _: {"ssim-range2": pixel.ssim(real, fake, data_range=2)}, 7),
+    "ssim-gauss": (lambda real, fake, _: {"ssim-gauss": pixel.ssim_gauss(real, fake)}, 11),
+    "ms-ssim": (lambda real, fake, _: {"ms-ssim": pixel.ms_ssim(real, fake)}, pixel.MS_MINIMUM),
 }
 _NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "lpips-alex": (lambda: perceptual.lpips_network("alex", safe=False), 32),
     "lpips-vgg": (lambda: perceptual.lpips_network("vgg", safe=False), 16),
+    "lpips-vgg-unclamped": (lambda: perceptual.lpips_network("vgg", safe=False), 16),
     "dists": (perceptual.dists_network, 16),
+    "dreamsim": (dreamsim.dreamsim_network, 1),
+    "dreamsim-native": (lambda: dreamsim.dreamsim_network(native=True), 16),
 }
 
 
@@ -79,7 +95,7 @@ def scorers(columns: Sequence[str], device: torch.device | str = "cpu") -> list[
                 found.append(scorer)
         elif column in _NETWORKS:
             network = _NETWORKS[column][0]().to(device).to(memory_format=torch.channels_last)
-            found.append(NetworkScorer(column, network))
+            found.append(NetworkScorer(column, network, unclamped=column == UNCLAMPED))
     return found
 
 
