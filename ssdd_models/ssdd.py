@@ -93,7 +93,7 @@ class SSDD(nn.Module):
     ) -> None:
         super().__init__()
         shape = EncoderConfig.parse(encoder) if isinstance(encoder, str) else encoder
-        self.encoder = None if external_encoder else Encoder(shape, init)
+        self.encoder: Any = None if external_encoder else Encoder(shape, init)  # None only for a decoder alone
         self.decoder = UViT(decoder, shape.channels, init)
         mean, std = ((v,) if isinstance(v, int | float) else tuple(v) for v in (z_mean, z_std))
         self.config = SSDDConfig(shape, self.decoder.config, external_encoder, mean, std, steps, time_shift)
@@ -109,13 +109,20 @@ class SSDD(nn.Module):
             raise ValueError("this SSDD decodes the latents of an external encoder and has none of its own")
         return self.encoder(x)
 
+    def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        mean, std = (torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (config.z_mean, config.z_std))
+        return mean, std
+
     def normalise(self, z: Tensor) -> Tensor:
         """Encoder latents -> the scale the decoder was trained on; the identity for released weights."""
-        mean, std = self.config.z_mean, self.config.z_std
-        if mean == (0.0,) and std == (1.0,):
-            return z
-        shift, scale = (torch.tensor(v, device=z.device).view(1, -1, 1, 1) for v in (mean, std))
-        return (z - shift) / scale
+        mean, std = self._scale(z)
+        return (z - mean) / std
+
+    def denormalise(self, z: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        mean, std = self._scale(z)
+        return z * std + mean
 
     def forward(self, x_t: Tensor, t: Tensor, z: Tensor, tap: Tap | None = None) -> Tensor:
         """Velocity [B, 3, H, W] at x_t [B, 3, H, W], t [B] in [0, 1], for encoder latents z [B, c, h, w]."""
@@ -170,11 +177,15 @@ class SSDD(nn.Module):
         return cls.from_state(config, state)
 
     @classmethod
+    def from_config(cls, config: SSDDConfig) -> "SSDD":
+        """A freshly initialised model."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+
+    @classmethod
     def from_state(cls, config: SSDDConfig, state: Mapping[str, Tensor]) -> "SSDD":
         """A model around given tensors, which exactly its own. ValueError lists what is missing or left over."""
-        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
         with torch.device("meta"):
-            model = cls(**values)
+            model = cls.from_config(config)
         check_keys(model.state_dict(), state)
         model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
         return model.requires_grad_().eval()
@@ -225,7 +236,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise ValueError listing missing and unexpected keys, and shapes that differ."""
+    """Raise ValueError listing missing and unexpected keys, and shapes that differ: 20 of each at most."""
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     shapes = [
         f"{key} {tuple(found[key].shape)}, not {tuple(expected[key].shape)}"
@@ -233,6 +244,10 @@ def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> N
         if key in found and found[key].shape != expected[key].shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    lines = [f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in problems.items() if keys]
+    lines = [
+        f"{len(keys)} {what}: {', '.join(keys[:20])}{' and more' * (len(keys) > 20)}"
+        for what, keys in problems.items()
+        if keys
+    ]
     if lines:
         raise ValueError("not the tensors of this model; " + "; ".join(lines))
