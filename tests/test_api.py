@@ -1,0 +1,138 @@
+"""evaluate() as a notebook or a training loop calls it, and the loop's own arithmetic."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import TINY
+from tests.tiny import Tiny, tiny
+from tokbench import api, registry
+from tokbench.api import evaluate
+from tokbench.device import hash_state
+from tokbench.errors import CellError, InputError
+from tokbench.finish import over_seeds
+from tokbench.reconstruct import Album, quantise
+from tokbench.result import Value
+from tokbench.store import cache_folder
+
+
+def test_an_object_and_its_spec_give_the_same_numbers(photographs: Path, tmp_path: Path) -> None:
+    by_object = evaluate(tiny(), photographs, 32, ["psnr", "ssim"])
+    by_spec = evaluate(TINY, str(photographs), 32, ["psnr", "ssim"], out=tmp_path)
+    assert by_object.metrics == by_spec.metrics
+    assert by_object.tokenizer.weights == by_spec.tokenizer.weights
+    assert (tmp_path / "adm" / "photographs-32").is_dir()
+
+
+def test_a_training_loop_gets_its_model_back_as_it_was(photographs: Path) -> None:
+    model = tiny()
+    model.networks["decoder"].train()
+    model.networks["encoder"].eval()
+    state = torch.random.get_rng_state()
+    evaluate(model, photographs, 32, ["psnr"], limit=2)
+    assert model.networks["decoder"].training
+    assert not model.networks["encoder"].training
+    assert all(parameter.requires_grad for parameter in model.networks["decoder"].parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_changed_weight_changes_the_numbers_of_an_object(photographs: Path, tmp_path: Path) -> None:
+    model = tiny()
+    before = evaluate(model, photographs, 32, ["psnr"], out=tmp_path)
+    model.networks["decoder"].bias.data += 0.5
+    after = evaluate(model, photographs, 32, ["psnr"], out=tmp_path)
+    assert before.metrics["psnr"] != after.metrics["psnr"]
+
+
+def test_state_outside_of_the_networks_is_never_cached(photographs: Path, tmp_path: Path) -> None:
+    class Hiding(Tiny):
+        gain: torch.Tensor
+
+    model = Hiding(0.0, "", 0.0, 4, False, 0.0)
+    assert hash_state(model) is not None
+    model.gain = torch.ones(3)
+    assert hash_state(model) is None
+    dates = [evaluate(model, photographs, 32, ["psnr"], out=tmp_path).provenance["cell"] for _ in range(2)]
+    assert dates == [None, None]
+
+
+def test_the_hash_of_a_state_sees_names_shapes_and_values() -> None:
+    first, second = tiny(), tiny()
+    assert hash_state(first) == hash_state(second)
+    with torch.no_grad():
+        second.networks["encoder"].weight[0, 0, 0, 0] += 1e-6
+    assert hash_state(first) != hash_state(second)
+    assert hash_state(first) != hash_state(tiny(bias=0.1))
+
+
+def test_real_features_are_computed_once_for_all_models(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mean:
+        name, dim, identity = "mobilenet", 3, "mean"
+        calls = 0
+
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            Mean.calls += len(images)
+            return images.float().mean((2, 3))
+
+    monkeypatch.setenv("TOKBENCH_CACHE", str(tmp_path))
+    kits = api.Kits(["psnr", "pd-mobilenet"], 12, torch.device("cpu"))
+    kits.load(32).extractors.clear()
+    kits.load(32).unavailable.clear()
+    kits.load(32).extractors["mobilenet"] = Mean()  # type: ignore[assignment]
+    monkeypatch.setattr(api, "kits", lambda *_: kits)
+    first = evaluate(tiny(), photographs, 32)
+    assert Mean.calls == 24
+    second = evaluate(tiny(), photographs, 32)
+    assert Mean.calls == 36
+    assert first.metrics == second.metrics
+    folder = next((cache_folder() / "real").iterdir())
+    path = next(folder.glob("real-*.bin"))
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1
+    path.write_bytes(data)
+    assert evaluate(tiny(), photographs, 32).metrics == first.metrics
+
+
+def test_every_8_bit_value_survives_the_round_trip() -> None:
+    levels = torch.arange(256, dtype=torch.float32) / 127.5 - 1
+    assert torch.equal(quantise(levels, "nearest"), torch.arange(256, dtype=torch.uint8))
+
+
+def test_rounding_is_half_up_and_clamps() -> None:
+    values = torch.tensor([-2.0, -1.0, 0.5 / 127.5 - 1, 0.49 / 127.5 - 1, 1.0, 9.0])
+    assert quantise(values, "nearest").tolist() == [0, 0, 1, 0, 255, 255]
+    assert quantise(torch.tensor([0.999, 1.0]), "truncate").tolist() == [254, 255]
+
+
+def test_seeds_split_the_standard_error_into_images_and_noise() -> None:
+    rng = np.random.default_rng(0)
+    images, noise = rng.normal(0, 3, 4000), rng.normal(0, 2, (3, 4000))
+    scores = 20 + images + noise
+    values = [Value(float(s.mean()), float(s.std(ddof=1)) / 4000**0.5, n=4000) for s in scores]
+    joint = over_seeds(values)
+    assert joint.value == pytest.approx(scores.mean())
+    assert joint.stderr == pytest.approx(scores.mean(0).std(ddof=1) / 4000**0.5, rel=0.1)
+    assert "3 seeds" in joint.note
+
+
+def test_an_album_keeps_the_first_and_the_worst() -> None:
+    album = Album(frozenset(["a"]), num_worst=2)
+    pixels = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
+    album.add(["a", "b", "c", "d"], [0.0, 3.0, 1.0, 2.0], pixels, pixels)
+    assert set(album.pairs) == {"a", "b", "d"}
+
+
+@pytest.mark.parametrize(
+    ("model", "resolution", "metrics", "error"),
+    [("identity", 32, ["nothing"], InputError), ("bicubic-f8", 36, ["psnr"], InputError),
+     (f"{TINY}@fault=nan", 32, ["psnr"], CellError)],
+)  # fmt: skip
+def test_errors_are_of_the_two_kinds(
+    model: str, resolution: int, metrics: list[str], error: type[Exception], photographs: Path
+) -> None:
+    with pytest.raises(error):
+        evaluate(registry.create(model), photographs, resolution, metrics)

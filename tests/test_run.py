@@ -1,0 +1,262 @@
+"""`tokbench run`: cells, cache, resume, what is written, and what happens when something is wrong."""
+
+import gzip
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import TINY, Ran
+from tokbench.result import EvalResult, read_result
+from tokbench.store import read_per_image
+
+Command = Callable[..., Ran]
+FAST = ("--metrics", "psnr,psnr-global,ssim", "--res", "32", "--batch-size", "5")
+
+
+def results(out: Path) -> dict[str, EvalResult]:
+    found = [read_result(path) for path in sorted(out.glob("*/*/*.json"))]
+    return {f"{result.tokenizer.name}-{result.dataset.resolution}": result for result in found}
+
+
+def rows(out: Path) -> dict[str, bytes]:
+    return {path.name: gzip.decompress(path.read_bytes()) for path in sorted(out.glob("*/*/*.csv.gz"))}
+
+
+def test_a_run_leaves_record_rows_picture_and_plot(tokbench: Command, photographs: Path, tmp_path: Path) -> None:
+    ran = tokbench("run", "--models", f"tiny={TINY},identity", "--data", photographs, "--out", tmp_path, *FAST)
+    assert ran.status == 0, ran.err
+    folder = tmp_path / "adm" / "photographs-32"
+    names = {path.name for path in folder.iterdir()}
+    own = {f"tiny{end}" for end in (".json", ".png", ".per_image.csv.gz")}
+    assert names == own | {name.replace("tiny", "identity") for name in own} | {"quality-vs-time.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"adm"}
+    result = read_result(folder / "tiny.json")
+    assert result.dataset.num_images == 12
+    assert result.tokenizer.encoder_params == 4 * 3 * 16 + 4
+    ids, columns = read_per_image(folder / "tiny.per_image.csv.gz")
+    assert ids == sorted(path.stem for path in photographs.iterdir())
+    assert np.isclose(columns["psnr"].mean(), result.metrics["psnr"].value)
+    assert "tiny" in ran.out
+    assert "12 images of photographs" in ran.err
+    with Image.open(folder / "tiny.png") as image:
+        assert image.width == 2 * 3 * 32 + 6
+
+
+def test_the_identity_is_perfect(tokbench: Command, photographs: Path, tmp_path: Path) -> None:
+    assert tokbench("run", "--models", "identity", "--data", photographs, "--out", tmp_path, *FAST).status == 0
+    metrics = results(tmp_path)["identity-32"].metrics
+    assert metrics["psnr"].value == 100
+    assert metrics["ssim"].value == 1
+
+
+def test_a_second_run_answers_from_the_cache_and_says_so(tokbench: Command, photographs: Path, tmp_path: Path) -> None:
+    command = ("run", "--models", f"tiny={TINY}", "--data", photographs, "--out", tmp_path, *FAST)
+    assert tokbench(*command).status == 0
+    before = results(tmp_path)["tiny-32"]
+    ran = tokbench(*command)
+    assert "0 done, 1 cached, 0 failed" in ran.err
+    assert results(tmp_path)["tiny-32"] == before
+    assert "1 done, 0 cached" in tokbench(*command, "--fresh").err
+
+
+def test_edited_code_changed_images_and_other_weights_are_measured_again(
+    tokbench: Command, photographs: Path, tmp_path: Path
+) -> None:
+    code, data = tmp_path / "model.py", tmp_path / "data"
+    shutil.copy(Path(__file__).with_name("tiny.py"), code)
+    shutil.copytree(photographs, data)
+    command = ("run", "--data", data, "--out", tmp_path / "runs", *FAST)
+    spec = f"m={code}:tiny"
+    assert "1 done" in tokbench(*command, "--models", spec).err
+    assert "1 cached" in tokbench(*command, "--models", spec).err
+    assert "1 done" in tokbench(*command, "--models", f"{spec}@bias=0.1").err
+    assert "1 done" in tokbench(*command, "--models", spec).err
+    code.write_text(code.read_text() + "\n# edited\n")
+    assert "1 done" in tokbench(*command, "--models", spec).err
+    first = sorted(data.iterdir())[0]
+    Image.new("RGB", (50, 50)).save(first)
+    assert "1 done" in tokbench(*command, "--models", spec).err
+
+
+def test_batch_size_and_workers_change_nothing(tokbench: Command, photographs: Path, tmp_path: Path) -> None:
+    tables = []
+    for number, extra in enumerate((("--batch-size", 1), ("--batch-size", 7, "--workers", 1))):
+        out = tmp_path / str(number)
+        command = ("run", "--models", f"tiny={TINY}@noise=0.3", "--data", photographs, "--out", out, *FAST)
+        assert tokbench(*command, *extra).status == 0
+        tables.append(rows(out))
+    assert tables[0] == tables[1]
+
+
+def test_seeds_are_averaged_and_the_spread_is_split(tokbench: Command, photographs: Path, tmp_path: Path) -> None:
+    command = ("run", "--data", photographs, "--out", tmp_path, "--seeds", "0,1,2", *FAST)
+    assert tokbench(*command, "--models", f"drawn={TINY}@noise=0.5,fixed={TINY}").status == 0
+    drawn, fixed = results(tmp_path)["drawn-32"], results(tmp_path)["fixed-32"]
+    assert fixed.settings["seeds"] == [0]
+    assert drawn.settings["seeds"] == [0, 1, 2]
+    assert "by noise" in drawn.metrics["psnr"].note
+    _, columns = read_per_image(tmp_path / "adm/photographs-32/drawn.per_image.csv.gz")
+    per_seed = [columns[f"psnr.seed{seed}"] for seed in (0, 1, 2)]
+    assert np.allclose(columns["psnr"], np.mean(per_seed, axis=0))
+    assert np.isclose(np.mean(per_seed), drawn.metrics["psnr"].value)
+    assert not np.array_equal(per_seed[0], per_seed[1])
+
+
+def test_codes_give_perplexity(tokbench: Command, photographs: Path, tmp_path: Path) -> None:
+    command = ("run", "--data", photographs, "--out", tmp_path, "--res", "32", "--metrics", "psnr,perplexity,bpp")
+    assert tokbench(*command, "--models", f"codes={TINY}@codes=true,plain={TINY}").status == 0
+    found = results(tmp_path)
+    assert 1 < found["codes-32"].metrics["perplexity"].value <= 8
+    assert set(found["plain-32"].metrics) == {"psnr"}
+
+
+def test_a_failed_cell_costs_its_row_and_no_other(tokbench: Command, photographs: Path, tmp_path: Path) -> None:
+    specs = [f"{fault}={TINY}@fault={fault}" for fault in ("load", "nan", "shape")]
+    ran = tokbench(
+        "run", "--models", ",".join([*specs, f"good={TINY}"]), "--data", photographs, "--out", tmp_path, *FAST
+    )
+    assert ran.status == 1
+    assert list(results(tmp_path)) == ["good-32"]
+    assert "1 done, 0 cached, 3 failed" in ran.reason
+    lines = [line for line in ran.err.splitlines() if line.startswith("failed: ")]
+    assert "the weights are gone" in lines[0]
+    assert "NaN or infinity in the reconstruction of" in lines[1]
+    assert "decode gave (5, 3, 31, 32), expected (5, 3, 32, 32)" in lines[2]
+
+
+def test_memory_decides_the_batch_size_unless_the_user_did(
+    tokbench: Command, photographs: Path, tmp_path: Path
+) -> None:
+    command = ("run", "--models", f"big={TINY}@fault=memory", "--data", photographs, "--out", tmp_path, *FAST)
+    ran = tokbench(*command)
+    assert ran.status == 1
+    assert "out of memory at 32 px with batch size 5; try --batch-size 2, or auto" in ran.err
+    assert not list(tmp_path.glob("*/*/*.json"))
+    assert tokbench(*command, "--batch-size", "auto").status == 0
+    assert results(tmp_path)["big-32"].provenance["batch_size"] == 1
+
+
+def test_a_size_the_model_cannot_take_is_wrong_use(tokbench: Command, photographs: Path, tmp_path: Path) -> None:
+    command = ("run", "--models", f"odd={TINY}@multiple=5", "--data", photographs, "--out", tmp_path)
+    ran = tokbench(*command, "--res", "32,40", "--metrics", "psnr")
+    assert ran.status == 2
+    assert "odd: needs sizes divisible by 5, got --res 32; try 30" in ran.err
+    assert list(results(tmp_path)) == ["odd-40"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--models", "jpgq-50"), 'unknown model "jpgq-50"; did you mean'),
+        (("--models", "identity", "--metrics", "pnsr"), "did you mean psnr"),
+        (("--models", "identity", "--protocol", "adn"), "unknown protocol"),
+        (("--models", "identity", "--res", "big"), "whole numbers"),
+        (("--models", "identity", "--res", "0"), "from 8 to 8192"),
+        (("--models", "identity", "--batch-size", "0"), "at least 1"),
+        (("--models", "identity", "--device", "tpu"), "unknown device"),
+        (("--models", "identity", "--dtype", "int8"), "unknown dtype"),
+        (("--models", "identity", "--seeds", "x"), "--seeds"),
+        (("--models", "identity", "--limit", "0"), "at least 1"),
+        (("--models", "identity", "--data", "/nowhere"), "no such file or folder"),
+        (("--models", "identity,identity"), "two rows"),
+        (("--models", "identity", "--resolution", "64"), "No such option"),
+        ((), "Missing option"),
+    ],
+)
+def test_wrong_use_is_one_line_and_status_2(
+    arguments: tuple[str, ...], said: str, tokbench: Command, tmp_path: Path
+) -> None:
+    ran = tokbench("run", "--out", tmp_path / "runs", *arguments)
+    assert ran.status == 2
+    assert said in ran.err
+    assert len(ran.err.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_an_empty_folder_is_named(tokbench: Command, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    ran = tokbench("run", "--models", "identity", "--data", tmp_path / "empty", "--out", tmp_path / "runs")
+    assert ran.status == 2
+    assert "empty: no images" in ran.reason
+
+
+def test_an_unreadable_image_stops_the_run_unless_it_may_be_left_out(
+    tokbench: Command, photographs: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(photographs, data)
+    good = sorted(data.iterdir())[3]
+    (data / "broken.png").write_bytes(good.read_bytes()[:1500])
+    command = ("run", "--models", f"tiny={TINY}", "--data", data, "--out", tmp_path / "runs", *FAST)
+    ran = tokbench(*command)
+    assert ran.status == 2
+    assert "broken.png: damaged" in ran.reason
+    assert not list(tmp_path.rglob("*.json"))
+    ran = tokbench(*command, "--skip-bad")
+    assert ran.status == 0
+    assert "left out: " in ran.err
+    result = results(tmp_path / "runs")["tiny-32"]
+    assert (result.dataset.num_images, result.settings["skipped_ids"]) == (12, ["broken"])
+
+
+def test_small_images_are_refused_by_name_or_enlarged_and_counted(
+    tokbench: Command, photographs: Path, tmp_path: Path
+) -> None:
+    command = (
+        "run",
+        "--models",
+        "identity",
+        "--data",
+        photographs,
+        "--out",
+        tmp_path,
+        "--metrics",
+        "psnr",
+        "--res",
+        "48",
+    )
+    ran = tokbench(*command)
+    assert ran.status == 2
+    assert "12 images are smaller than 48 px" in ran.reason
+    assert tokbench(*command, "--upscale").status == 0
+    assert results(tmp_path)["identity-48"].settings["upscaled"] == 12
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_an_output_folder_that_cannot_be_written_is_wrong_use(tokbench: Command, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    ran = tokbench("run", "--models", "identity", "--out", tmp_path / "runs", *FAST)
+    assert (ran.status, "cannot be written" in ran.reason) == (2, True)
+
+
+def test_an_output_path_that_is_a_file_is_wrong_use(tokbench: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ran = tokbench("run", "--models", "identity", "--out", tmp_path / "file" / "runs", *FAST)
+    assert (ran.status, "cannot be written" in ran.reason) == (2, True)
+
+
+def test_a_damaged_record_is_named_set_aside_and_measured_again(
+    tokbench: Command, photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = ("run", "--models", f"tiny={TINY}", "--data", photographs, "--out", tmp_path, *FAST)
+    assert tokbench(*command).status == 0
+    path = tmp_path / "adm/photographs-32/tiny.json"
+    before, text = rows(tmp_path), path.read_text()
+    path.write_text(text[: len(text) // 2])
+    assert "1 done" in tokbench(*command).err
+    assert "damaged, set aside as tiny.json.damaged" in caplog.text
+    assert rows(tmp_path) == before
+    assert json.loads(path.read_text())["metrics"] == json.loads(text)["metrics"]
+
+
+def test_known_models_metrics_and_protocols_are_listed(tokbench: Command) -> None:
+    assert "jpeg-q{quality}" in tokbench("list", "models").out
+    assert "lpips-vgg" in tokbench("list", "metrics").out
+    assert "adm" in tokbench("list", "protocols").out
+    assert tokbench("list", "colours").status == 2
