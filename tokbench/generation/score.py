@@ -15,7 +15,7 @@ from tokbench.distributed import World
 from tokbench.errors import InputError
 from tokbench.features import Extractor
 from tokbench.loader import Loader
-from tokbench.metrics import FRECHET_MINIMUM, METRICS, find_metrics, frechet, too_few
+from tokbench.metrics import FRECHET_MINIMUM, METRICS, find_metrics, frechet
 from tokbench.progress import bar
 from tokbench.protocols import find_protocol
 from tokbench.result import Value
@@ -163,7 +163,8 @@ def score(
         metric = METRICS[name]
         try:
             if num_images < metric.minimum:
-                values[name] = too_few(num_images, metric.minimum)
+                note = f"needs {metric.minimum:,} images, here {num_images:,}; kid serves at any number"
+                values[name] = Value(None, n=num_images, note=note)
             elif metric.minimum == FRECHET_MINIMUM:
                 assert metric.extractor is not None
                 values[name] = frechet_value(reference, both.features("fake", metric.extractor), metric.extractor)

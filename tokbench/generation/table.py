@@ -22,7 +22,8 @@ def print_table(results: Sequence[EvalResult], folders: Sequence[Path]) -> None:
     known = reconstruction_scores(folders)
     measured = {name for r in results for name, value in r.metrics.items() if value.value is not None}
     names = [name for name in METRICS if name in measured or name in ALWAYS]
-    table = Table(caption="* best guidance scale; /s are images a second", caption_justify="left")
+    mark = "* best guidance scale; " if any(is_best(result, results) for result in results) else ""
+    table = Table(caption=mark + "/s: images a second", caption_justify="left")
     for heading in (
         "tokenizer",
         "rfid",

@@ -252,6 +252,7 @@ def train(config: DiTTraining, data: str, out: Path) -> Path:
         raise KeyboardInterrupt
     if records is not None:
         plot_curves(records.records(), out / "curves.png")
+    machine.accelerator.wait_for_everyone()  # nobody opens the generator before it is written
     return out / "generator.safetensors"
 
 

@@ -1,0 +1,422 @@
+"""From images to latents to a trained generator to scored samples, on tiny images and the identity tokenizer."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tokbench.distributed import World
+from tokbench.errors import InputError
+from tokbench.generation.fit import check_fits, latent_space
+from tokbench.generation.generate import GenerateOptions, open_generator, parse_labels, run_generate
+from tokbench.generation.latents import Images, LatentConfig, Latents, Normaliser, encode
+from tokbench.generation.sample import Draw, Sampling, balanced_labels, pack_npz, sample_latents
+from tokbench.generation.score import generation_metrics, open_reference, read_statistics, score
+from tokbench.generation.table import is_best
+from tokbench.generation.train import find_preset, train_dit
+from tokbench.registry import create
+from tokbench.result import EvalResult, TokenizerInfo, read_result
+from tokbench.store import SampleStore
+
+CPU = torch.device("cpu")
+SETTINGS = [
+    "tokenizer=identity", "latents.resolution=16", "latents.crops=0", "patch=4", "grid_steps=2",
+    "optim.learning_rate=0.005", "optim.warmup_steps=0", "optim.schedule=constant",
+    "run.batch_size=4", "run.log_every=2", "run.save_every=2", "run.sample_every=100",
+    "run.dtype=float32", "run.device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images of two classes, in folders."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for label in range(2):
+        (folder / f"class{label}").mkdir()
+        for number in range(6):
+            pixels = np.random.default_rng((label, number)).integers(label * 100, label * 100 + 100, (20, 24, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"class{label}" / f"i{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator after four steps."""
+    out = tmp_path_factory.mktemp("generator")
+    train_dit("tiny", str(labelled), out, [*SETTINGS, "run.steps=4"])
+    return out
+
+
+def options(trained: Path, labelled: Path, out: Path, **more: Any) -> GenerateOptions:
+    chosen = GenerateOptions(
+        generator=str(trained), tokenizer="identity", num_images=5, reference=str(labelled), steps=2, device="cpu",
+        metrics="kid", out=out, results=out,
+    )  # fmt: skip
+    return replace(chosen, **more)
+
+
+def brightness(images: Tensor) -> Tensor:
+    """A feature extractor that needs no weights: means of quadrants."""
+    return torch.nn.functional.avg_pool2d(images.float(), 8).flatten(1) / 255
+
+
+# ---- latents ------------------------------------------------------------------------------------------------------
+
+
+def encoded(labelled: Path, folder: Path, config: LatentConfig, *, ranks: int = 1) -> Latents:
+    images = Images(str(labelled), config, seed=0)
+    for rank in range(ranks):
+        encode(create("identity"), "identity", images, folder, seed=0, rank=rank, world=ranks, device=CPU)
+    return Latents(folder)
+
+
+def test_latents_are_of_the_crops_and_of_their_mirror_images_with_ids_and_labels(
+    labelled: Path, tmp_path: Path
+) -> None:
+    latents = encoded(labelled, tmp_path, LatentConfig(resolution=16, batch_size=5))
+    assert len(latents) == 24
+    assert latents.shape == (3, 16, 16)
+    rows, labels = latents.rows([0, 1, 23])
+    assert torch.equal(rows[0].flip(2), rows[1])
+    assert labels.tolist() == [0, 0, 1]
+    assert latents.ids()[:3] == ["class0/i0", "class0/i0", "class0/i1"]
+
+
+def test_any_number_of_processes_and_an_interruption_make_the_same_shards(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokbench.generation.latents.SHARD", 5)
+    config = LatentConfig(resolution=16, batch_size=2)
+    encoded(labelled, tmp_path / "one", config)
+    encoded(labelled, tmp_path / "two", config, ranks=2)
+    (tmp_path / "one" / "latents-000001.safetensors").unlink()
+    encoded(labelled, tmp_path / "one", config)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files[:3] == [f"latents-00000{k}.safetensors" for k in range(3)]
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_statistics_are_those_of_all_rows_and_normalising_is_undone(labelled: Path, tmp_path: Path) -> None:
+    latents = encoded(labelled, tmp_path, LatentConfig(resolution=16))
+    rows, _ = latents.rows(range(24))
+    per_channel, scalar = latents.statistics("channel"), latents.statistics("scalar")
+    assert per_channel.std == pytest.approx(rows.double().std((0, 2, 3), correction=0).tolist(), rel=1e-9)
+    assert scalar.mean == pytest.approx([rows.double().mean().item()])
+    normal = scalar(rows)
+    assert normal.mean().item() == pytest.approx(0, abs=1e-4)
+    assert normal.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(per_channel.undo(per_channel(rows)), rows)
+
+
+def test_latents_of_something_else_in_the_folder_are_refused_with_both_values(labelled: Path, tmp_path: Path) -> None:
+    encoded(labelled, tmp_path, LatentConfig(resolution=16))
+    with pytest.raises(InputError, match="resolution 16, asked is 8"):
+        encoded(labelled, tmp_path, LatentConfig(resolution=8))
+
+
+def test_unlabelled_images_are_one_class_and_random_crops_are_numbered(labelled: Path) -> None:
+    images = Images(str(labelled / "class0"), LatentConfig(resolution=8, crops=3), seed=0)
+    assert images.classes == ["all"]
+    first = list(images.stream(range(images.num_images)))
+    assert len({sample for sample, _, _ in first}) == 18
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(first[4:6], images.stream([4, 5]), strict=True))
+
+
+@pytest.mark.parametrize("spec", ["jpeg-q50"])
+def test_a_tokenizer_without_a_grid_of_latents_is_refused(spec: str) -> None:
+    with pytest.raises(InputError, match="a DiT needs continuous latents"):
+        latent_space(create(spec), 32, CPU)
+
+
+# ---- training -----------------------------------------------------------------------------------------------------
+
+
+def test_resume_equals_uninterrupted(labelled: Path, trained: Path, tmp_path: Path) -> None:
+    train_dit("tiny", str(labelled), tmp_path, [*SETTINGS, "run.steps=2"])
+    train_dit("tiny", str(labelled), tmp_path, [*SETTINGS, "run.steps=4"])
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [2, 4]
+    once, twice = (open_generator(str(folder), CPU) for folder in (trained, tmp_path))
+    how, labels = Sampling(steps=2), torch.tensor([0, 1])
+    torch.testing.assert_close(once.sample(torch.arange(2), labels, how), twice.sample(torch.arange(2), labels, how))
+
+
+def test_the_normalisation_is_measured_shown_and_kept(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_dit("tiny", str(labelled), tmp_path, [*SETTINGS, "run.steps=1", "normalise=channel"])
+    statistics = Latents(tmp_path / "latents").statistics("channel")
+    assert f"normalised as {statistics}" in capsys.readouterr().err
+    generator = open_generator(str(tmp_path), CPU)
+    assert generator.normaliser == statistics  # type: ignore[attr-defined]
+    assert generator.classes == ["class0", "class1"]
+    assert generator.steps_trained == 1
+
+
+def test_presets_are_the_recipes_they_name() -> None:
+    paper, proxy = find_preset("dit"), find_preset("proxy")
+    assert (paper.size, paper.optim.learning_rate, paper.ema.decay, paper.run.batch_size) == ("XL", 1e-4, 0.9999, 256)
+    assert (proxy.size, proxy.run.steps) == ("B", 100_000)
+    with pytest.raises(InputError, match="choose one of dit, proxy, tiny"):
+        find_preset("large")
+
+
+# ---- sampling and scoring -----------------------------------------------------------------------------------------
+
+
+def test_identity_end_to_end_gives_a_record_images_and_a_table(
+    trained: Path,
+    labelled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    use_brightness(monkeypatch)
+    assert run_generate(options(trained, labelled, tmp_path, guidance="1,3", save="npz")) == 0
+    paths = sorted(tmp_path.glob("generate-*/*/identity.json"))
+    assert [path.parts[-3] for path in paths] == ["generate-dit-tiny-4-4-g1", "generate-dit-tiny-4-4-g3"]
+    result = read_result(paths[0])
+    assert result.settings["scope"] == "generation"
+    assert result.settings["generator"]["steps_trained"] == 4
+    assert result.dataset.name == labelled.name.lower()
+    assert result.metrics["kid"].value is not None
+    assert set(result.provenance["seconds"]) == {"generator", "decode"}
+    with np.load(paths[0].with_suffix(".npz")) as file:
+        assert file["arr_0"].shape == (5, 16, 16, 3)
+        assert file["arr_1"].tolist() == [0, 1, 0, 1, 0]
+    table = capsys.readouterr().out
+    assert "steps trained" in table
+    assert "decoder/s" in table
+
+
+def test_more_images_go_on_from_those_that_are_there_and_guidance_changes_them(
+    trained: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_brightness(monkeypatch)
+    run_generate(options(trained, labelled, tmp_path, save="png"))
+    first = images_below(tmp_path)
+    run_generate(options(trained, labelled, tmp_path, save="png", num_images=7))
+    assert len(images_below(tmp_path)) == 7
+    assert {name: images_below(tmp_path)[name] for name in first} == first
+    run_generate(options(trained, labelled, tmp_path / "guided", save="png", guidance="4"))
+    assert images_below(tmp_path / "guided") != first
+
+
+def test_one_process_and_two_and_any_batch_size_draw_the_same(trained: Path, tmp_path: Path) -> None:
+    generator = open_generator(str(trained), CPU)
+    one = Draw(generator, Sampling(2.0, steps=2), [0, 1] * 65, tmp_path / "one", CPU, torch.float32, 50, World())
+    two = [replace(one, folder=tmp_path / "two", batch_size=33, world=World(rank, 2)) for rank in range(2)]
+    for draw in (one, *two):
+        sample_latents(draw)
+    for k in range(2):
+        torch.testing.assert_close(one.read(k)[0], two[0].read(k)[0])
+    assert one.read(1)[0].shape == (2, 3, 16, 16)
+
+
+def test_two_real_processes_train_and_generate_what_one_does(
+    labelled: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_brightness(monkeypatch)
+    script = tmp_path / "both.py"
+    script.write_text(TWO_PROCESSES)
+    settings = [*SETTINGS, "run.steps=4"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKBENCH_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, str(labelled), str(tmp_path), *settings],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    how, labels = Sampling(steps=2), torch.tensor([0, 1])
+    one, two = (open_generator(str(folder), CPU) for folder in (trained, tmp_path))
+    torch.testing.assert_close(
+        one.sample(torch.arange(2), labels, how), two.sample(torch.arange(2), labels, how), atol=0.05, rtol=1e-4
+    )  # the latents are pixels, 0 to 255
+    run_generate(options(tmp_path, labelled, tmp_path / "alone", num_images=130, metrics="gfid", save="png"))
+    assert images_below(tmp_path / "alone") == images_below(tmp_path / "together")
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import torch
+from tokbench.generation.generate import GenerateOptions, run_generate
+from tokbench.generation.train import train_dit
+torch.set_num_threads(1)
+data, out, *settings = sys.argv[1:]
+train_dit("tiny", data, Path(out), settings)
+sys.exit(run_generate(GenerateOptions(generator=out, tokenizer="identity", num_images=130, reference=data, steps=2,
+                                      device="cpu", metrics="gfid", save="png", out=Path(out) / "together")))
+"""
+
+
+def images_below(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob(".generate/*/*/images/*.png")}
+
+
+class Tools:
+    """As metrics.scoring.instruments gives them."""
+
+    scorers = ()
+    unavailable: Mapping[str, str] = {}
+
+    def __init__(self) -> None:
+        self.extractors = {"inception": Brightness()}
+
+
+class Brightness(nn.Module):
+    sha256 = "0" * 64
+
+    def forward(self, images: Tensor) -> Tensor:
+        return brightness(images)
+
+
+def use_brightness(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokbench.generation.generate.instruments", lambda *a: Tools())
+
+
+def test_scores_read_both_sides_of_different_number(labelled: Path, tmp_path: Path) -> None:
+    reference = open_reference(str(labelled), 16, {"inception": brightness}, tmp_path, CPU, World())  # type: ignore[dict-item]
+    assert reference.num_images == 12
+    with SampleStore(tmp_path / "fake") as store:
+        real = reference.features("inception")[[0, 1, 2, 3, 4, 5, 6, 7]]
+        store.append([f"{i:08d}" for i in range(8)], {}, {("fake", "inception"): real})
+    values, unavailable = score(["gfid", "precision", "recall", "kid"], SampleStore(tmp_path / "fake"), reference, 6)
+    assert values["precision"].value == 1.0
+    assert values["recall"].value is not None
+    assert values["recall"].value <= 1
+    assert values["precision"].n == 6
+    assert values["gfid"].value is None
+    assert "needs 2,048 images" in values["gfid"].note
+    assert not unavailable
+
+
+def test_adm_statistics_give_moments_and_images_and_what_needs_images_says_so(tmp_path: Path) -> None:
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    reference = open_reference(str(tmp_path / "ref.npz"), 16, {"inception": brightness}, tmp_path, CPU, World())  # type: ignore[dict-item]
+    assert reference.moments("inception").mean.shape == (2048,)
+    with pytest.raises(LookupError, match="statistics only, no images"):
+        reference.features("inception")
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((5, 16, 16, 3), np.uint8))
+    reference = open_reference(str(tmp_path / "images.npz"), 16, {"inception": brightness}, tmp_path, CPU, World())  # type: ignore[dict-item]
+    assert reference.features("inception").shape == (5, 12)
+
+
+def test_the_packed_npz_holds_the_png_files(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{number:08d}.png")
+    pack_npz(tmp_path, [4, 5, 6], 8, tmp_path / "all.npz")
+    assert read_statistics(tmp_path / "all.npz")[0] is None
+    with np.load(tmp_path / "all.npz") as file:
+        assert np.array_equal(file["arr_0"], pixels)
+        assert file["arr_1"].tolist() == [4, 5, 6]
+
+
+def test_classes_are_balanced() -> None:
+    labels = balanced_labels(10, ["a", "b", "c"], [])
+    assert sorted(labels.count(k) for k in range(3)) == [3, 3, 4]
+    assert balanced_labels(4, ["a", "b", "c"], [2, 0]) == [2, 0, 2, 0]
+    assert parse_labels("207,3-5") == [207, 3, 4, 5]
+
+
+def test_the_best_guidance_of_a_sweep_is_the_lowest_distance(tmp_path: Path) -> None:
+    from tokbench.result import Dataset, Value
+
+    def result(name: str, value: float) -> EvalResult:
+        return EvalResult("p", "", TokenizerInfo(name, ""), Dataset("d", None, 8, 9, ""), {"gfid": Value(value)})
+
+    results = [result("a", 3.0), result("a", 2.0), result("b", 1.0)]
+    assert [is_best(r, results) for r in results] == [False, True, False]
+
+
+# ---- what does not fit --------------------------------------------------------------------------------------------
+
+
+class Scaled:
+    """bicubic-f4 with its latents multiplied."""
+
+    networks: Mapping[str, nn.Module] = {}
+
+    def __init__(self, scale: float) -> None:
+        self.inner, self.scale = create("bicubic-f4"), scale
+        self.info = replace(self.inner.info, name="scaled")
+
+    def encode(self, images: Tensor, *, sample: bool, seeds: Tensor) -> Tensor:
+        return self.inner.encode(images, sample=sample, seeds=seeds) * self.scale
+
+    def decode(self, latents: Tensor, *, seeds: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.inner.decode(latents / self.scale, seeds=seeds, size=size)
+
+
+def test_a_tokenizer_of_another_grid_or_normalisation_is_refused_with_both_values() -> None:
+    space = latent_space(create("bicubic-f4"), 32, CPU)
+    check_fits(space, create("bicubic-f4"), CPU)
+    check_fits(space, Scaled(1.0), CPU)
+    with pytest.raises(InputError, match="downsampling 8, the generator has 4"):
+        check_fits(space, create("bicubic-f8"), CPU)
+    with pytest.raises(InputError, match="channels 4, the generator has 3"):
+        check_fits(space, create("pca-f8c4"), CPU)
+    with pytest.raises(InputError, match=r"deviation \d\.\d+, those of bicubic-f4.*; 82% apart"):
+        check_fits(space, Scaled(0.18215), CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": "7"}, "label 7 is out of range: the generator knows 0..1"),
+        ({"sampler": "dopri"}, "unknown sampler 'dopri' for dit-tiny-4: euler or heun"),
+        ({"steps": 0}, "--steps 0"),
+        ({"num_images": 0}, "--num-images 0"),
+        ({"interval": "0.7,0.2"}, "must rise"),
+        ({"metrics": "psnr"}, "psnr: compares an image with its reconstruction"),
+        ({"tokenizer": "bicubic-f2"}, "bicubic-f2 does not fit the generator"),
+        ({"generator": "nowhere"}, "no such generator"),
+        ({"reference": "missing.npz"}, "not a readable statistics file"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_drawn(
+    trained: Path,
+    labelled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    use_brightness(monkeypatch)
+    with pytest.raises(InputError, match=message):
+        run_generate(options(trained, labelled, tmp_path, **change))
+    assert not list(tmp_path.glob(".generate/dit*"))
+
+
+def test_statistics_of_another_dimension_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(512), sigma=np.eye(512))
+    with pytest.raises(InputError, match=r"\(512,\).*2048 dimensions"):
+        read_statistics(tmp_path / "ref.npz")
+    np.savez(tmp_path / "other.npz", features=np.zeros(3))
+    with pytest.raises(InputError, match="holds features; expected mu and sigma"):
+        read_statistics(tmp_path / "other.npz")
+
+
+def test_metrics_of_reconstruction_are_no_metrics_of_generation() -> None:
+    assert generation_metrics("kid,gfid") == ["gfid", "kid"]
+    with pytest.raises(InputError, match="rfid: compares an image with its reconstruction"):
+        generation_metrics("rfid")
+
+
+def test_normaliser_says_what_it_does() -> None:
+    assert str(Normaliser((0.5, -1.0), (2.0, 3.0))) == "(z - 0.5, -1) / 2, 3"
