@@ -5,7 +5,7 @@ and "as good as jpeg q N" is a statement everybody understands.
 """
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -174,9 +174,10 @@ def _neighbour_decoder(size: int) -> nn.Sequential:
     return nn.Sequential(convolution, nn.PixelShuffle(PATCH))
 
 
-def linear(name: str) -> Linear:
-    """`pca-f8c4`: blocks decoded alone; `linear-f8c4`: ridge regression from 5 x 5 latents. Both fitted beforehand."""
-    state = load((resources.files("baselines") / "weights" / FITTED).read_bytes())
+def linear(name: str, file: Path | None = None) -> Linear:
+    """`pca-f8c4`: blocks decoded alone; `linear-f8c4`: ridge regression from 5 x 5 latents. `file`: another fit."""
+    source = file if file is not None else resources.files("baselines") / "weights" / FITTED
+    state = load(source.read_bytes())
     encoder = _block_encoder()
     decoder = _neighbour_decoder(1 if name == "pca-f8c4" else NEIGHBOURS)
     for part, module in (("encoder", encoder), (name, decoder)):
@@ -187,13 +188,26 @@ def linear(name: str) -> Linear:
     return Linear(name, encoder.requires_grad_(False), decoder.requires_grad_(False), note)
 
 
-def fit_linear(photographs: Path, out: Path, read: Callable[[Path], Tensor], ridge: float = 1e-3) -> None:
-    """Fit both linear rows on a folder of images and write them to `out` (safetensors).
+def read_blocks(path: Path, short_side: int) -> Tensor:
+    """A photograph reduced as the adm protocol reduces it, trimmed to whole blocks: uint8 [3, H, W]."""
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    while min(image.size) >= 2 * short_side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = short_side / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    pixels = np.array(image.crop((0, 0, image.width // PATCH * PATCH, image.height // PATCH * PATCH)))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
-    `read` gives an image as uint8 [3, H, W]. Normal equations in float64: blocks' mean and covariance, then the ridge
-    regression (penalty `ridge` per sample, latents have unit variance) of a block on its 5 x 5 neighbourhood.
+
+def fit_linear(photographs: Path, out: Path, short_side: int = 256, ridge: float = 1e-3) -> None:
+    """Fit both linear rows on a folder of .jpg and .png files and write them to `out` (safetensors).
+
+    Normal equations in float64: mean and covariance of the blocks, then the ridge regression (penalty `ridge` per
+    sample, latents have unit variance) of a block on its 5 x 5 neighbourhood.
     """
-    images = [read(path) for path in sorted(photographs.iterdir()) if path.suffix.lower() in (".jpg", ".png")]
+    paths = [path for path in sorted(photographs.iterdir()) if path.suffix.lower() in (".jpg", ".png")]
+    images = [read_blocks(path, short_side) for path in paths]
     blocks = [F.pixel_unshuffle(to_float(image)[None], PATCH).double() for image in images]  # [1, 192, h, w]
     flat = torch.cat([block.flatten(2)[0].T for block in blocks])  # [n, 192], channel-major, then row, then column
     mean = flat.mean(0)
