@@ -131,9 +131,9 @@ def test_a_tiny_dit_overfits_8_latents_and_reproduces_them() -> None:
     model = DiT(DiTConfig(channels=2, patch=2, width=64, depth=3, heads=2, num_classes=8, label_dropout=0.0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     labels = torch.arange(8).repeat(8)
-    for step in range(350):
+    for step in range(250):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (350 - step) / 200)
+            group["lr"] = 2e-3 * min(1, (250 - step) / 150)
         seeds = torch.arange(64) + 64 * step
         loss = flow_loss(model, model, targets[labels], labels, (seeds, seeds + 10**6), "uniform")
         optimizer.zero_grad()
