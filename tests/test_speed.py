@@ -80,7 +80,7 @@ def test_gate_tells_equal_from_unequal():
 
 
 def test_quick_run_writes_records_that_read_back(tmp_path):
-    options = SpeedOptions("bicubic-f8,small=bicubic-f16", (16, 24), torch.device("cpu"), tmp_path, quick=True)
+    options = SpeedOptions("bicubic-f8,small=bicubic-f16", (16, 24), torch.device("cpu"), tmp_path, effort=QUICK)
     results = measure(options)
     assert [(r.tokenizer.name, r.resolution, bool(r.failed)) for r in results] == [
         ("bicubic-f8", 16, False), ("small", 16, False), ("bicubic-f8", 24, False), ("small", 24, True),
@@ -96,7 +96,7 @@ def test_quick_run_writes_records_that_read_back(tmp_path):
 
 
 def test_table_fits_and_keeps_failed_rows(tmp_path):
-    options = SpeedOptions("bicubic-f8,small=bicubic-f16", (24,), torch.device("cpu"), tmp_path, quick=True)
+    options = SpeedOptions("bicubic-f8,small=bicubic-f16", (24,), torch.device("cpu"), tmp_path, effort=QUICK)
     results = measure(options)
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(report.speed_table(results))
@@ -109,7 +109,7 @@ def test_table_fits_and_keeps_failed_rows(tmp_path):
 
 
 def test_other_hardware_and_settings_are_other_blocks(tmp_path):
-    result = measure(SpeedOptions("bicubic-f8", (16,), torch.device("cpu"), tmp_path, quick=True))[0]
+    result = measure(SpeedOptions("bicubic-f8", (16,), torch.device("cpu"), tmp_path, effort=QUICK))[0]
     elsewhere = replace(result, hardware="another machine")
     compiled = replace(result, settings={**result.settings, "compile": True})
     assert len(report.blocks([result, elsewhere, compiled])) == 3
@@ -130,7 +130,7 @@ def test_numbers_are_read_strictly(text):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_timing_and_memory(tmp_path):
-    options = SpeedOptions("ssdd-s-f8c4", (128,), torch.device("cuda"), tmp_path, random_weights=True, quick=True)
+    options = SpeedOptions("ssdd-s-f8c4", (128,), torch.device("cuda"), tmp_path, random_weights=True, effort=QUICK)
     stage = measure(options)[0].stages["decode"]
     assert stage.memory_allocated
     assert stage.images_per_second > 0

@@ -32,7 +32,7 @@ from tokbench.protocols import find_protocol
 from tokbench.registry import Spec, create, parse, parse_all
 from tokbench.result import SpeedResult, TokenizerInfo, to_json
 from tokbench.store import write_whole
-from tokbench.timing import CPU_MAX_BATCH, QUICK, STAGES, Effort, Row, count_flops, measure_stage
+from tokbench.timing import CPU_MAX_BATCH, QUICK, STAGES, STANDARD, Effort, Row, count_flops, measure_stage
 from tokbench.tokenizer import Tokenizer
 
 
@@ -74,12 +74,17 @@ class SpeedOptions:
     compile: bool = False
     batch_sizes: tuple[int, ...] | None = None  # None: doubled until memory ends
     random_weights: bool = False
-    quick: bool = False  # 3 iterations, the default decode steps, no equality gate
+    effort: Effort = STANDARD  # QUICK also means: the default decode steps, no equality gate
 
     @classmethod
-    def read(cls, *, device: str, dtype: str, **others: Any) -> "SpeedOptions":
-        """The options with device and dtype given by name; InputError for an unknown one."""
-        return cls(device=select_device(device), dtype=find_dtype(dtype), **others)
+    def read(cls, *, device: str, dtype: str, quick: bool, **others: Any) -> "SpeedOptions":
+        """The options with device, dtype and effort given by name; InputError for an unknown one."""
+        effort = QUICK if quick else STANDARD
+        return cls(device=select_device(device), dtype=find_dtype(dtype), effort=effort, **others)
+
+    @property
+    def quick(self) -> bool:
+        return self.effort == QUICK
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:
@@ -162,7 +167,7 @@ def other_steps(spec: Spec, tokenizer: Tokenizer) -> list[int]:
 
 def measure_resolution(rows: Sequence[Row], options: SpeedOptions) -> None:
     """Cost, equality gate and all stages of the rows of one resolution, with progress on stderr."""
-    effort = QUICK if options.quick else Effort()
+    effort = options.effort
     cap = min(effort.max_batch, CPU_MAX_BATCH) if options.device.type == "cpu" else effort.max_batch
     sizes = options.batch_sizes or tuple(2**i for i in range(cap.bit_length()) if 2**i <= cap)
     for row in rows:
@@ -239,7 +244,7 @@ def file_name(result: SpeedResult) -> str:
 
 def conditions(options: SpeedOptions) -> tuple[dict[str, object], dict[str, object]]:
     """(settings, provenance) of a record: all that a speed depends on besides model and resolution."""
-    device, effort = options.device, QUICK if options.quick else Effort()
+    device, effort = options.device, options.effort
     settings: dict[str, object] = {
         "dtype": str(options.dtype).removeprefix("torch."),
         "compile": options.compile,

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokbench.device import is_out_of_memory, precision, release
 from tokbench.errors import CellError
+from tokbench.reconstruct import quantise
 from tokbench.result import Stage
 from tokbench.tokenizer import Tokenizer
 
@@ -30,6 +31,7 @@ class Effort:
     max_batch: int = 1024
 
 
+STANDARD = Effort()
 QUICK = Effort(seconds=0.0, iterations=3, search_seconds=0.0, max_batch=2)
 CPU_MAX_BATCH = 16  # a CPU gains nothing beyond, and its memory is everybody's
 
@@ -64,7 +66,7 @@ class Row:
 
         def decode(latents: Tensor) -> Tensor:
             with precision(self.device, self.dtype):
-                return to_uint8(tokenizer.decode(latents, seeds=seeds, size=size))
+                return quantise(tokenizer.decode(latents, seeds=seeds, size=size), "nearest")
 
         if stage == "encode":
             return encode
@@ -80,13 +82,9 @@ class Row:
             seeds = torch.arange(len(batch)) + 4 * index
             with precision(self.device, self.dtype):
                 latents = self.tokenizer.encode(batch.to(self.device), sample=False, seeds=seeds)
-                parts.append(to_uint8(self.tokenizer.decode(latents, seeds=seeds, size=tuple(batch.shape[2:]))).cpu())
+                size = (batch.shape[2], batch.shape[3])
+                parts.append(quantise(self.tokenizer.decode(latents, seeds=seeds, size=size), "nearest").cpu())
         return torch.cat(parts)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """float [-1, 1] -> uint8, clamped and rounded as the evaluation does."""
-    return images.float().add(1).mul(127.5).clamp(0, 255).round().to(torch.uint8)
 
 
 def time_block(step: Callable[[], Tensor], iterations: int, device: torch.device) -> list[float]:
@@ -122,7 +120,7 @@ def rate_at(row: Row, stage: str, batch_size: int, effort: Effort) -> float | No
     full = False
     try:
         step = row.step(stage, batch_size)
-        if effort is QUICK:
+        if effort == QUICK:
             return batch_size / time_block(step, 1, row.device)[0]
         last = warm_up(step, row.device)
         iterations = max(2, min(50, math.ceil(effort.search_seconds / max(last, 1e-6))))
@@ -169,7 +167,7 @@ def peak_memory(step: Callable[[], Tensor], device: torch.device) -> tuple[int, 
 
 def interleave(steps: Sequence[Callable[[], Tensor]], device: torch.device, effort: Effort) -> list[list[float]]:
     """Seconds per iteration of every step, the steps taking turns until each has had its time."""
-    singles = [warm_up(step, device) if effort is not QUICK else math.inf for step in steps]
+    singles = [warm_up(step, device) if effort != QUICK else math.inf for step in steps]
     block = [max(1, min(10, int(0.2 / max(single, 1e-6)))) for single in singles]
     seconds: list[list[float]] = [[] for _ in steps]
 
