@@ -133,10 +133,15 @@ def test_unlabelled_images_are_one_class_and_random_crops_are_numbered(labelled:
     assert all(torch.equal(a[2], b[2]) for a, b in zip(first[4:6], images.stream([4, 5]), strict=True))
 
 
-@pytest.mark.parametrize("spec", ["jpeg-q50"])
-def test_a_tokenizer_without_a_grid_of_latents_is_refused(spec: str) -> None:
+def test_latents_of_any_memory_format_are_kept(labelled: Path, tmp_path: Path) -> None:
+    images = Images(str(labelled), LatentConfig(resolution=16), seed=0)
+    encode(create("pca-f8c4"), "pca-f8c4", images, tmp_path, seed=0, rank=0, world=1, device=CPU)
+    assert Latents(tmp_path).shape == (4, 2, 2)
+
+
+def test_a_tokenizer_without_a_grid_of_latents_is_refused() -> None:
     with pytest.raises(InputError, match="a DiT needs continuous latents"):
-        latent_space(create(spec), 32, CPU)
+        latent_space(create("jpeg-q50"), 32, CPU)
 
 
 # ---- training -----------------------------------------------------------------------------------------------------

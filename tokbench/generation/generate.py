@@ -42,7 +42,7 @@ from tokbench.reconstruct import Album, Cell, Conditions, Stopwatch
 from tokbench.result import Dataset, EvalResult, TokenizerInfo, to_json
 from tokbench.run import numbers
 from tokbench.store import SampleStore, result_path, write_whole
-from tokbench.training import image_grid, save_image
+from tokbench.training_log import image_grid, save_image
 from tokbench.weights import file_sha256
 
 log = logging.getLogger("tokbench")

@@ -170,7 +170,7 @@ def _encode_batch(
         seeds = image_seeds(pixels, seed)
         latents = tokenizer.encode(pixels.to(device), sample=config.posterior == "sample", seeds=seeds).cpu()
     check_grid(latents, tokenizer.info.name)
-    half = latents.to(torch.float16)
+    half = latents.to(torch.float16).contiguous()
     if not half.isfinite().all():
         raise CellError(f"{tokenizer.info.name}: latents of {batch[0][0]} and following are not finite in 16 bits")
     tensors = {

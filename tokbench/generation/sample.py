@@ -171,7 +171,7 @@ def sample_latents(draw: Draw) -> float:
                 chosen = torch.tensor([draw.labels[number] for number in batch])
                 with precision(device, draw.dtype):
                     latents = _guard_memory(partial(generator.sample, seeds, chosen, draw.how), len(batch))
-                parts.append(latents.float().cpu())
+                parts.append(latents.float().cpu().contiguous())
                 advance(len(batch))
             seconds = (_now(device) - start) / len(numbers)
             latents = torch.cat(parts)

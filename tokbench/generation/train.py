@@ -25,23 +25,17 @@ from tokbench.tokenizer import Tokenizer
 from tokbench.training import (
     Ema,
     EmaConfig,
-    Log,
     Machine,
-    Meter,
     OptimConfig,
     RunConfig,
-    check_losses,
-    image_grid,
-    interrupts,
     learning_rate,
     load_checkpoint,
     make_optimizer,
     optimizer_step,
-    plot_curves,
     sample_seeds,
     save_checkpoint,
-    save_image,
 )
+from tokbench.training_log import Log, Meter, check_losses, image_grid, interrupts, plot_curves, save_image
 
 NOISE, UNIFORM = 1, 2  # streams of random numbers
 
