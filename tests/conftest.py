@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from PIL import Image
@@ -23,9 +24,13 @@ TINY = f"{Path(__file__).with_name('tiny.py')}:tiny"
 @pytest.fixture(autouse=True, scope="session")
 def own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Weights are found where they are; everything else that is kept between runs goes to a folder of the tests."""
+    places = {"TOKBENCH_WEIGHTS": weights_dir(), "TORCH_HOME": torch.hub._get_torch_home(),
+              "HF_HOME": Path.home() / ".cache" / "huggingface", "MPLCONFIGDIR": matplotlib.get_cachedir()}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOKBENCH_WEIGHTS", str(weights_dir()))
-        patch.setenv("TOKBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for name, place in places.items():
+            if name not in os.environ:
+                patch.setenv(name, str(place))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("PYTHONWARNINGS", "ignore")
         yield
 

@@ -10,12 +10,12 @@ from tests.conftest import TINY
 from tests.tiny import Tiny, tiny
 from tokbench import api, registry
 from tokbench.api import evaluate
+from tokbench.cache import cache_folder
 from tokbench.device import hash_state
 from tokbench.errors import CellError, InputError
 from tokbench.finish import over_seeds
 from tokbench.reconstruct import Album, quantise
 from tokbench.result import Value
-from tokbench.store import cache_folder
 
 
 def test_an_object_and_its_spec_give_the_same_numbers(photographs: Path, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_real_features_are_computed_once_for_all_models(
             Mean.calls += len(images)
             return images.float().mean((2, 3))
 
-    monkeypatch.setenv("TOKBENCH_CACHE", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     kits = api.Kits(["psnr", "pd-mobilenet"], 12, torch.device("cpu"))
     kits.load(32).extractors.clear()
     kits.load(32).unavailable.clear()
@@ -110,13 +110,13 @@ def test_rounding_is_half_up_and_clamps() -> None:
 
 def test_seeds_split_the_standard_error_into_images_and_noise() -> None:
     rng = np.random.default_rng(0)
-    images, noise = rng.normal(0, 3, 4000), rng.normal(0, 2, (3, 4000))
+    images, noise = rng.normal(0, 3, 4000), rng.normal(0, 2, (30, 4000))
     scores = 20 + images + noise
     values = [Value(float(s.mean()), float(s.std(ddof=1)) / 4000**0.5, n=4000) for s in scores]
     joint = over_seeds(values)
     assert joint.value == pytest.approx(scores.mean())
     assert joint.stderr == pytest.approx(scores.mean(0).std(ddof=1) / 4000**0.5, rel=0.1)
-    assert "3 seeds" in joint.note
+    assert "30 seeds" in joint.note
 
 
 def test_an_album_keeps_the_first_and_the_worst() -> None:

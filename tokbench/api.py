@@ -85,7 +85,8 @@ def evaluate(
     )  # fmt: skip
     training = [module.training for module in modules]
     try:
-        return run_cell(model, spec, replace(plan, out=out), kits(tuple(metrics), len(source), place))[0]
+        with torch.random.fork_rng(devices=[]):  # building networks and loaders draws from the caller's generator
+            return run_cell(model, spec, replace(plan, out=out), kits(tuple(metrics), len(source), place))[0]
     finally:
         for module, mode in zip(modules, training, strict=True):
             module.training = mode

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,9 +138,9 @@ def measure_cell(tokenizer: Tokenizer, plan: Plan, work: Path, kits: Kits) -> Me
     applicable = [metric.name for metric in kits.metrics if applies(metric.name, tokenizer)]
     metrics = [name for name in applicable if name not in tools.unavailable]
     enough = [name for name in metrics if METRICS[name].minimum <= len(source)]
-    real = SampleStore(real_folder(plan, tools, work), rank=world.rank)
+    real = SampleStore(real_folder(plan, tools) or work, rank=world.rank) if tools.extractors else None
     store = SampleStore(work, rank=world.rank, real=real)
-    known = {name: real.done([], [("real", name)]) for name in tools.extractors}
+    known = {name: real.done([], [("real", name)]) for name in tools.extractors} if real is not None else {}
     codes = any(METRICS[name].extractor == CODES for name in enough)
     album = Album(frozenset(sorted(source.ids)[: plan.save_images]), plan.save_images if world.rank == 0 else 0)
     cell = Cell(tokenizer, conditions, tools, store, album, Stopwatch(conditions.device), known, codes)
@@ -152,7 +152,11 @@ def measure_cell(tokenizer: Tokenizer, plan: Plan, work: Path, kits: Kits) -> Me
     batch_size = conditions.first_batch_size
     try:
         prepare(tokenizer, conditions.device)
-        with store, real, bar(f"{tokenizer.info.name} {conditions.resolution} px", len(mine)) as progress:
+        with (
+            store,
+            real or nullcontext(),
+            bar(f"{tokenizer.info.name} {conditions.resolution} px", len(mine)) as progress,
+        ):
             batch_size = measure(cell, loader, progress)
     except (CellError, InputError) as error:
         failure = error
@@ -166,14 +170,17 @@ def measure_cell(tokenizer: Tokenizer, plan: Plan, work: Path, kits: Kits) -> Me
     return Measured(cell, metrics, unavailable, seconds, batch_size, dict(notes))
 
 
-def real_folder(plan: Plan, tools: Instruments, work: Path) -> Path:
-    """Where features of the real images are shared between models: in the cache, keyed by images, crop and networks."""
+def real_folder(plan: Plan, tools: Instruments) -> Path | None:
+    """Where features of the real images are shared between models: in the cache, keyed by images, crop and networks.
+
+    None if the cache cannot be written.
+    """
     protocol = plan.conditions.protocol
     record = [plan.fingerprint, plan.conditions.resolution, protocol.crop, protocol.real_rounding]
     record += sorted(extractor.identity for extractor in tools.extractors.values())
     folder = cache_folder() / "real" / hashlib.sha256(json.dumps(record).encode()).hexdigest()[:24]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return folder if os.access(folder, os.W_OK) else work
     except OSError:
-        return work
+        return None
+    return folder if os.access(folder, os.W_OK) else None
