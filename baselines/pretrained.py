@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -277,6 +278,8 @@ def wrap(model: Any, row: Published, random_weights: bool) -> Continuous:
 def config_scale(model: Any) -> tuple[Any, Any]:
     """(shift, scale) that a model's config states: numbers, or one value a channel."""
     config = model.config
+    if type(model).__name__ == "AutoencoderRAE":  # applies what its config states by itself
+        return 0.0, 1.0
     scale = getattr(config, "scaling_factor", None) or 1.0
     mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if mean is not None and deviation is not None:
@@ -319,9 +322,10 @@ def load_model(source: str, subfolder: str, kind: str | None, name: str) -> Any:
     if kind is not None and found != kind:
         raise CellError(f"{name}: {source} holds {found}, expected {kind}")
     try:
-        model, report = _class(name, found).from_pretrained(
-            source, subfolder=folder, local_files_only=offline(), output_loading_info=True
-        )
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of diffusers' own use of the hub
+            model, report = _class(name, found).from_pretrained(
+                source, subfolder=folder, local_files_only=offline(), output_loading_info=True
+            )
     except LOAD_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CellError(f"{name}: {source} does not load ({reason})") from error
