@@ -22,6 +22,7 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.bench_pipeline
+	$(BIN)/python -m tests.bench_data
 
 # torch and torchvision first and alone, so that pip settles on a pair that belongs together.
 $(VENV)/.installed: pyproject.toml

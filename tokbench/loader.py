@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from tokbench.errors import InputError
 from tokbench.images import NOTES, UPSCALED, crop
@@ -80,7 +80,7 @@ def _write_at(path: Path, offset: int, data: bytes) -> None:
         file.write(data)
 
 
-Loaded = tuple[int, np.ndarray | None, int, str]  # index, crop, notes, why there is none
+Loaded = tuple[int, Tensor | None, int, str]  # index, crop uint8 [3, R, R], notes, why there is none
 
 
 class _Crops(Dataset[Any]):
@@ -99,7 +99,8 @@ class _Crops(Dataset[Any]):
                 return index, None, 0, str(error)
             if self.cache:
                 self.cache.put(index, *kept)
-        return index, *kept, ""
+        pixels, notes = kept
+        return index, torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), notes, ""
 
     def _make(self, index: int) -> tuple[np.ndarray, int]:
         image, notes = self.source.load(index)
@@ -114,8 +115,7 @@ class _Crops(Dataset[Any]):
 def _collate(items: Sequence[Loaded]) -> tuple[list[int], Tensor, list[int], list[tuple[int, str]]]:
     good = [(index, pixels, notes) for index, pixels, notes, _ in items if pixels is not None]
     bad = [(index, reason) for index, pixels, _, reason in items if pixels is None]
-    stacked = np.stack([pixels for _, pixels, _ in good]) if good else np.empty((0, 1, 1, 3), np.uint8)
-    images = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+    images = default_collate([pixels for _, pixels, _ in good]) if good else torch.empty(0)  # into shared memory
     return [index for index, _, _ in good], images, [notes for _, _, notes in good], bad
 
 
