@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -68,19 +68,32 @@ def browser() -> Iterator["Browser"]:
         browser.close()
 
 
-@pytest.fixture(params=[(1280, 900), (390, 844)], ids=["desk", "phone"])
-def page(browser: "Browser", site: Path, request: pytest.FixtureRequest) -> Iterator["Page"]:
-    """The page from disk; any complaint in the console, any error and any request to a network fails the test."""
+@pytest.fixture(scope="module", params=[(1280, 900), (390, 844)], ids=["desk", "phone"])
+def tab(browser: "Browser", request: pytest.FixtureRequest) -> Iterator["Page"]:
     width, height = request.param
     context = browser.new_context(viewport={"width": width, "height": height}, has_touch=width < 500)
-    page = context.new_page()
-    problems: list[str] = []
-    page.on("console", lambda message: problems.append(message.text))
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda r: r.url.startswith(("file:", "data:")) or problems.append(r.url))
-    page.goto((site / "index.html").as_uri())
-    yield page
+    yield context.new_page()
     context.close()
+
+
+@pytest.fixture
+def page(tab: "Page", site: Path) -> Iterator["Page"]:
+    """The page fresh from disk; a complaint in the console, an error or a request to a network fails the test."""
+    problems: list[str] = []
+    watch: list[tuple[Any, Any]] = [
+        ("console", lambda message: problems.append(message.text)),
+        ("pageerror", lambda error: problems.append(str(error))),
+        ("request", lambda r: r.url.startswith(("file:", "data:")) or problems.append(r.url)),
+    ]
+    for event, handler in watch:
+        tab.on(event, handler)
+    tab.goto((site / "index.html").as_uri())
+    tab.locator("#compare").scroll_into_view_if_needed()  # the images wait for that
+    tab.wait_for_selector("#stage")
+    tab.evaluate("scrollTo(0, 0)")
+    yield tab
+    for event, handler in watch:
+        tab.remove_listener(event, handler)
     assert problems == []
 
 
@@ -220,7 +233,8 @@ def test_strip_shows_all_models_and_chooses_one(page: "Page") -> None:
 def test_another_data_set_can_be_chosen(page: "Page") -> None:
     page.select_option("#block", label="samples at 512 px · protocol adm")
     assert names(page) == ["other"]
-    assert "No images were saved" in page.locator("#viewer").inner_text()
+    page.locator("#compare").scroll_into_view_if_needed()
+    page.locator("#viewer", has_text="No images were saved").wait_for()
 
 
 def test_light_and_dark_follow_the_system_and_the_button(page: "Page") -> None:
@@ -234,10 +248,17 @@ def test_light_and_dark_follow_the_system_and_the_button(page: "Page") -> None:
     assert page.evaluate(back) == dark
 
 
-def test_images_load_only_when_near(site: Path) -> None:
-    script = (Path(site) / "index.html").read_text(encoding="utf-8")
-    assert 'loading: "lazy"' in script
-    assert (site / "rows" / "0.js").exists()
+def test_images_load_only_when_near(browser: "Browser", site: Path) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 600})
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((site / "index.html").as_uri())
+    page.wait_for_selector("#table tbody tr")
+    assert not [url for url in asked if "/images/" in url or "/rows/" in url]
+    page.locator("#compare").scroll_into_view_if_needed()
+    page.wait_for_selector("#film img[src]")
+    assert page.locator("#film img:not([src])").count() > 0
+    page.close()
 
 
 def test_json_in_the_page_cannot_end_its_script() -> None:

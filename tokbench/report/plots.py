@@ -70,6 +70,7 @@ def label_points(ax: Axes, points: Sequence[Point], size: float = 7.5) -> None:
     fig = ax.figure
     assert isinstance(fig, Figure)
     fig.draw_without_rendering()
+    fig.set_layout_engine("none")  # what follows stays inside the axes: keep the layout just found
     dots = ax.transData.transform([(p.x, p.y) for p in points]) if points else np.empty((0, 2))
     scale = fig.dpi / 72
     taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in dots]

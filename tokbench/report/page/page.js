@@ -309,13 +309,18 @@ function refreshViewer() {
 
 function thumbnails(box, items, facts) {
   const left = box.scrollLeft, top = box.scrollTop;
+  box.near?.disconnect();
+  box.near = new IntersectionObserver((seen) => {  // loading="lazy" fetches thousands of pixels ahead
+    for (const { target, isIntersecting } of seen) if (isIntersecting) { target.src = target.dataset.src; box.near.unobserve(target); }
+  }, { root: box, rootMargin: "200px" });
   const focused = [...box.children].indexOf(document.activeElement);
   fill(box, ...items.map((item) => {
     const [model, image, text, current, choose] = facts(item);
     return el("button", { type: "button", title: text, "aria-current": String(current), onclick: () => { choose(); refreshViewer(); } },
-      el("img", { src: source(model, image), alt: "", loading: "lazy", decoding: "async" }), el("span", {}, text), el("span", {}, model === INPUT ? "" : shown(score(model, image))));
+      el("img", { "data-src": source(model, image), alt: "", decoding: "async" }), el("span", {}, text), el("span", {}, model === INPUT ? "" : shown(score(model, image))));
   }));
   [box.scrollLeft, box.scrollTop] = [left, top];
+  for (const picture of box.querySelectorAll("img")) box.near.observe(picture);
   if (focused >= 0) box.children[Math.min(focused, box.children.length - 1)]?.focus({ preventScroll: true });
 }
 
@@ -364,7 +369,12 @@ function openBlock(index) {
   fill($("plot-y"), ...options()).value = state.y;
   drawTable();
   drawScatter();
-  openViewer();
+  fill($("viewer"));
+  new IntersectionObserver((seen, watch) => {  // images only once one scrolls towards them
+    if (!seen.some((one) => one.isIntersecting)) return;
+    watch.disconnect();
+    if (state.block === index) openViewer();
+  }, { rootMargin: "300px" }).observe($("compare"));
 }
 
 function start() {
