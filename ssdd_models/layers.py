@@ -17,6 +17,8 @@ def initialise(module: nn.Module, init: Init) -> None:
     N(0, 1 / fan_in) instead: below about 128 channels N(0, 0.02) starves the signal and training stalls.
     """
     for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.weight.is_meta:  # about to be loaded: spare the time
+            return
         if isinstance(layer, nn.Conv2d):
             fan_in = layer.weight[0].numel()
             nn.init.normal_(layer.weight, std=0.02 if init == "normal" else 1 / math.sqrt(fan_in))
