@@ -294,6 +294,17 @@ def use_brightness(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokbench.generation.generate.instruments", lambda *a: Tools())
 
 
+def test_a_decoder_that_fails_is_named_and_the_other_goes_on(
+    trained: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    use_brightness(monkeypatch)
+    (tmp_path / "failing.py").write_text("from tests.test_generation import Failing as failing")
+    tokenizers = f"bad={tmp_path}/failing.py:failing,identity"
+    assert run_generate(options(trained, labelled, tmp_path, tokenizer=tokenizers)) == 1
+    assert "bad: no decoder today" in caplog.text
+    assert [path.name for path in tmp_path.glob("generate-*/*/*.json")] == ["identity.json"]
+
+
 def test_scores_read_both_sides_of_different_number(labelled: Path, tmp_path: Path) -> None:
     reference = open_reference(str(labelled), 16, {"inception": brightness}, tmp_path, CPU, World())  # type: ignore[dict-item]
     assert reference.num_images == 12
@@ -350,6 +361,21 @@ def test_the_best_guidance_of_a_sweep_is_the_lowest_distance(tmp_path: Path) -> 
 
 
 # ---- what does not fit --------------------------------------------------------------------------------------------
+
+
+class Failing:
+    """The identity, without a decoder."""
+
+    networks: Mapping[str, nn.Module] = {}
+
+    def __init__(self) -> None:
+        self.info = create("identity").info
+
+    def encode(self, images: Tensor, *, sample: bool, seeds: Tensor) -> Tensor:
+        return images
+
+    def decode(self, latents: Tensor, *, seeds: Tensor, size: tuple[int, int]) -> Tensor:
+        raise RuntimeError("no decoder today")
 
 
 class Scaled:
@@ -425,3 +451,10 @@ def test_metrics_of_reconstruction_are_no_metrics_of_generation() -> None:
 
 def test_normaliser_says_what_it_does() -> None:
     assert str(Normaliser((0.5, -1.0), (2.0, 3.0))) == "(z - 0.5, -1) / 2, 3"
+
+
+def test_the_command_says_in_one_line_what_is_wrong(tokbench: Any, labelled: Path) -> None:
+    arguments = ("--tokenizer", "identity", "--num-images", "4", "--reference", labelled)
+    ran = tokbench("generate", "--generator", "nowhere", *arguments)
+    assert ran.status == 2
+    assert ran.reason.startswith("tokbench: nowhere: no such generator; train one with `tokbench train dit`")

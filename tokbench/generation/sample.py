@@ -30,7 +30,7 @@ from tokbench.generation.fit import LatentSpace, from_record
 from tokbench.generation.flow import SAMPLERS, guided, integrate
 from tokbench.generation.latents import Normaliser
 from tokbench.progress import bar
-from tokbench.reconstruct import Cell, Stopwatch, decode_uint8
+from tokbench.reconstruct import MODEL_ERRORS, Cell, Stopwatch, decode_uint8
 from tokbench.seeding import normal
 from tokbench.store import writable, write_whole
 from tokbench.training import sample_seeds
@@ -170,7 +170,7 @@ def sample_latents(draw: Draw) -> float:
                 seeds = sample_seeds(draw.how.seed, batch, LATENT)
                 chosen = torch.tensor([draw.labels[number] for number in batch])
                 with precision(device, draw.dtype):
-                    latents = _guard_memory(partial(generator.sample, seeds, chosen, draw.how), len(batch))
+                    latents = _guarded(generator.name, partial(generator.sample, seeds, chosen, draw.how), len(batch))
                 parts.append(latents.float().cpu().contiguous())
                 advance(len(batch))
             seconds = (_now(device) - start) / len(numbers)
@@ -187,13 +187,16 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _guard_memory(call: Callable[[], Tensor], size: int) -> Tensor:
+def _guarded(name: str, call: Callable[[], Tensor], size: int) -> Tensor:
+    """The call's value; whatever a model may raise becomes a CellError that names it."""
     try:
         return call()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise CellError(f"out of memory with batch size {size}; try --batch-size {max(1, size // 2)}") from error
+    except MODEL_ERRORS as error:
+        if is_out_of_memory(error):
+            reason = f"out of memory with batch size {size}; try --batch-size {max(1, size // 2)}"
+        else:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CellError(f"{name}: {reason}") from error
 
 
 def sample_id(number: int) -> str:
@@ -222,7 +225,9 @@ def decode_latents(cell: Cell, draw: Draw, images: Path, save_all: bool) -> None
                     latents = latents.round().clamp(0, 255).to(torch.uint8)
                 seeds = sample_seeds(draw.how.seed, batch, DECODER)
                 with precision(conditions.device, conditions.autocast):
-                    fake = _guard_memory(partial(decode_uint8, cell, latents, seeds, ids), len(batch))
+                    fake = _guarded(
+                        cell.tokenizer.info.name, partial(decode_uint8, cell, latents, seeds, ids), len(batch)
+                    )
                 write_images(images, {sample_id(n): image for n, image in zip(batch, fake, strict=True) if n in saved})
                 with torch.inference_mode():
                     features = {("fake", name): extract(fake).cpu().numpy() for name, extract in extractors.items()}
