@@ -158,7 +158,7 @@ class KLVAETokenizer:
     def __init__(self, model: KLVAE, about: Mapping[str, Any]) -> None:
         self.networks: Mapping[str, nn.Module] = {"encoder": model.encoder, "decoder": model.decoder}
         encoder = model.config.encoder
-        facts = {key: about[key] for key in ("trained_on", "licence", "note") if key in about}
+        facts = {key: about[key] for key in ("trained_on", "licence", "note", "latent_space") if key in about}
         self.info = TokenizerInfo(
             name="klvae",
             family="kl-vae",

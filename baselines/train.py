@@ -23,31 +23,33 @@ from tokbench.seeding import normal
 from tokbench.training import (
     Ema,
     EmaConfig,
-    Log,
     Machine,
-    Meter,
     OptimConfig,
     Parts,
     Perceptual,
     RunConfig,
     averaged,
-    check_losses,
-    due,
-    image_grid,
-    interrupts,
-    is_best,
     learning_rate,
     load_checkpoint,
     make_optimizer,
     optimizer_step,
     perceptual_loss,
-    plot_curves,
     recompute,
     sample_seeds,
     save_checkpoint,
+)
+from tokbench.training_log import (
+    Log,
+    Meter,
+    check_losses,
+    due,
+    image_grid,
+    interrupts,
+    is_best,
+    plot_curves,
     save_image,
     training_record,
-)  # fmt: skip
+)
 from tokbench.weights import file_sha256
 
 POSTERIOR = 0  # stream of random numbers
@@ -171,7 +173,7 @@ def train_klvae(config: KLVAETraining, data: str, out: Path, start: Path | None,
         crops, first_step=first, num_steps=run.steps, batch_size=run.batch_size,
         rank=machine.rank, world=machine.world, num_workers=run.workers,
     )  # fmt: skip
-    with interrupts() as stop, bar("train klvae", run.steps, "steps", first) as advance:
+    with interrupts() as stop, bar("train klvae", run.steps, "steps", first, machine.main) as advance:
         for step, (numbers, images, ids) in enumerate(stream, first + 1):
             adversarial = bool(config.gan.weight) and step > config.gan.start_step
             sums: dict[str, Tensor] = {}
@@ -217,7 +219,8 @@ def train_klvae(config: KLVAETraining, data: str, out: Path, start: Path | None,
                 optimizer_step(
                     critic_optimizer, critic_parameters, config.gan.learning_rate, config.optim.clip, machine
                 )
-            means = machine.means(sums) | {"gradient": norm}
+            means = machine.means(sums | {"stop": torch.tensor(float(len(stop)))}) | {"gradient": norm}
+            stopping = means.pop("stop") > 0  # in all processes after the same step
             check_losses(means, step, ids, checkpoint, config.loss_limit)
             with averaged(optimizer):
                 ema.update(step - 1)
@@ -235,9 +238,9 @@ def train_klvae(config: KLVAETraining, data: str, out: Path, start: Path | None,
                     if is_best(log.records(), run.best_by):
                         export(out / "best.safetensors")
                 plot_curves(log.records(), out / "curves.png")
-            if due(step, run.save_every, run.steps) or stop:
+            if due(step, run.save_every, run.steps) or stopping:
                 save(step)
-            if stop:
+            if stopping:
                 say(f"stopped at step {step} of {run.steps}, saved; the same command goes on")
                 raise KeyboardInterrupt
 

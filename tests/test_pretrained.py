@@ -271,7 +271,7 @@ def damage(folder: Path, fault: str) -> None:
         weights.unlink()
     elif fault == "pickled":
         weights.unlink()
-        (folder / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({"encoder.conv_in.weight": Path("x")}))
+        (folder / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({"encoder.conv_in.weight": Path("x")}, protocol=2))
     elif fault == "config":
         (folder / "config.json").write_text("{")
     elif fault == "class":

@@ -1,0 +1,188 @@
+"""Checkpoints in the formats of latent diffusion and LlamaGen: held against diffusers' own network."""
+
+import pickle
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from baselines import ldm
+from baselines.ldm import CONFIGS, LDMAutoencoder, LDMConfig, ldm_name, load
+from baselines.published import PUBLISHED
+from tokbench.errors import CellError
+from tokbench.registry import create
+
+SMALL = LDMConfig((1, 2), 4, 4, width=32, blocks=1)
+IMAGES = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+SEEDS = torch.tensor([1, 2])
+
+
+def autoencoder(config: LDMConfig) -> LDMAutoencoder:
+    torch.manual_seed(0)
+    return LDMAutoencoder(config).eval()
+
+
+def small(name: str) -> LDMConfig:
+    config = CONFIGS[name]
+    return replace(
+        config, width=32, blocks=1, z_channels=min(8, config.z_channels), codebook_size=config.codebook_size and 64
+    )
+
+
+@pytest.fixture
+def shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every configuration with narrow levels, so that the public path runs on small files."""
+    monkeypatch.setattr(ldm, "CONFIGS", {name: small(name) for name in CONFIGS})
+
+
+def diffusers_name(key: str, levels: int) -> str:
+    """The parameter's name in diffusers.AutoencoderKL."""
+    up = re.match(r"decoder\.up\.(\d+)\.", key)
+    if up:
+        key = key.replace(up[0], f"decoder.up_blocks.{levels - 1 - int(up[1])}.")
+    key = re.sub(r"^encoder\.down\.", "encoder.down_blocks.", key)
+    for old, new in (
+        (".mid.block_1.", ".mid_block.resnets.0."), (".mid.block_2.", ".mid_block.resnets.1."),
+        (".mid.attn_1.", ".mid_block.attentions.0."), (".block.", ".resnets."), (".attn.", ".attentions."),
+        (".downsample.", ".downsamplers.0."), (".upsample.", ".upsamplers.0."), ("nin_shortcut", "conv_shortcut"),
+        ("norm_out", "conv_norm_out"), (".proj_out.", ".to_out.0."),
+        (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."),
+    ):  # fmt: skip
+        key = key.replace(old, new)
+    return re.sub(r"(attentions\.\d\.)norm\.", r"\1group_norm.", key)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder_attention", [False, True])
+def test_the_network_is_that_of_diffusers_with_the_same_weights(decoder_attention: bool) -> None:
+    model = autoencoder(replace(SMALL, decoder_attention=decoder_attention))
+    other = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D" if decoder_attention else "UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(32, 64),
+        latent_channels=4,
+    ).eval()
+    state = {diffusers_name(key, 2): value for key, value in model.state_dict().items()}
+    own = other.state_dict()
+    other.load_state_dict({key: value.reshape(own[key].shape) for key, value in state.items()})
+    x = IMAGES.float() / 127.5 - 1
+    posterior, expected = model.encode(x)[0], other.encode(x).latent_dist
+    torch.testing.assert_close(posterior.mean, expected.mean, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+    torch.testing.assert_close(posterior.std, expected.std, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.decode(expected.mean)[0], other.decode(expected.mean).sample, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_row_loads_from_its_file_and_keeps_the_contract(name: str, shrunk: None, tmp_path: Path) -> None:
+    config, row = small(name), PUBLISHED[name]
+    state = autoencoder(config).state_dict()
+    torch.save({"model": state | {"loss.discriminator.main.0.weight": torch.zeros(1)}}, tmp_path / "model.pt")
+    statistics = {
+        "mean": torch.rand(1, config.latent_channels, 1, 1),
+        "std": 1 + torch.rand(1, config.latent_channels, 1, 1),
+    }
+    torch.save(statistics, tmp_path / ldm.STATISTICS)
+    tokenizer: Any = create(f"{name}:{tmp_path / 'model.pt'}")
+    latents = tokenizer.encode(IMAGES, sample=False, seeds=SEEDS)
+    decoded = tokenizer.decode(latents, seeds=SEEDS, size=(32, 32))
+    grid = 32 // row.downsample
+    assert tokenizer.info.downsample == row.downsample == 2 ** (len(config.channel_mult) - 1)
+    assert decoded.shape == IMAGES.shape
+    if row.codebook_size:
+        assert latents.shape == (2, grid, grid)
+        assert latents.dtype == torch.int64
+        assert tokenizer.bits(latents).tolist() == [grid * grid * 6.0] * 2
+        return
+    assert latents.shape == (2, row.channels, grid, grid)
+    raw: Any = autoencoder(config).encode(IMAGES.float() / 127.5 - 1)[0]
+    scaled = raw.mean * row.scale if row.scale else (raw.mean - statistics["mean"]) / statistics["std"]
+    torch.testing.assert_close(latents, scaled, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(decoded, autoencoder(config).decode(raw.mean)[0], rtol=1e-3, atol=1e-4)
+
+
+def llamagen_names(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
+    renamed = {}
+    for key, value in state.items():
+        for number, middle in enumerate(("block_1", "attn_1", "block_2")):
+            key = key.replace(f".mid.{middle}.", f".mid.{number}.")
+        if found := re.match(r"(encoder\.down|decoder\.up)\.(\d+)\.", key):
+            level = int(found[2]) if found[1] == "encoder.down" else levels - 1 - int(found[2])
+            key = key.replace(found[0], f"{found[1].split('.')[0]}.conv_blocks.{level}.").replace(".block.", ".res.")
+        renamed[key] = value
+    return renamed
+
+
+def test_llamagens_names_are_read_as_the_same_network(tmp_path: Path) -> None:
+    config = replace(small("llamagen-vq8"), width=32)
+    model = autoencoder(config)
+    names = llamagen_names(model.state_dict(), 4)
+    assert {
+        "encoder.conv_blocks.3.attn.0.q.weight",
+        "decoder.conv_blocks.0.attn.1.q.weight",
+        "encoder.mid.1.k.bias",
+    } < set(names)
+    assert "decoder.conv_blocks.0.upsample.conv.weight" in names
+    torch.save({"model": {key: value.clone() for key, value in names.items()}}, tmp_path / "vq.pt")
+    again = load(tmp_path / "vq.pt", config, "vq").state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
+    assert all(ldm_name(key, 4) == key for key in again)
+
+
+@torch.no_grad()
+def test_unit_codes_are_chosen_by_direction(shrunk: None, tmp_path: Path) -> None:
+    model = autoencoder(small("llamagen-vq8"))
+    save_file(model.state_dict(), tmp_path / "vq.safetensors")
+    tokenizer = create(f"llamagen-vq8:{tmp_path / 'vq.safetensors'}")
+    z: Any = torch.nn.functional.normalize(model.encode(IMAGES.float() / 127.5 - 1)[0], dim=1)  # type: ignore[arg-type]
+    codes = torch.nn.functional.normalize(model.quantize.embedding.weight, dim=1)
+    expected = torch.einsum("bdhw,kd->bhwk", z, codes).argmax(-1)
+    assert torch.equal(tokenizer.encode(IMAGES, sample=False, seeds=SEEDS), expected)
+
+
+def test_the_published_sizes_are_those_of_the_papers() -> None:
+    millions = {"llamagen-vq8": 70, "llamagen-vq16": 72, "mar-kl16": 66, "va-vae-f16d32": 70}
+    for name, expected in millions.items():
+        with torch.device("meta"):
+            model = LDMAutoencoder(CONFIGS[name])
+        assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == expected, name
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("objects", "holds more than tensors: refused"),
+        ("half", "is damaged or half downloaded"),
+        ("keys", "missing: decoder.conv_in.bias"),
+        ("shape", "shape: post_quant_conv.weight"),
+        ("number", "holds a float, not named tensors"),
+        ("statistics", "does not hold mean and std of 32 channels"),
+    ],
+)
+def test_a_bad_file_costs_its_row_with_one_line(fault: str, said: str, shrunk: None, tmp_path: Path) -> None:
+    file, state = tmp_path / "model.pt", dict(autoencoder(small("va-vae-f16d32")).state_dict())
+    if fault == "keys":
+        del state["decoder.conv_in.bias"]
+    if fault == "shape":
+        state["post_quant_conv.weight"] = torch.zeros(1)
+    torch.save({"number": 1.0, "model": state}["number" if fault == "number" else "model"], file)
+    torch.save({"mean": torch.zeros(32)}, tmp_path / ldm.STATISTICS)
+    if fault == "objects":
+        file.write_bytes(pickle.dumps({"state_dict": Path("x")}, protocol=2))
+    if fault == "half":
+        file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CellError) as caught:
+        create(f"va-vae-f16d32:{file}")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_that_no_hub_has_says_where_its_file_is() -> None:
+    with pytest.raises(CellError, match=r"not on the hub; download kl16.ckpt .* and write mar-kl16:kl16.ckpt"):
+        create("mar-kl16")
