@@ -63,7 +63,7 @@ def report(
     results: Annotated[Path, typer.Option(help="Folder of results.")] = Path("results"),
     format: Annotated[str, typer.Option(help="table, markdown, latex, csv or html.")] = "table",
     out: Annotated[Path | None, typer.Option(help="File to write instead of stdout; for html a folder.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="Folder for plots.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for plots, of the twelve largest blocks.")] = None,
     plot_format: Annotated[str, typer.Option(help="png, svg or pdf.")] = "png",
     columns: Annotated[str | None, typer.Option(help="Columns in order, comma-separated: psnr,rfid,params,...")] = None,
     where: Annotated[str | None, typer.Option(help='Keep rows by a pandas query: "f==8 and resolution==256".')] = None,
@@ -179,6 +179,85 @@ def generate(
         batch_size=batch_size, device=device, dtype=dtype, save=save, out=out, results=results,
     )  # fmt: skip
     raise typer.Exit(run_generate(options))
+
+
+@app.command()
+def score(
+    real: Annotated[str, typer.Argument(help="Real images: a folder, an archive, samples, ...")],
+    fake: Annotated[str, typer.Argument(help="Their reconstructions, squares of one size, under the same names.")],
+    metrics: Annotated[str | None, typer.Option(help="Metrics, comma-separated; see `tokbench list metrics`.")] = None,
+    protocol: Annotated[str, typer.Option(help="How real images are cropped to that size.")] = "adm",
+    name: Annotated[str | None, typer.Option(help="Name of the row; default: the folder's.")] = None,
+    allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Take JPEG and lossy WebP.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes that load images.")] = None,
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs"),
+) -> None:
+    """Measure images made elsewhere, matched to real ones by name."""
+    from tokbench.score import ScoreOptions, run_score
+
+    options = ScoreOptions(
+        real=real, fake=fake, metrics=metrics, protocol=protocol, name=name, allow_lossy=allow_lossy, workers=workers,
+        device=device, out=out,
+    )  # fmt: skip
+    raise typer.Exit(run_score(options))
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="A result (JSON).")],
+    b: Annotated[Path, typer.Argument(help="Another on the same images.")],
+) -> None:
+    """Say of every metric whether B is better than A: paired differences with intervals."""
+    from tokbench.compare import run_compare
+
+    raise typer.Exit(run_compare(a, b))
+
+
+weights_app = typer.Typer(no_args_is_help=True, help="The networks that metrics need.")
+app.add_typer(weights_app, name="weights")
+WeightsDir = Annotated[Path | None, typer.Option(help="Folder of weights; also TOKBENCH_WEIGHTS.")]
+Networks = Annotated[list[str] | None, typer.Argument(help="Networks; default: all.")]
+
+
+@weights_app.command(name="list")
+def weights_list(weights_dir: WeightsDir = None) -> None:
+    """Show every network: used by, size, licence, where it is or why it is missing."""
+    from tokbench import weights
+
+    weights.use_folder(weights_dir)
+    typer.echo("\n".join(weights.describe()))
+
+
+@weights_app.command(name="fetch")
+def weights_fetch(names: Networks = None, weights_dir: WeightsDir = None) -> None:
+    """Download what is not on this machine."""
+    from tokbench import weights
+
+    weights.use_folder(weights_dir)
+    raise typer.Exit(weights.fetch_all(names or []))
+
+
+@weights_app.command(name="verify")
+def weights_verify(weights_dir: WeightsDir = None) -> None:
+    """Check the sha256 of every network that is here."""
+    from tokbench import weights
+
+    weights.use_folder(weights_dir)
+    raise typer.Exit(weights.verify())
+
+
+@weights_app.command(name="export")
+def weights_export(
+    folder: Annotated[Path, typer.Argument(help="Folder to carry to a machine without internet.")],
+    names: Networks = None,
+    weights_dir: WeightsDir = None,
+) -> None:
+    """Copy networks into a folder that TOKBENCH_WEIGHTS can name elsewhere."""
+    from tokbench import weights
+
+    weights.use_folder(weights_dir)
+    typer.echo("\n".join(f"{path}" for path in weights.export(folder, names or [])))
 
 
 @app.command(name="list")

@@ -112,11 +112,22 @@ def finish(
         ),
     )
     if path is not None:
-        write_per_image(per_image_path(path), store.ids, {name: store.column(name) for name in store.columns})
+        write_per_image(per_image_path(path), store.ids, table(list(values), store, chosen["seeds"]))
         if plan.save_images:
             write_whole(path.with_suffix(".png"), draw(cell, store, plan))
         write_whole(path, to_json(result))
     return result
+
+
+def table(names: Sequence[str], store: SampleStore, seeds: Sequence[int]) -> dict[str, np.ndarray]:
+    """The columns of the per-image table: those stored, and what features give per image, averaged over seeds."""
+    columns = {name: store.column(name) for name in store.columns}
+    views = [store] if len(seeds) == 1 else [SeedView(store, seed) for seed in seeds]
+    for name in names:
+        rows = METRICS[name].rows
+        if rows is not None and len(store.ids) >= METRICS[name].minimum:
+            columns[name] = np.mean([rows(view) for view in views], axis=0)
+    return columns
 
 
 def compute(name: str, store: SampleStore, seeds: Sequence[int]) -> Value:

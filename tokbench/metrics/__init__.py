@@ -50,6 +50,7 @@ class Metric:
     sides: tuple[str, ...] = ("real", "fake")
     networks: tuple[str, ...] = ()
     scope: Literal["reconstruction", "generation", "both"] = "reconstruction"
+    rows: Callable[[Samples], np.ndarray] | None = None  # values per image [N] that the features give, for the table
     minimum: int = 1  # images; below it the value is null, and neither networks nor features are needed
 
 
@@ -94,17 +95,20 @@ def kernel_of(extractor: str, samples: Samples) -> Value:
     return Value(value, spread, n=len(fake), note=f"subsets of {min(len(real), len(fake), distribution.KID_SUBSET)}")
 
 
-def paired_of(extractor: str, samples: Samples) -> Value:
-    """Mean squared distance between the features of an image and of its reconstruction."""
-    return mean_and_error(
-        distribution.paired_distances(samples.features("real", extractor), samples.features("fake", extractor))
-    )
+def paired_rows(extractor: str, samples: Samples) -> np.ndarray:
+    """Squared distance between the features of each image and of its reconstruction."""
+    return distribution.paired_distances(samples.features("real", extractor), samples.features("fake", extractor))
 
 
-def agreement(samples: Samples) -> Value:
-    """Share of images whose top-1 class survives."""
+def agreement_rows(samples: Samples) -> np.ndarray:
+    """1 where an image's top-1 class survives, else 0."""
     real, fake = samples.features("real", "mobilenet-class"), samples.features("fake", "mobilenet-class")
-    return mean_and_error((real == fake).all(axis=1).astype(np.float64))
+    return (real == fake).all(axis=1).astype(np.float64)
+
+
+def mean_of_rows(rows: Callable[[Samples], np.ndarray], samples: Samples) -> Value:
+    """The mean of what features give per image, with its standard error."""
+    return mean_and_error(rows(samples))
 
 
 def inception_score(samples: Samples) -> Value:
@@ -166,9 +170,10 @@ def _frechet(
 
 
 def _paired(extractor: str, what: str) -> Metric:
+    rows = partial(paired_rows, extractor)
     return Metric(
-        f"pd-{extractor}", "lower", "", 0.0, None, 0.005, 3, f"mean squared distance of {what}, image by image",
-        partial(paired_of, extractor), extractor=extractor, networks=(extractor,),
+        f"pd-{extractor}", "lower", "", 0.0, None, 1.0, 2, f"mean squared distance of {what}, image by image",
+        partial(mean_of_rows, rows), extractor=extractor, networks=(extractor,), rows=rows,
     )  # fmt: skip
 
 
@@ -197,7 +202,8 @@ METRICS: dict[str, Metric] = {
         _paired("dinov2", "DINOv2 ViT-L/14 features"),
         _paired("inception", _INCEPTION),
         Metric("agreement", "higher", "", 0.0, 1.0, 0.01, 3, "share of images whose MobileNetV2 top-1 class survives",
-               agreement, extractor="mobilenet-class", networks=("mobilenet",)),
+               partial(mean_of_rows, agreement_rows), extractor="mobilenet-class", networks=("mobilenet",),
+               rows=agreement_rows),
         _frechet("rfid", "inception", f"{_INCEPTION}, against the same crops", "inception"),
         _frechet("gfid", "inception", f"{_INCEPTION}, against the stated reference", "inception", "generation"),
         _frechet("fd-dinov2", "dinov2", "DINOv2 ViT-L/14 features", "dinov2"),

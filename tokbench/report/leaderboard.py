@@ -174,7 +174,7 @@ def metric_column(name: str) -> Column:
     metric = METRICS.get(name)
     if metric is None:
         return Column(name, "", "neither", 4, "unknown to this version", read)
-    per_image = metric.columns[0] if metric.columns and metric.extractor is None else None
+    per_image = metric.columns[0] if metric.columns else name if metric.rows else None
     return Column(name, metric.unit, metric.better, metric.digits, metric.description, read, per_image)
 
 

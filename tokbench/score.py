@@ -1,0 +1,179 @@
+"""`tokbench score`: images made elsewhere, matched to real ones by id, measured and recorded like any model's."""
+
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tokbench import provenance
+from tokbench.data import open_source
+from tokbench.device import release, select_device
+from tokbench.errors import CellError, InputError
+from tokbench.finish import compute, table
+from tokbench.loader import Loader, refuse_small
+from tokbench.metrics import DEFAULT, Metric, find_metrics
+from tokbench.metrics.scoring import UNCLAMPED, Instruments, instruments
+from tokbench.progress import bar
+from tokbench.protocols import find_protocol
+from tokbench.reconstruct import PIXELS_PER_BATCH
+from tokbench.result import Dataset, EvalResult, TokenizerInfo, Value, to_json
+from tokbench.sources import Source, shown
+from tokbench.store import SampleStore, hold, per_image_path, result_path, write_per_image, write_whole
+
+LOSSLESS = ("PNG", "WEBP", "BMP", "TIFF")
+MODEL_ONLY = ("bpp", UNCLAMPED, "latent-mean", "latent-square")  # columns that need the model, not its images
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What `tokbench score` was asked for; see its --help."""
+
+    real: str
+    fake: str
+    metrics: str | None = None
+    protocol: str = "adm"
+    name: str | None = None
+    allow_lossy: bool = False
+    workers: int | None = None
+    device: str = "auto"
+    out: Path = Path("runs")
+
+
+def run_score(options: ScoreOptions) -> int:
+    """Measure, write the record and print its table; the exit status."""
+    from rich.console import Console
+
+    from tokbench.report.leaderboard import Entry
+    from tokbench.report.tables import leaderboard_table
+
+    result = score(options)
+    Console(width=None if sys.stdout.isatty() else 100).print(
+        leaderboard_table([Entry(result, result_path(options.out, result))])
+    )
+    return 0
+
+
+def score(options: ScoreOptions) -> EvalResult:
+    """The record of FAKE against REAL, also written below `out`. The size of the fakes is the resolution.
+
+    Real images are cropped to it by the protocol; those that have the size already are taken as they are. InputError
+    for ids that do not match, fakes of several sizes, or lossy files.
+    """
+    protocol, device = find_protocol(options.protocol), select_device(options.device)
+    names = [name.strip() for name in (options.metrics or "").split(",") if name.strip()]
+    chosen = find_metrics(names or protocol.metrics or DEFAULT)
+    real, fake = open_source(options.real), open_source(options.fake)
+    match(real, fake)
+    resolution = common_size(fake)
+    if not options.allow_lossy:
+        refuse_lossy(fake)
+    refuse_small(real, resolution)
+    possible = [metric for metric in chosen if not needs_model(metric)]
+    unavailable = {m.name: "needs the model, not only its images" for m in chosen if names and needs_model(m)}
+    tools = instruments(possible, len(real), resolution, device)
+    unavailable |= tools.unavailable
+    name = options.name or fake.name
+    if not re.fullmatch("[a-z0-9._-]+", name):
+        raise InputError(f"--name {name}: use lower-case letters, digits, dot, underscore and hyphen")
+    info = TokenizerInfo(name, family="images", note="images made elsewhere")
+    dataset = Dataset(real.name, real.split, resolution, len(real), real.fingerprint())
+    empty = EvalResult(protocol.name, protocol.fingerprint(), info, dataset, {}, unavailable)
+    path = result_path(options.out, empty)
+    work = path.with_name(f".{path.stem}-score")
+    shutil.rmtree(work, ignore_errors=True)
+    with hold(work):
+        batch = max(1, PIXELS_PER_BATCH[device.type] // resolution**2)
+        loaders = [
+            Loader(side, resolution, protocol, batch_size=batch, workers=options.workers) for side in (real, fake)
+        ]
+        with SampleStore(work) as store, bar(f"scoring {info.name}", len(real)) as progress:
+            for (ids, reals), (_, fakes) in zip(*loaders, strict=True):
+                measure(store, tools, ids, reals.to(device), fakes.to(device))
+                progress(len(ids))
+        release(device)
+        values = {m.name: finite(compute(m.name, store, (0,))) for m in possible if m.name not in unavailable}
+        extractors = {name: extract.sha256 for name, extract in tools.extractors.items()}
+        settings = {"real": options.real, "fake": options.fake, "fake_fingerprint": fake.fingerprint(), "seeds": [0]}
+        made = provenance.collect(device, batch_size=batch, extractors=extractors)
+        result = EvalResult(protocol.name, protocol.fingerprint(), info, dataset, values, unavailable, settings, made)
+        write_per_image(per_image_path(path), store.ids, table(list(values), store, (0,)))
+        write_whole(path, to_json(result))
+    shutil.rmtree(work, ignore_errors=True)
+    return result
+
+
+def measure(store: SampleStore, tools: Instruments, ids: Sequence[str], real: torch.Tensor, fake: torch.Tensor) -> None:
+    """Append one batch, uint8 [B, 3, H, W] twice."""
+    with torch.inference_mode():
+        columns = {name: value for scorer in tools.scorers for name, value in scorer(real, fake, None).items()}
+        features = {
+            (side, name): extract(images)
+            for name, extract in tools.extractors.items()
+            for side, images in (("real", real), ("fake", fake))
+        }
+    store.append(
+        ids,
+        {name: values.cpu().numpy() for name, values in columns.items()},
+        {key: values.cpu().numpy() for key, values in features.items()},
+    )
+
+
+def needs_model(metric: Metric) -> bool:
+    """Whether a metric reads more than two images."""
+    return metric.extractor == "codes" or any(column in MODEL_ONLY for column in metric.columns)
+
+
+def finite(value: Value) -> Value:
+    """CellError for a NaN: images hold none, so it would be a fault here."""
+    if value.value is not None and not np.isfinite(value.value):
+        raise CellError(f"a metric came out as {value.value}")
+    return value
+
+
+def match(real: Source, fake: Source) -> None:
+    """Both sides in the same order of ids; InputError that names ids which only one side has."""
+    only = [(side.root, sorted(set(side.ids) - set(other.ids))) for side, other in ((real, fake), (fake, real))]
+    missing = [f"only in {root}: {shown(ids)}" for root, ids in only if ids]
+    if missing:
+        raise InputError(f"images are matched by path without extension, and do not match; {'; '.join(missing)}")
+    for side in (real, fake):
+        order = sorted(range(len(side)), key=lambda i: side.ids[i])
+        side.ids, side.entries, side._facts = [side.ids[i] for i in order], [side.entries[i] for i in order], None
+
+
+def common_size(fake: Source) -> int:
+    """The one side length of all fakes; InputError for other shapes, for several, or for an unreadable file."""
+    facts = fake.facts()
+    for index, fact in enumerate(facts):
+        if fact.problem:
+            raise InputError(f"{fake.where(index)}: {fact.problem}")
+        if fact.width != fact.height or fact.width != facts[0].width:
+            size = f"{fact.width}x{fact.height}"
+            raise InputError(f"{fake.where(index)}: {size}; all reconstructions must be squares of one size")
+    return facts[0].width
+
+
+def refuse_lossy(fake: Source) -> None:
+    """InputError for a file whose format has changed the pixels after the model made them."""
+    for index, fact in enumerate(fake.facts()):
+        if fact.format not in LOSSLESS or (fact.format == "WEBP" and is_lossy_webp(fake.read_bytes(index))):
+            raise InputError(
+                f"{fake.where(index)}: {fact.format} is lossy and would be measured as the model's error; "
+                "save PNG, or use --allow-lossy"
+            )
+
+
+def is_lossy_webp(data: bytes) -> bool:
+    """Whether a RIFF file of WebP chunks holds a VP8 one (lossy) rather than VP8L."""
+    place = 12
+    while place + 8 <= len(data):
+        if data[place : place + 4] == b"VP8 ":
+            return True
+        size = int.from_bytes(data[place + 4 : place + 8], "little")
+        place += 8 + size + size % 2
+    return False
