@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.records import record, rows, write
 from tokbench.report.build import ReportOptions, build
+from tokbench.store import image_folders
 
 NUM_RESULTS, ROWS_EACH, MODELS, IMAGES = 2000, 50, 20, 200
 SECONDS, BYTES, FIRST_VIEW = 10.0, 1e9, 1.0
@@ -46,7 +47,7 @@ def first_view(folder: Path) -> float | None:
     results = folder / "pictures"
     for i in range(MODELS):
         path = write(results, record(f"model-{i}", seed=i, n=IMAGES), rows(i, IMAGES, 0.0))
-        for name in (path.with_suffix(".images"), *([path.with_name("real.images")] if i == 0 else [])):
+        for name in image_folders(path)[0 if i == 0 else 1 :]:
             name.mkdir()
             pixels = np.random.default_rng(i).integers(0, 256, (256, 256, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(name / "img00000.png", compress_level=1)

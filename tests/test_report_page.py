@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from tokbench.report.collect import gather
 from tokbench.report.html import script_json, write_page
 from tokbench.report.leaderboard import Entry
 from tokbench.report.reported import ordered, read_reported
+from tokbench.store import image_folders, image_name
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -31,7 +31,7 @@ IDS = [f"img{i:05}" for i in range(12)]
 def save_images(folder: Path, pixels: np.ndarray) -> None:
     folder.mkdir(parents=True)
     for sample, image in zip(IDS, pixels, strict=True):
-        Image.fromarray(image).save(folder / f"{quote(sample, safe='')}.png")
+        Image.fromarray(image).save(folder / image_name(sample))
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, (name, c) in enumerate([("ssdd", 4), ("klvae", 4), ("f8c16", 16)]):
         result = record(name, seed=i, n=12, shift=i, channels=c, family=name, note=NASTY, trained_on=NASTY)
         path = write(results, result, rows(i, 12, i))
-        save_images(path.with_suffix(".images"), real // (i + 2))
-    save_images(path.with_name("real.images"), real)
+        save_images(image_folders(path)[1], real // (i + 2))
+    save_images(image_folders(path)[0], real)
     write(results, record("evil", seed=9, n=12, family=NASTY, note="</script>" + NASTY))
     write(results, record("other", seed=5, n=12, res=512))
     entries, speeds, _ = gather(results)

@@ -114,7 +114,7 @@ def finish(
     if path is not None:
         write_per_image(per_image_path(path), store.ids, table(list(values), store, chosen["seeds"]))
         if plan.save_images:
-            write_whole(path.with_suffix(".png"), draw(cell, store, plan))
+            write_whole(path.with_suffix(".png"), draw(cell, store, plan, path))
         write_whole(path, to_json(result))
     return result
 
@@ -145,8 +145,8 @@ def _checked(value: Value) -> Value:
     return value
 
 
-def draw(cell: Cell, store: SampleStore, plan: Plan) -> bytes:
-    """The picture of the first and the worst images; those measured elsewhere or earlier are made again."""
+def draw(cell: Cell, store: SampleStore, plan: Plan, path: Path) -> bytes:
+    """The picture of the first and the worst images, also saved one by one; those measured earlier are made again."""
     columns = {name: store.column(name) for name in store.columns}
     bad = badness(columns, len(store.ids))
     first = store.ids[: plan.save_images]
@@ -157,6 +157,7 @@ def draw(cell: Cell, store: SampleStore, plan: Plan) -> bytes:
         decoded, _ = reconstruct(cell, ids, real.to(cell.conditions.device))
         fake = quantise(decoded[0], cell.conditions.protocol.fake_rounding).cpu()
         pairs |= {sample: (real[i], fake[i]) for i, sample in enumerate(ids)}
+    picture.save_pairs(path, {sample: pairs[sample] for sample in (*first, *worst) if sample in pairs})
     psnr = dict(zip(store.ids, columns["psnr"], strict=True)) if "psnr" in columns else {}
     labels = {sample: f"{sample} {psnr[sample]:.2f} dB" if psnr else sample for sample in (*first, *worst)}
     rows = [(labels[sample], *pairs[sample]) for sample in first if sample in pairs]

@@ -1,11 +1,15 @@
 """The picture beside a result: input, reconstruction and error of the first and of the worst images."""
 
 import io
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from tokbench.store import image_folders, image_name, write_whole
 
 GAIN = 4  # errors are shown four times as large
 LABEL = 14  # pixels above each triple
@@ -28,6 +32,17 @@ def draw(rows: Sequence[tuple[str, Tensor, Tensor]], columns: int = 2) -> bytes:
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def save_pairs(result: Path, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """(real, fake uint8 [3, H, W]) by id, one by one for `tokbench report --format html`; replaces earlier fakes."""
+    folders = image_folders(result)
+    shutil.rmtree(folders[1], ignore_errors=True)
+    for sample, images in pairs.items():
+        for folder, pixels in zip(folders, images, strict=True):
+            buffer = io.BytesIO()
+            Image.fromarray(np.ascontiguousarray(pixels.numpy().transpose(1, 2, 0))).save(buffer, "PNG")
+            write_whole(folder / image_name(sample), buffer.getvalue())
 
 
 def error_map(real: np.ndarray, fake: np.ndarray) -> np.ndarray:

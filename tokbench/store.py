@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
+from urllib.parse import quote
 
 import numpy as np
 
@@ -292,6 +293,17 @@ def result_path(out: Path, result: EvalResult) -> Path:
 def per_image_path(path: Path) -> Path:
     """The per-image table that belongs to a result file."""
     return path.with_name(path.name.removesuffix(".json") + ".per_image.csv.gz")
+
+
+def image_folders(path: Path) -> tuple[Path, Path]:
+    """Where saved images of a result file lie, ID.png each: real crops, which its neighbours share, and its own."""
+    stem = path.name.removesuffix(".json")
+    return path.with_name("+real.images"), path.with_name(f"{stem}.images")  # no row can be called "+real"
+
+
+def image_name(sample: str) -> str:
+    """The file name of a sample's image; `urllib.parse.unquote` of its stem gives the id back."""
+    return quote(sample, safe="") + ".png"
 
 
 def write_per_image(path: Path, ids: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:

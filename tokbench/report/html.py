@@ -20,9 +20,7 @@ from tokbench.report.reported import (
     reported_cells,
 )
 from tokbench.result import SpeedResult
-from tokbench.store import per_image_path, writable, write_whole
-
-REAL = "real.images"  # crops beside the results of a data set; a row's reconstructions lie in NAME.images
+from tokbench.store import image_folders, per_image_path, writable, write_whole
 
 
 def write_page(
@@ -127,16 +125,16 @@ def _speed(key: tuple[str, str, int], rows: Sequence[SpeedResult]) -> dict[str, 
 def _images(block: Block, number: int, out: Path) -> dict[str, Any] | None:
     """Copy the saved images of a block, write its per-image rows, and say what there is; None without images."""
     entries = [row.entry for row in block.rows]
-    folders = {e.name: e.path.with_name(f"{e.path.stem}.images") for e in entries if e.path is not None}
-    folders = {name: folder for name, folder in folders.items() if folder.is_dir()}
-    real = next((f.with_name(REAL) for f in folders.values() if f.with_name(REAL).is_dir()), None)
+    folders = {e.name: image_folders(e.path) for e in entries if e.path is not None}
+    folders = {name: pair for name, pair in folders.items() if all(folder.is_dir() for folder in pair)}
+    real = next((real for real, _ in folders.values()), None)
     if real is None:
         return None
     ids = sorted(unquote(path.stem) for path in real.glob("*.png"))
     place = {sample: index for index, sample in enumerate(ids)}
     _copy(real, out / "images" / str(number) / "real", place)
     models: dict[str, dict[str, Any]] = {}
-    for index, (name, folder) in enumerate(folders.items()):
+    for index, (name, (_, folder)) in enumerate(folders.items()):
         have = _copy(folder, out / "images" / str(number) / str(index), place)
         models[name] = {"folder": str(index), "have": have}
     rows = {e.name: _values(e, ids) for e in entries if e.name in models and e.path and per_image_path(e.path).exists()}
