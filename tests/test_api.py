@@ -14,6 +14,7 @@ from tokbench.cache import cache_folder
 from tokbench.device import hash_state
 from tokbench.errors import CellError, InputError
 from tokbench.finish import over_seeds
+from tokbench.metrics.scoring import Instruments, scorers
 from tokbench.reconstruct import Album, quantise
 from tokbench.result import Value
 
@@ -80,9 +81,7 @@ def test_real_features_are_computed_once_for_all_models(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     kits = api.Kits(["psnr", "pd-mobilenet"], 12, torch.device("cpu"))
-    kits.load(32).extractors.clear()
-    kits.load(32).unavailable.clear()
-    kits.load(32).extractors["mobilenet"] = Mean()  # type: ignore[assignment]
+    kits._loaded[32] = Instruments(scorers(["psnr"]), {"mobilenet": Mean()})  # type: ignore[dict-item]
     monkeypatch.setattr(api, "kits", lambda *_: kits)
     first = evaluate(tiny(), photographs, 32)
     assert Mean.calls == 24

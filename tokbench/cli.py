@@ -284,10 +284,12 @@ def main() -> None:
     except usage_error as error:
         status = fail(error.format_message(), 2)
     except (KeyboardInterrupt, typer.Abort):
-        status = fail("interrupted; the same command goes on from what is done", 130)
+        status = 130
     except BrokenPipeError:  # `tokbench list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    if status == 130:  # some versions of typer catch Ctrl-C themselves
+        fail("interrupted; the same command goes on from what is done", 130)
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -1,0 +1,181 @@
+"""Several processes and sudden deaths: the numbers must not know of them."""
+
+import gzip
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY
+from tokbench import cli
+from tokbench.result import Value, read_result
+
+METRICS = ("--metrics", "psnr,psnr-global,ssim")
+SECONDS = 0.15  # an image takes
+SLOW = f"tiny={TINY}@noise=0.3@slow={SECONDS}"
+
+
+def command(data: Path, out: Path, model: str = SLOW) -> list[str]:
+    return ["run", "--models", model, "--data", str(data), "--out", str(out), "--res", "32", "--batch-size", "1",
+            "--save-images", "2", *METRICS]  # fmt: skip
+
+
+@dataclass
+class Process:
+    """A run in a process of its own, forked so that torch need not be imported again; stderr goes to a file."""
+
+    pid: int
+    errors: Path
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def finish(self) -> tuple[int, str]:
+        """Exit status (negative: the signal that ended it) and stderr."""
+        until = time.monotonic() + 60
+        while (ended := os.waitpid(self.pid, os.WNOHANG))[0] == 0:
+            if time.monotonic() > until:
+                self.signal(signal.SIGKILL)
+            time.sleep(0.01)
+        return os.waitstatus_to_exitcode(ended[1]), self.errors.read_text()
+
+
+def start(arguments: list[str], errors: Path, world: int = 1) -> list[Process]:
+    """`world` processes of one run, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in range(world):
+        log = errors / f"stderr-{len(list(errors.glob('stderr-*')))}"
+        log.touch()
+        place = {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python 3.12 warns of forking where threads exist
+            pid = os.fork()
+        if pid == 0:
+            become(arguments, log, {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        processes.append(Process(pid, log))
+    return processes
+
+
+def become(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+    """Turn this forked process into a command; never returns."""
+    status = 70
+    try:
+        os.dup2(os.open(log, os.O_WRONLY), 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stderr, sys.stdout = os.fdopen(2, "w", 1, closefd=False), os.fdopen(1, "w", closefd=False)
+        os.environ.update(environment)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = ["tokbench", *arguments]
+        cli.main()
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    finally:
+        os._exit(status)
+
+
+def measured(out: Path) -> int:
+    """Rows on the disk so far."""
+    return sum(len(path.read_bytes().splitlines()) for path in out.glob("*/*/.tiny-*/rows-*.txt"))
+
+
+def wait_for(out: Path, rows: int) -> None:
+    until = time.monotonic() + 60
+    while measured(out) < rows:
+        assert time.monotonic() < until, "the run does not get on"
+        time.sleep(0.01)
+
+
+def numbers(out: Path) -> tuple[dict[str, Value], bytes]:
+    folder = out / "adm" / "photographs-32"
+    table = gzip.decompress((folder / "tiny.per_image.csv.gz").read_bytes())
+    return dict(read_result(folder / "tiny.json").metrics), table
+
+
+@pytest.fixture
+def errors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("errors")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Value], bytes]:
+    """The numbers of one process that nobody disturbed."""
+    out = tmp_path_factory.mktemp("one")
+    (process,) = start(command(photographs, out), tmp_path_factory.mktemp("errors"))
+    status, error = process.finish()
+    assert status == 0, error
+    return numbers(out)
+
+
+def test_two_processes_killed_three_times_give_the_numbers_of_an_undisturbed_one(
+    photographs: Path, tmp_path: Path, errors: Path, uninterrupted: tuple[dict[str, Value], bytes]
+) -> None:
+    dice = random.Random(os.getpid())
+    for rows in (1, 4, 7):
+        pair = start(command(photographs, tmp_path), errors, world=2)
+        wait_for(tmp_path, rows + dice.randrange(3))
+        time.sleep(dice.random() * SECONDS)
+        for process in pair:
+            process.signal(signal.SIGKILL)
+        assert {process.finish()[0] for process in pair} == {-signal.SIGKILL}
+        assert not list(tmp_path.glob("*/*/*.json"))
+    assert 7 <= measured(tmp_path) < 12
+    for process in start(command(photographs, tmp_path), errors, world=2):
+        status, error = process.finish()
+        assert status == 0, error
+    assert numbers(tmp_path) == uninterrupted
+    assert {path.name for path in tmp_path.iterdir()} == {"adm"}
+
+
+def test_a_dying_process_ends_the_job_with_a_reason(photographs: Path, tmp_path: Path, errors: Path) -> None:
+    first, second = start(command(photographs, tmp_path), errors, world=2)
+    wait_for(tmp_path, 2)
+    second.signal(signal.SIGKILL)
+    second.finish()
+    status, error = first.finish()
+    assert status == 1
+    assert "another process ended" in error.strip().splitlines()[-1]
+    assert "Traceback" not in error
+
+
+def test_an_error_of_one_process_is_the_error_of_all(photographs: Path, tmp_path: Path, errors: Path) -> None:
+    model = f"tiny={TINY}@fault=nan,good={TINY}"
+    for process in start(command(photographs, tmp_path, model), errors, world=2):
+        status, error = process.finish()
+        assert status == 1, error
+    assert [path.stem for path in tmp_path.glob("*/*/*.json")] == ["good"]
+
+
+def test_ctrl_c_says_how_to_go_on(photographs: Path, tmp_path: Path, errors: Path) -> None:
+    (process,) = start(command(photographs, tmp_path), errors)
+    wait_for(tmp_path, 2)
+    process.signal(signal.SIGINT)
+    status, error = process.finish()
+    assert status == 130
+    assert "the same command goes on" in error.strip().splitlines()[-1]
+    assert "Traceback" not in error
+
+
+def test_two_runs_of_one_cell_do_not_disturb_each_other(
+    photographs: Path, tmp_path: Path, errors: Path, uninterrupted: tuple[dict[str, Value], bytes]
+) -> None:
+    (first,) = start(command(photographs, tmp_path), errors)
+    wait_for(tmp_path, 1)
+    first.signal(signal.SIGSTOP)
+    (second,) = start(command(photographs, tmp_path), errors)
+    status, error = second.finish()
+    first.signal(signal.SIGCONT)
+    assert status == 1
+    assert "another run is measuring this" in error
+    status, error = first.finish()
+    assert status == 0, error
+    assert numbers(tmp_path) == uninterrupted
