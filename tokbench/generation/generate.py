@@ -134,17 +134,8 @@ def _generate(options: GenerateOptions, world: World) -> int:
 
     results, failures = [], 0
     for how in samplings:
-        key = _key(generator.weights, asdict(how), options.labels, options.dtype)
-        draw = Draw(
-            generator,
-            how,
-            labels,
-            work / f"{generator.name}-{key}",
-            device,
-            dtype,
-            batch_size or BATCH[device.type],
-            world,
-        )
+        folder = work / f"{generator.name}-{_key(generator.weights, asdict(how), options.labels, options.dtype)}"
+        draw = Draw(generator, how, labels, folder, device, dtype, batch_size or BATCH[device.type], world)
         seconds = together(world, partial(sample_latents, draw))
         for spec, tokenizer in models:
             info = describe(tokenizer)
@@ -191,7 +182,9 @@ def record(
     networks = {name: extractor.sha256 for name, extractor in tools.extractors.items()}
     return EvalResult(
         protocol=f"generate-{recipe(generator)}-g{how.guidance:g}",
-        protocol_fingerprint=_key(recipe(generator), asdict(how), reference.fingerprint, options.labels),
+        protocol_fingerprint=_key(
+            recipe(generator), generator.training, asdict(how), reference.fingerprint, options.labels
+        ),
         tokenizer=info,
         dataset=Dataset(reference.name, None, generator.space.resolution, len(draw.labels), reference.fingerprint),
         metrics=values,

@@ -5,7 +5,7 @@ with noise by image. The latents that come out are normalised as they were in tr
 tokenizer's decode takes here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ class PublishedDiT:
     samplers: Sequence[str] = ("ddim", "ddpm")
     default_steps = 250
     steps_trained: int | None = None
+    training: Mapping[str, Any] = {}
 
     def __init__(self, repository: str, device: torch.device) -> None:
         from diffusers import DiTPipeline

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -58,6 +58,7 @@ class Generator(Protocol):
     classes: Sequence[str]
     space: LatentSpace
     steps_trained: int | None
+    training: Mapping[str, Any]  # what besides the steps makes two trainings alike
     weights: str  # sha256 of the state
     samplers: Sequence[str]  # the first is the default
     default_steps: int
@@ -84,6 +85,10 @@ class FlowGenerator:
         self.normaliser = Normaliser(tuple(info["normaliser"]["mean"]), tuple(info["normaliser"]["std"]))
         self.classes: Sequence[str] = info["classes"]
         self.steps_trained: int | None = metadata["training"]["step"]
+        alike = ("size", "times", "label_dropout", "optim", "ema")
+        self.training: Mapping[str, Any] = {key: metadata["training"][key] for key in alike} | {
+            "batch_size": metadata["training"]["run"]["batch_size"]
+        }
         self.name = f"dit-{metadata['training']['size'].lower()}-{self.model.config.patch}"
         self.weights, self.device = weights, device
         self.note = f"trained on {info['trained_on']}, encoded by {self.space.tokenizer}"

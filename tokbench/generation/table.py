@@ -23,7 +23,7 @@ def print_table(results: Sequence[EvalResult], folders: Sequence[Path]) -> None:
     measured = {name for r in results for name, value in r.metrics.items() if value.value is not None}
     names = [name for name in METRICS if name in measured or name in ALWAYS]
     mark = "* best guidance scale; " if any(is_best(result, results) for result in results) else ""
-    table = Table(caption=mark + "/s: images a second", caption_justify="left")
+    table = Table(caption=mark + "/s: images a second of one process", caption_justify="left")
     for heading in (
         "tokenizer",
         "rfid",
