@@ -22,25 +22,27 @@ from tokbench.progress import bar, say
 from tokbench.seeding import normal
 from tokbench.training import (
     Ema,
-    Log,
     Machine,
-    Meter,
     Parts,
     averaged,
-    check_losses,
-    due,
-    image_grid,
-    interrupts,
-    is_best,
     learning_rate,
     load_checkpoint,
     make_optimizer,
     optimizer_step,
     perceptual_loss,
-    plot_curves,
     recompute,
     sample_seeds,
     save_checkpoint,
+)
+from tokbench.training_log import (
+    Log,
+    Meter,
+    check_losses,
+    due,
+    image_grid,
+    interrupts,
+    is_best,
+    plot_curves,
     save_image,
     training_record,
 )
@@ -104,7 +106,7 @@ def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, e
         crops, first_step=first, num_steps=run.steps, batch_size=run.batch_size,
         rank=machine.rank, world=machine.world, num_workers=run.workers,
     )  # fmt: skip
-    with interrupts() as stop, bar("train ssdd", run.steps, "steps", first) as advance:
+    with interrupts() as stop, bar("train ssdd", run.steps, "steps", first, machine.main) as advance:
         for step, (numbers, images, ids) in enumerate(stream, first + 1):
             sums: dict[str, Tensor] = {}
             for part in range(run.accumulate):
@@ -140,7 +142,8 @@ def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, e
                     sums[name] = sums.get(name, 0) + value.detach() / run.accumulate
             rate = learning_rate(step - 1, run.steps, config.optim)
             norm = optimizer_step(optimizer, parameters, rate, config.optim.clip, machine)
-            means = machine.means(sums) | {"gradient": norm}
+            means = machine.means(sums | {"stop": torch.tensor(float(len(stop)))}) | {"gradient": norm}
+            stopping = means.pop("stop") > 0  # in all processes after the same step
             check_losses(means, step, ids, checkpoint, config.loss_limit)
             with averaged(optimizer):
                 ema.update(step - 1)
@@ -158,9 +161,9 @@ def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, e
                     if is_best(log.records(), run.best_by):
                         export(out / "best.safetensors")
                 plot_curves(log.records(), out / "curves.png")
-            if due(step, run.save_every, run.steps) or stop:
+            if due(step, run.save_every, run.steps) or stopping:
                 save(step)
-            if stop:
+            if stopping:
                 say(f"stopped at step {step} of {run.steps}, saved; the same command goes on")
                 raise KeyboardInterrupt
 
@@ -195,7 +198,7 @@ def cancel_noise(decoder: UViT) -> None:
     Six channels carry x_t and -x_t from the input to the last residual block's shortcut, and the output takes the
     difference of their SiLU: silu(a) - silu(-a) = a. The last norm only scales them, for the noise has variance 1.
     """
-    last = decoder.up_blocks[-1].resnets[-1].conv_shortcut.weight  # its input is [features, the first skip]
+    last = decoder.get_parameter("up_blocks.3.resnets.2.conv_shortcut.weight")  # of [features, the first skip]
     width = decoder.conv_in.weight.shape[0]
     decoder.conv_in.weight[:6] = 0
     last[:6] = 0

@@ -1,6 +1,7 @@
 """Our checkpoint format: safetensors, with one metadata entry "tokbench" that says what the file is.
 
-{"model": "ssdd" | "klvae" | "dit", "config": {...}, "info": {trained_on, losses, licence, note, ...}, "training": {...}}
+{"model": "ssdd" | "klvae" | "dit", "config": {...}, "info": {trained_on, losses, licence, note, ...},
+ "training": {...}}
 """
 
 import json

@@ -135,20 +135,36 @@ class PhotoCrops(Dataset[tuple[Tensor, str]]):
         return crop[:, ::-1] if self.config.flip and rng.random() < 0.5 else crop
 
 
-def batches(
-    crops: PhotoCrops, *, first_step: int, num_steps: int, batch_size: int, rank: int, world: int, num_workers: int
-) -> Iterator[tuple[list[int], Tensor, list[str]]]:
-    """Steps first_step..num_steps-1: (sample numbers, uint8 [batch_size / world, 3, s, s], sample ids) of this rank.
+@dataclass(frozen=True)
+class Plan:
+    """Which samples a process takes in each step: lists of (sample number, crop size), made as they are needed.
 
     The global batch of a step is cut into `world` equal parts, so that any number of processes sees the same batch.
     """
-    config = crops.config
-    late = num_steps - round(num_steps * config.late_share) if config.late_size else num_steps
-    part = batch_size // world
-    plan = [
-        [(step * batch_size + rank * part + i, config.size if step < late else config.late_size) for i in range(part)]
-        for step in range(first_step, num_steps)
-    ]
-    loader = DataLoader(crops, batch_sampler=plan, num_workers=num_workers, persistent_workers=False)
-    for numbers, (images, ids) in zip(plan, loader, strict=True):
-        yield [number for number, _ in numbers], images, list(ids)
+
+    config: CropConfig
+    first_step: int
+    num_steps: int
+    batch_size: int
+    rank: int
+    world: int
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        late = self.num_steps - round(self.num_steps * self.config.late_share * (self.config.late_size > 0))
+        part = self.batch_size // self.world
+        for step in range(self.first_step, self.num_steps):
+            first, size = step * self.batch_size + self.rank * part, self.config.size
+            yield [(first + i, size if step < late else self.config.late_size) for i in range(part)]
+
+    def __len__(self) -> int:
+        return self.num_steps - self.first_step
+
+
+def batches(
+    crops: PhotoCrops, *, first_step: int, num_steps: int, batch_size: int, rank: int, world: int, num_workers: int
+) -> Iterator[tuple[list[int], Tensor, list[str]]]:
+    """Steps first_step..num_steps-1: (sample numbers, uint8 [batch_size / world, 3, s, s], sample ids) of this rank."""
+    plan = Plan(crops.config, first_step, num_steps, batch_size, rank, world)
+    loader = DataLoader(crops, batch_sampler=plan, num_workers=num_workers)
+    for items, (images, ids) in zip(plan, loader, strict=True):
+        yield [number for number, _ in items], images, list(ids)

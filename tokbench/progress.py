@@ -14,8 +14,13 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def bar(what: str, total: int, unit: str = "images", done: int = 0) -> Iterator[Callable[[int], None]]:
+def bar(
+    what: str, total: int, unit: str = "images", done: int = 0, show: bool = True
+) -> Iterator[Callable[[int], None]]:
     """Yields a function to call with how many more are done. A bar appears only on a terminal and after two seconds."""
+    if not show:
+        yield lambda count: None
+        return
     if not sys.stderr.isatty():
         yield _estimate(what, total, unit, done)
         return

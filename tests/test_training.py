@@ -1,0 +1,168 @@
+"""The training toolbox: data order, averages, decay groups, overrides, checkpoints."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from tokbench.config import describe, from_dict, override, to_dict
+from tokbench.crops import CropConfig, PhotoCrops, batches, hold_out
+from tokbench.errors import CellError, InputError
+from tokbench.training import Ema, EmaConfig, OptimConfig, RunConfig, learning_rate, load_checkpoint, save_checkpoint
+from tokbench.training_log import Log, check_losses, is_best
+
+
+class Photos:
+    def __init__(self, num: int) -> None:
+        rng = np.random.default_rng(0)
+        self.ids = [f"subject{i // 2}-{i % 2}" for i in range(num)]
+        self.images = [Image.fromarray(rng.integers(0, 255, (40 + 8 * i, 56, 3), np.uint8)) for i in range(num)]
+
+    def read(self, index: int) -> Image.Image:
+        return self.images[index]
+
+
+@dataclass(frozen=True)
+class Inner:
+    weight: float = 0.5
+    kind: Literal["a", "b"] = "a"
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int = 10
+    sizes: tuple[int, ...] = (1, 2)
+    folder: Path | None = None
+    on: bool = False
+    inner: Inner = field(default_factory=Inner)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def crops(config: CropConfig) -> PhotoCrops:
+    return PhotoCrops(Photos(6), range(6), config, seed=3)
+
+
+def stream(config: CropConfig, rank: int, world: int, first: int = 0, workers: int = 0) -> list[torch.Tensor]:
+    sources = batches(
+        crops(config), first_step=first, num_steps=5, batch_size=4, rank=rank, world=world, num_workers=workers
+    )
+    return [images for _, images, _ in sources]
+
+
+CONFIG = CropConfig(size=16, short_side=(24, 40), late_size=24, late_share=0.4)
+
+
+def test_two_processes_and_a_resumed_run_see_the_same_crops() -> None:
+    whole = stream(CONFIG, 0, 1)
+    halves = zip(stream(CONFIG, 0, 2), stream(CONFIG, 1, 2), strict=True)
+    for batch, (first, second) in zip(whole, halves, strict=True):
+        assert torch.equal(batch, torch.cat((first, second)))
+    for batch, resumed in zip(whole[3:], stream(CONFIG, 0, 1, first=3), strict=True):
+        assert torch.equal(batch, resumed)
+
+
+def test_workers_change_nothing() -> None:
+    for batch, other in zip(stream(CONFIG, 0, 1), stream(CONFIG, 0, 1, workers=1), strict=True):
+        assert torch.equal(batch, other)
+
+
+def test_late_crops_are_larger() -> None:
+    assert [batch.shape[-1] for batch in stream(CONFIG, 0, 1)] == [16, 16, 16, 24, 24]
+
+
+def test_an_epoch_takes_every_photograph_once() -> None:
+    assert sorted(crops(CONFIG).photograph(k) for k in range(6)) == list(range(6))
+
+
+def test_larger_photographs_are_sampled_by_the_root_of_their_area() -> None:
+    drawn = crops(CropConfig(16, (24, 40), sample_by="area"))
+    counts = np.bincount([drawn.photograph(k) for k in range(3000)], minlength=6) / 3000
+    wanted = np.sqrt([(40 + 8 * i) * 56 for i in range(6)])
+    assert np.abs(counts - wanted / wanted.sum()).max() < 0.03
+
+
+def test_held_out_subjects_are_not_in_training() -> None:
+    ids = Photos(12).ids
+    train, held = hold_out(ids, 4)
+    assert len(held) == 4
+    assert not {ids[i].split("-")[0] for i in train} & {ids[i].split("-")[0] for i in held}
+    with pytest.raises(InputError, match="cannot hold out"):
+        hold_out(ids, 12)
+
+
+def test_overrides_are_strict_and_typed() -> None:
+    config = override(Settings(), ["steps=20", "sizes=3,4", "inner.weight=0", "inner.kind=b", "on=true", "folder=x"])
+    assert (config.steps, config.sizes, config.inner, config.on) == (20, (3, 4), Inner(0.0, "b"), True)
+    assert config.folder == Path("x")
+    for wrong, message in (
+        ("step=1", "did you mean steps"), ("steps=1.5", "expected int"), ("inner.kind=c", "one of a, b"),
+        ("steps", "key=value"), ("inner=1", "a group"), ("steps.x=1", "not a group"), ("on=yes", "true or false"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            override(Settings(), [wrong])
+
+
+def test_config_survives_json_and_its_description_overrides_it_to_itself() -> None:
+    config = override(Settings(), ["folder=x", "sizes=5", "run.held_out=0"])
+    assert from_dict(Settings, json.loads(json.dumps(to_dict(config)))) == config
+    assert override(Settings(), describe(config)) == config
+
+
+def test_ema_follows_the_paper_and_starts_late() -> None:
+    module = nn.Linear(1, 1, bias=False)
+    ema = Ema(module, EmaConfig(decay=0.999, start_step=1))
+    values = []
+    for step in range(3):
+        with torch.no_grad():
+            module.weight.fill_(float(step + 1))
+        ema.update(step)
+        values.append(float(ema.shadow["weight"]))
+    second = 1.0 * 0.1 + 2.0 * 0.9
+    assert values == pytest.approx([1.0, second, second * 2 / 11 + 3.0 * 9 / 11])
+    with ema.applied():
+        assert module.weight.item() == values[-1]
+    assert module.weight.item() == 3.0
+
+
+def test_learning_rate_warms_up_and_ends_at_its_share() -> None:
+    config = OptimConfig(learning_rate=1.0, warmup_steps=4, schedule="cosine", final_share=0.1)
+    rates = [learning_rate(step, 100, config) for step in range(101)]
+    assert rates[0] == pytest.approx(0.25, rel=0.01)
+    assert rates[100] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0, rel=0.01)
+
+
+def test_checkpoint_of_other_settings_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    assert load_checkpoint(path, Settings()) is None
+    save_checkpoint(path, Settings(), {"step": 3})
+    assert load_checkpoint(path, override(Settings(), ["run.workers=3"])) is not None
+    with pytest.raises(InputError, match="steps=10"):
+        load_checkpoint(path, Settings(steps=11))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="not a training checkpoint"):
+        load_checkpoint(path, Settings())
+
+
+def test_a_loss_that_is_no_number_names_step_samples_and_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").touch()
+    for value in (math.nan, 1e9):
+        with pytest.raises(CellError, match=r"step 7: flow .* cat, dog; last good checkpoint: .*last.ckpt"):
+            check_losses({"flow": value}, 7, ["cat", "dog"], tmp_path / "last.ckpt", 1e4)
+
+
+def test_resumed_log_drops_what_is_trained_again_and_knows_the_best(tmp_path: Path) -> None:
+    log = Log(tmp_path / "log.jsonl", 0)
+    for step, psnr in ((1, 20.0), (2, 30.0), (3, 25.0)):
+        log.write(step=step, psnr=psnr)
+    assert not is_best(log.records(), "psnr")
+    log = Log(tmp_path / "log.jsonl", 2)
+    assert [record["step"] for record in log.records()] == [1, 2]
+    assert is_best(log.records(), "psnr")
