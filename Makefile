@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-weights lint bench
+.PHONY: demo test test-weights lint bench leaderboard
 
 demo: $(VENV)/.installed
 	$(BIN)/tokbench run --models ssdd,klvae --res 256
@@ -22,7 +22,13 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.bench_pipeline
+	$(BIN)/python -m tests.bench_report
 	$(BIN)/python -m tests.bench_data
+
+# After results/ has changed; a test fails where this was forgotten.
+leaderboard: $(VENV)/.installed
+	$(BIN)/tokbench report --format markdown --out results/LEADERBOARD.md --plots results/plots
+	$(BIN)/tokbench report --format csv --out results/leaderboard.csv
 
 # torch and torchvision first and alone, so that pip settles on a pair that belongs together.
 $(VENV)/.installed: pyproject.toml
