@@ -15,11 +15,13 @@ from baselines.kl_vae import KLVAE, SMALL, ConvDecoderConfig, KLVAEConfig, KLVAE
 from ssdd_models.encoder import EncoderConfig
 from ssdd_models.layers import AttentionBlock, ResBlock
 from tokbench.checkpoints import load_strictly, write_model
-from tokbench.config import to_dict
+from tokbench.config import describe, override, to_dict
 from tokbench.crops import CropConfig, PhotoCrops, batches
+from tokbench.errors import InputError
 from tokbench.held_out import held_out_images, open_photographs, score
 from tokbench.progress import bar, say
 from tokbench.seeding import normal
+from tokbench.trainers import TrainOptions, choose
 from tokbench.training import (
     Ema,
     EmaConfig,
@@ -52,6 +54,7 @@ from tokbench.training_log import (
 )
 from tokbench.weights import file_sha256
 
+DEFAULT = "ldm-f8c4"  # preset
 POSTERIOR = 0  # stream of random numbers
 
 
@@ -249,6 +252,33 @@ def train_klvae(config: KLVAETraining, data: str, out: Path, start: Path | None,
         with averaged(optimizer), ema.applied():
             export(out / "model.safetensors")
     return out / "model.safetensors"
+
+
+def run_command(options: TrainOptions) -> Path:
+    """`tokbench train klvae`."""
+    if options.stage or options.decoder:
+        raise InputError("klvae has no --stage and no --decoder; see --preset, freeze_encoder and model.decoder.*")
+    config = PRESETS[choose(list(PRESETS), options.preset, "preset", DEFAULT)]
+    for path in filter(None, (options.encoder_from, options.start)):
+        given = load(path)[0].config
+        encoder_only = replace(config.model, encoder=given.encoder)
+        config = replace(config, model=given if path == options.start else encoder_only)
+    if options.encoder:
+        config = replace(config, model=replace(config.model, encoder=parse_encoder(options.encoder)))
+    config = override(config, options.settings)
+    return train_klvae(config, options.data, options.out, options.start, options.encoder_from)
+
+
+def settings(stage: str | None, preset: str | None) -> list[str]:
+    """The key=value lines of a preset."""
+    return describe(PRESETS[choose(list(PRESETS), preset, "preset", DEFAULT)])
+
+
+def parse_encoder(name: str) -> EncoderConfig:
+    try:
+        return EncoderConfig.parse(name)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def build(config: KLVAETraining, start: Path | None, encoder_from: Path | None) -> tuple[KLVAE, dict[str, str]]:

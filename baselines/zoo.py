@@ -6,6 +6,7 @@ from typing import Any
 
 from baselines.published import PUBLISHED
 from tokbench.registry import register as add
+from tokbench.trainers import Trainer, TrainOptions, register_trainer
 
 
 def register() -> None:
@@ -30,6 +31,19 @@ def register() -> None:
         summary="hf:OWNER/NAME[:FOLDER] or a folder: any diffusers autoencoder",
         accepts=_is_folder,
     )
+    register_trainer("klvae", Trainer(_train, _settings, "KL-VAE as latent diffusion trains it"))
+
+
+def _train(options: TrainOptions) -> Path:
+    from baselines.train import run_command
+
+    return run_command(options)
+
+
+def _settings(stage: str | None, preset: str | None) -> list[str]:
+    from baselines.train import settings
+
+    return settings(stage, preset)
 
 
 def identity() -> Any:

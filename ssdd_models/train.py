@@ -2,24 +2,26 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ssdd_models.distill import distillation_losses, make_teacher
-from ssdd_models.encoder import Posterior
+from ssdd_models.encoder import EncoderConfig, Posterior
 from ssdd_models.layers import AttentionBlock, ResBlock
 from ssdd_models.losses import Repa, flow_losses, training_times
-from ssdd_models.ssdd import SSDD, read_checkpoint
-from ssdd_models.stages import SSDDTraining
-from ssdd_models.uvit import UViT
+from ssdd_models.ssdd import SSDD, SSDDConfig, read_checkpoint
+from ssdd_models.stages import PRESETS, SSDDTraining, Stage
+from ssdd_models.uvit import SIZES, DecoderConfig, UViT
 from ssdd_models.zoo import SSDDTokenizer
+from tokbench.config import describe, from_dict, override
 from tokbench.crops import PhotoCrops, batches
 from tokbench.errors import InputError
 from tokbench.held_out import held_out_images, open_photographs, score
 from tokbench.progress import bar, say
 from tokbench.seeding import normal
+from tokbench.trainers import TrainOptions, choose
 from tokbench.training import (
     Ema,
     Machine,
@@ -172,6 +174,45 @@ def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, e
         with averaged(optimizer), ema.applied():
             export(out / "model.safetensors")
     return out / "model.safetensors"
+
+
+def run_command(options: TrainOptions) -> Path:
+    """`tokbench train ssdd`. Sizes come from the files it starts from, then from --encoder and --decoder."""
+    config = find_stage(options.stage, options.preset)
+    try:
+        if options.encoder_from:
+            config = replace(config, encoder=sizes(options.encoder_from)[0])
+        if options.start:
+            encoder, decoder = sizes(options.start)
+            config = replace(config, encoder=encoder, decoder=decoder or config.decoder)
+        if options.encoder:
+            config = replace(config, encoder=EncoderConfig.parse(options.encoder))
+        if options.decoder:
+            config = replace(config, decoder=SIZES[choose(list(SIZES), options.decoder, "decoder", "M")])
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    config = override(config, options.settings)
+    return train_ssdd(config, options.data, options.out, options.start, options.encoder_from)
+
+
+def find_stage(stage: str | None, preset: str | None) -> SSDDTraining:
+    stages = PRESETS[choose(list(PRESETS), preset, "preset", "paper")]
+    return stages[cast(Stage, choose(list(stages), stage, "stage", "joint"))]
+
+
+def settings(stage: str | None, preset: str | None) -> list[str]:
+    """The key=value lines of a stage."""
+    return describe(find_stage(stage, preset))
+
+
+def sizes(path: Path) -> tuple[EncoderConfig, DecoderConfig | None]:
+    """Encoder and decoder of a file: SSDD (ours or released) or KL-VAE, which has no such decoder."""
+    state, metadata = read_checkpoint(path)
+    if metadata.get("model") == "klvae":
+        return from_dict(EncoderConfig, metadata["config"]["encoder"]), None
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    config = SSDDConfig.from_json(metadata["config"]) if metadata else SSDDConfig.from_shapes(shapes)
+    return config.encoder, config.decoder
 
 
 def build(config: SSDDTraining, start: Path | None, encoder_from: Path | None) -> tuple[SSDD, dict[str, str]]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokbench.errors import CellError, InputError
 from tokbench.registry import register as add
+from tokbench.trainers import Trainer, TrainOptions, register_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,6 +36,19 @@ def register() -> None:
         released,
         summary="SSDD as released, S B M L XL x f8c4 f16c4 f16c16 f32c64 or sdvae (for sd-vae-ft-mse+); CC-BY-NC 4.0",
     )
+    register_trainer("ssdd", Trainer(_train, _settings, "SSDD: stages joint, pretrain, finetune, distill"))
+
+
+def _train(options: TrainOptions) -> Path:
+    from ssdd_models.train import run_command
+
+    return run_command(options)
+
+
+def _settings(stage: str | None, preset: str | None) -> list[str]:
+    from ssdd_models.train import settings
+
+    return settings(stage, preset)
 
 
 def ssdd(

@@ -131,6 +131,7 @@ def check(
     tolerance: Annotated[str | None, typer.Option(help="psnr=0.05,lpips-alex=1%,...; else the table's.")] = None,
     metrics: Annotated[str | None, typer.Option(help="Compare only these, comma-separated.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Fail on any change.")] = False,
+    two_sided: Annotated[bool, typer.Option("--two-sided", help="Fail on a gain beyond the tolerance too.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail on an inconclusive metric too.")] = False,
     speed: Annotated[bool, typer.Option("--speed", help="The folders hold speed records.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="File for a pull-request comment.")] = None,
@@ -144,10 +145,38 @@ def check(
     from tokbench.report.verdicts import CheckOptions, run_check
 
     options = CheckOptions(
-        new=new, against=against, tolerance=tolerance, metrics=metrics, exact=exact, strict=strict, speed=speed,
-        markdown=markdown, junit=junit, json=json, strips=strips, update=update, accept=accept,
+        new=new, against=against, tolerance=tolerance, metrics=metrics, exact=exact, two_sided=two_sided,
+        strict=strict, speed=speed, markdown=markdown, junit=junit, json=json, strips=strips, update=update,
+        accept=accept,
     )  # fmt: skip
     raise typer.Exit(run_check(options))
+
+
+@app.command(context_settings={"help_option_names": []})
+def train(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="What to train; --help without it lists the names.")] = None,
+    settings: Annotated[list[str] | None, typer.Argument(help="Overrides, key=value ...")] = None,
+    data: Annotated[str, typer.Option(help="A folder of photographs, an archive, or hf:NAME.")] = "",
+    out: Annotated[
+        Path, typer.Option(help="Folder of this run; the same command goes on from it.")
+    ] = Path(),
+    stage: Annotated[str | None, typer.Option(help="Stage of the training.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Named settings.")] = None,
+    start: Annotated[Path | None, typer.Option("--from", help="File of the previous stage.")] = None,
+    encoder_from: Annotated[Path | None, typer.Option(help="File whose encoder is taken.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Encoder by name, as f8c4.")] = None,
+    decoder: Annotated[str | None, typer.Option(help="Decoder by name, as S.")] = None,
+    show_help: Annotated[bool, typer.Option("--help", help="Show this, and all settings of MODEL.")] = False,
+) -> None:
+    """Train a tokenizer, or a generator in its latents. Under torchrun or accelerate: in several processes."""
+    from tokbench.trainers import TrainOptions, train_help, train_model
+
+    if show_help or model is None:
+        typer.echo(context.get_help() + "\n" + train_help(model, stage, preset))
+        return
+    options = TrainOptions(data, out, stage, preset, start, encoder_from, encoder, decoder, tuple(settings or ()))
+    typer.echo(train_model(model, options))
 
 
 @app.command()
