@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tokbench.config import override
 from tokbench.distributed import World
 from tokbench.errors import InputError
 from tokbench.generation.fit import check_fits, latent_space
@@ -23,7 +24,7 @@ from tokbench.generation.latents import Images, LatentConfig, Latents, Normalise
 from tokbench.generation.sample import Draw, Sampling, balanced_labels, pack_npz, sample_latents
 from tokbench.generation.score import generation_metrics, open_reference, read_statistics, score
 from tokbench.generation.table import is_best
-from tokbench.generation.train import find_preset, train_dit
+from tokbench.generation.train import find_preset, train
 from tokbench.registry import create
 from tokbench.result import EvalResult, TokenizerInfo, read_result
 from tokbench.store import SampleStore
@@ -53,8 +54,12 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A generator after four steps."""
     out = tmp_path_factory.mktemp("generator")
-    train_dit("tiny", str(labelled), out, [*SETTINGS, "run.steps=4"])
+    train_tiny(str(labelled), out, [*SETTINGS, "run.steps=4"])
     return out
+
+
+def train_tiny(data: str, out: Path, settings: list[str]) -> Path:
+    return train(override(find_preset("tiny"), settings), data, out)
 
 
 def options(trained: Path, labelled: Path, out: Path, **more: Any) -> GenerateOptions:
@@ -148,8 +153,8 @@ def test_a_tokenizer_without_a_grid_of_latents_is_refused() -> None:
 
 
 def test_resume_equals_uninterrupted(labelled: Path, trained: Path, tmp_path: Path) -> None:
-    train_dit("tiny", str(labelled), tmp_path, [*SETTINGS, "run.steps=2"])
-    train_dit("tiny", str(labelled), tmp_path, [*SETTINGS, "run.steps=4"])
+    train_tiny(str(labelled), tmp_path, [*SETTINGS, "run.steps=2"])
+    train_tiny(str(labelled), tmp_path, [*SETTINGS, "run.steps=4"])
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps == [2, 4]
     once, twice = (open_generator(str(folder), CPU) for folder in (trained, tmp_path))
@@ -160,7 +165,7 @@ def test_resume_equals_uninterrupted(labelled: Path, trained: Path, tmp_path: Pa
 def test_the_normalisation_is_measured_shown_and_kept(
     labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_dit("tiny", str(labelled), tmp_path, [*SETTINGS, "run.steps=1", "normalise=channel"])
+    train_tiny(str(labelled), tmp_path, [*SETTINGS, "run.steps=1", "normalise=channel"])
     statistics = Latents(tmp_path / "latents").statistics("channel")
     assert f"normalised as {statistics}" in capsys.readouterr().err
     generator = open_generator(str(tmp_path), CPU)
@@ -260,10 +265,11 @@ import sys
 from pathlib import Path
 import torch
 from tokbench.generation.generate import GenerateOptions, run_generate
-from tokbench.generation.train import train_dit
+from tokbench.config import override
+from tokbench.generation.train import find_preset, train
 torch.set_num_threads(1)
 data, out, *settings = sys.argv[1:]
-train_dit("tiny", data, Path(out), settings)
+train(override(find_preset("tiny"), settings), data, Path(out))
 sys.exit(run_generate(GenerateOptions(generator=out, tokenizer="identity", num_images=130, reference=data, steps=2,
                                       device="cpu", metrics="gfid", save="png", out=Path(out) / "together")))
 """

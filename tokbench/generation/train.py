@@ -1,6 +1,5 @@
 """Train a diffusion transformer in the latents of any tokenizer: `tokbench train dit`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokbench.checkpoints import write_model
-from tokbench.config import override, to_dict
+from tokbench.config import to_dict
 from tokbench.crops import CropConfig
 from tokbench.device import prepare
 from tokbench.errors import InputError
@@ -92,11 +91,6 @@ def find_preset(name: str) -> DiTTraining:
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r} of dit: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-def train_dit(preset: str, data: str, out: Path, settings: Sequence[str]) -> Path:
-    """`tokbench train dit`: a preset with `key=value` settings."""
-    return train(override(find_preset(preset), settings), data, out)
 
 
 def row_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
