@@ -14,7 +14,8 @@ from tests.records import record, rows, write
 from tokbench.errors import InputError
 from tokbench.report.build import Report, ReportOptions, build, text
 from tokbench.report.collect import frame, gather, where
-from tokbench.report.leaderboard import Entry, blocks, column, compression, ranking
+from tokbench.report.columns import Entry, column, compression
+from tokbench.report.leaderboard import blocks, ranking
 from tokbench.report.tables import WIDTH, latex, latex_document, leaderboard_table, markdown
 from tokbench.result import EvalResult, TokenizerInfo, Value
 

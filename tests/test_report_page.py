@@ -15,8 +15,8 @@ from PIL import Image
 
 from tests.records import record, rows, write
 from tokbench.report.collect import gather
+from tokbench.report.columns import Entry
 from tokbench.report.html import script_json, write_page
-from tokbench.report.leaderboard import Entry
 from tokbench.report.reported import ordered, read_reported
 from tokbench.store import image_folders, image_name
 

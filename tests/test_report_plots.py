@@ -11,6 +11,7 @@ from matplotlib.text import Text
 from tests.records import record, rows, write
 from tokbench.errors import InputError
 from tokbench.report import plots
+from tokbench.report.columns import Entry, metric_column
 from tokbench.report.curves import (
     all_plots,
     bits_per_pixel,
@@ -19,7 +20,6 @@ from tokbench.report.curves import (
     rfid_vs_gfid,
     training_curves,
 )
-from tokbench.report.leaderboard import Entry, metric_column
 from tokbench.report.plots import Point, label_points, pareto, quality_vs_time, save, scatter
 from tokbench.report.reported import compare, comparison_cells, ordered, read_reported
 from tokbench.result import TokenizerInfo, Value

@@ -184,7 +184,7 @@ def report(outcome: Outcome, out: Path) -> None:
     """The table on stdout, a plot per data set and resolution, the summary on stderr."""
     from rich.console import Console
 
-    from tokbench.report.leaderboard import Entry
+    from tokbench.report.columns import Entry
     from tokbench.report.plots import quality_vs_time
     from tokbench.report.tables import leaderboard_table
 

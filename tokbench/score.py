@@ -48,7 +48,7 @@ def run_score(options: ScoreOptions) -> int:
     """Measure, write the record and print its table; the exit status."""
     from rich.console import Console
 
-    from tokbench.report.leaderboard import Entry
+    from tokbench.report.columns import Entry
     from tokbench.report.tables import leaderboard_table
 
     result = score(options)

@@ -9,7 +9,8 @@ from rich.console import Console
 from tokbench.errors import InputError
 from tokbench.report import tables
 from tokbench.report.collect import frame, gather, where
-from tokbench.report.leaderboard import Entry, blocks, column
+from tokbench.report.columns import Entry, column
+from tokbench.report.leaderboard import blocks
 from tokbench.report.reported import (
     COMPARISON_HEADS,
     REPORTED_HEADS,
@@ -125,7 +126,8 @@ def text(report: Report, options: ReportOptions) -> str:
         if comparisons:
             parts.append(tables.plain_latex("Numbers of papers against ours.", COMPARISON_HEADS, comparisons))
         return "% needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc}\n" + "\n".join(parts)
-    parts = [tables.markdown(block) for block in measured]
+    parts = ["<!-- written by `tokbench report --format markdown`; edit the results instead -->\n"]
+    parts += [tables.markdown(block) for block in measured]
     if report.speeds:
         parts.append(speed_markdown(report.speeds))
     if comparisons:

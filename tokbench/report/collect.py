@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from tokbench.errors import InputError
-from tokbench.report.leaderboard import FACTS, Entry, block_key
+from tokbench.report.columns import FACTS, Entry
+from tokbench.report.leaderboard import block_key
 from tokbench.report.speed import read_speeds
 from tokbench.result import SpeedResult, Value
 from tokbench.store import read_results, results_frame

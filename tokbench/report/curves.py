@@ -14,7 +14,8 @@ from matplotlib.ticker import NullLocator
 
 from tokbench.errors import InputError
 from tokbench.report import speed
-from tokbench.report.leaderboard import Block, Entry, blocks, clipped, metric_column
+from tokbench.report.columns import Entry, clipped, metric_column
+from tokbench.report.leaderboard import UNRANKED_FAMILIES, Block, blocks
 from tokbench.report.plots import (
     Point,
     axis_label,
@@ -210,7 +211,7 @@ def against_resolution(entries: Sequence[Entry], metric: str, path: Path) -> Pat
     places = {(e.result.protocol, e.result.dataset.name) for e in entries}
     for entry in entries:
         data, value = entry.result.dataset, number(entry.result, metric)
-        if value is not None and entry.result.tokenizer.family != "identity":
+        if value is not None and entry.result.tokenizer.family not in UNRANKED_FAMILIES:
             where = f" ({data.name})" if len(places) > 1 else ""
             lines.setdefault(entry.name + where, []).append((data.resolution, value))
     return _curves(lines, "resolution (px)", metric, path)
@@ -220,7 +221,8 @@ def ecdf(entries: Sequence[Entry], metric: str, path: Path, most: int = 7) -> Pa
     """Share of images at or below each value, for up to `most` rows. None without two that have per-image values."""
     column = metric_column(metric)
     name = column.per_image or ""
-    values = {e.name: e.rows[1][name] for e in _spread(entries, most) if name in e.rows[1]}
+    ranked = [entry for entry in entries if entry.result.tokenizer.family not in UNRANKED_FAMILIES]
+    values = {e.name: e.rows[1][name] for e in _spread(ranked, most) if name in e.rows[1]}
     if len(values) < 2:
         return None
     fig, ax = figure()
@@ -232,7 +234,7 @@ def ecdf(entries: Sequence[Entry], metric: str, path: Path, most: int = 7) -> Pa
         labels.append(Point(name, name, float(np.quantile(x, share)), share))
     ax.set_xlabel(axis_label(column).rstrip(" ←→") + {"higher": " →", "lower": " ←"}.get(column.better, ""), fontsize=9)
     ax.set_ylabel("share of images", fontsize=9)
-    label_points(ax, labels)
+    label_points(ax, labels, colours={name: colour for name, (colour, _) in styles(values).items()})
     return save(fig, path)
 
 

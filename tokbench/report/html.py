@@ -10,7 +10,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from tokbench.report import speed
-from tokbench.report.leaderboard import Block, Entry, Row, blocks, compression, metric_column
+from tokbench.report.columns import Entry, compression, metric_column
+from tokbench.report.leaderboard import UNRANKED_FAMILIES, Block, Row, blocks
 from tokbench.report.reported import (
     COMPARISON_HEADS,
     REPORTED_HEADS,
@@ -83,6 +84,7 @@ def _row(row: Row, heading: str) -> dict[str, Any]:
     return {
         "name": info.name,
         "family": info.family,
+        "ranked": info.family not in UNRANKED_FAMILIES,
         "group": heading,
         "latent": compression(info),
         "cells": cells,

@@ -1,62 +1,31 @@
 """From result records to ranked, formatted blocks: what every table, the page and the plots are drawn from."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokbench.errors import InputError
-from tokbench.metrics import METRICS
+from tokbench.report.columns import (
+    TIMES,
+    Column,
+    Entry,
+    column,
+    compression,
+    default_columns,
+    device,
+    number_of,
+    trained_on,
+)
 from tokbench.result import EvalResult, TokenizerInfo, Value
 from tokbench.statistics import paired_interval
-from tokbench.store import per_image_path, read_per_image
 
 # Say much the same as their neighbour: the first to go where a table has no room.
 SECONDARY = ("psnr-global", "ssim-gauss", "ms-ssim", "encode", "params", "steps")
 UNRANKED_FAMILIES = ("identity",)  # it wins every column and says nothing
 MARKS = "best bold, second underlined, ties by paired 95 % interval"
-ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A result and where it was read; `path` None for one that was not read from a file."""
-
-    result: EvalResult
-    path: Path | None = None
-
-    @property
-    def name(self) -> str:
-        return self.result.tokenizer.name
-
-    @cached_property
-    def rows(self) -> tuple[list[str], Mapping[str, NDArray[np.float64]]]:
-        """Ids and per-image columns [N], both empty where there is no such file beside the JSON."""
-        if self.path is None or not per_image_path(self.path).exists():
-            return [], {}
-        return read_per_image(per_image_path(self.path))
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: a metric, or a fact about the tokenizer or the run."""
-
-    key: str
-    unit: str
-    better: str  # "higher", "lower" or "neither": no best value is marked
-    digits: int
-    description: str
-    read: Callable[[EvalResult], Value | str | None]
-    per_image: str | None = None  # the per-image column that this is the mean (or a monotone function of the mean) of
-
-    @property
-    def heading(self) -> str:
-        return f"{self.key} {ARROWS[self.better]}".strip()
 
 
 @dataclass(frozen=True)
@@ -90,120 +59,6 @@ class Block:
     @property
     def rows(self) -> tuple[Row, ...]:
         return tuple(row for _, rows in self.groups for row in rows)
-
-
-def compression(info: TokenizerInfo) -> str:
-    """How much a tokenizer compresses, in the field's shorthand: f8c4, f16 K16384, 32 tokens; else "codec"."""
-    if info.downsample is None and info.tokens_per_image is None:
-        return "codec" if info.codebook_size is None else f"K{info.codebook_size}"
-    place = f"f{info.downsample}" if info.downsample is not None else f"{info.tokens_per_image} tokens"
-    if info.codebook_size is not None:
-        return f"{place} K{info.codebook_size}"
-    return (
-        place
-        if info.channels is None
-        else f"{place}c{info.channels}"
-        if place[0] == "f"
-        else f"{place} c{info.channels}"
-    )
-
-
-def milliseconds(result: EvalResult, part: str) -> Value | None:
-    """Time per image of "encode" or "decode" as the run saw it, in ms."""
-    seconds = (result.provenance.get("seconds") or {}).get(part)
-    return None if seconds is None else Value(1000 * float(seconds), n=result.dataset.num_images)
-
-
-def clipped(name: str, limit: int = 32) -> str:
-    """A row's name, shortened in its middle so that what tells rows apart (prefix and settings) stays."""
-    return name if len(name) <= limit else f"{name[: limit - 13]}…{name[-12:]}"
-
-
-def _count(number: int | None, scale: float = 1) -> Value | None:
-    return None if number is None else Value(number / scale)
-
-
-_FACTS = (
-    Column(
-        "latent", "", "neither", 0, "downsampling f and channels c, or codebook K", lambda r: compression(r.tokenizer)
-    ),
-    Column("f", "", "neither", 0, "pixels per latent position along a side", lambda r: _count(r.tokenizer.downsample)),
-    Column("c", "", "neither", 0, "channels of the latent", lambda r: _count(r.tokenizer.channels)),
-    Column("codebook", "", "neither", 0, "number of codes", lambda r: _count(r.tokenizer.codebook_size)),
-    Column("steps", "", "neither", 0, "network evaluations of the decoder", lambda r: _count(r.tokenizer.decode_steps)),
-    Column(
-        "params",
-        "M",
-        "neither",
-        1,
-        "decoder's parameters, millions",
-        lambda r: _count(r.tokenizer.decoder_params or None, 1e6),
-    ),
-    Column(
-        "encode",
-        "ms/img",
-        "lower",
-        1,
-        "encoding time in the run that measured quality",
-        lambda r: milliseconds(r, "encode"),
-    ),
-    Column(
-        "decode",
-        "ms/img",
-        "lower",
-        1,
-        "decoding time in the run that measured quality",
-        lambda r: milliseconds(r, "decode"),
-    ),
-    Column("n", "", "neither", 0, "images", lambda r: Value(r.dataset.num_images)),
-    Column("device", "", "neither", 0, "machine", lambda r: device(r)),
-    Column("date", "", "neither", 0, "day of the measurement", lambda r: str(r.provenance.get("date", ""))[:10]),
-)
-FACTS = {column.key: column for column in _FACTS}
-TIMES = ("encode", "decode")
-
-
-def metric_column(name: str) -> Column:
-    """The column of a metric; one not known here gets four digits and no direction."""
-
-    def read(result: EvalResult) -> Value | None:
-        if name in result.metrics:
-            return result.metrics[name]
-        return Value(None, note=result.unavailable[name]) if name in result.unavailable else None
-
-    metric = METRICS.get(name)
-    if metric is None:
-        return Column(name, "", "neither", 4, "unknown to this version", read)
-    per_image = metric.columns[0] if metric.columns else name if metric.rows else None
-    return Column(name, metric.unit, metric.better, metric.digits, metric.description, read, per_image)
-
-
-def device(result: EvalResult) -> str:
-    return str(result.provenance.get("device") or "unknown device")
-
-
-def column(key: str, entries: Sequence[Entry]) -> Column:
-    """The column called `key`; InputError with the names to choose from."""
-    if key in FACTS:
-        return FACTS[key]
-    measured = {name for entry in entries for name in (*entry.result.metrics, *entry.result.unavailable)}
-    if key in METRICS or key in measured:
-        return metric_column(key)
-    raise InputError(f"unknown column {key!r}; choose from {', '.join(['tokenizer', *FACTS, *sorted(measured)])}")
-
-
-def default_columns(entries: Sequence[Entry]) -> list[Column]:
-    """Latent, steps and size, measured metrics that can be better or worse, time; without what no row has."""
-    measured = {name for entry in entries for name, value in entry.result.metrics.items() if value.value is not None}
-    told = (name for name, metric in METRICS.items() if name in measured and metric.better != "neither")
-    names = [*told, *sorted(measured - set(METRICS))]
-    columns = [FACTS[key] for key in ("latent", "steps", "params")]
-    columns += [metric_column(name) for name in names] + [FACTS[key] for key in TIMES]
-    return [c for c in columns if any(_number(c.read(entry.result)) is not None for entry in entries)]
-
-
-def _number(value: Value | str | None) -> float | str | None:
-    return value.value if isinstance(value, Value) else value or None
 
 
 def block_key(result: EvalResult) -> tuple[Any, ...]:
@@ -296,7 +151,9 @@ def _order(row: Row, lead: Column | None) -> tuple[float, str]:
 
 def ranking(entries: Sequence[Entry], c: Column) -> dict[str, int]:
     """{row name: 1 best or tied with it, 2 second or tied with that}. Needs two values to mark one."""
-    values = [(entry, number) for entry in entries if isinstance(number := _number(c.read(entry.result)), float | int)]
+    values = [
+        (entry, number) for entry in entries if isinstance(number := number_of(c.read(entry.result)), float | int)
+    ]
     if c.better == "neither" or len(values) < 2:
         return {}
     left = sorted(values, key=lambda pair: -pair[1] if c.better == "higher" else pair[1])
@@ -363,12 +220,6 @@ def _cell(entry: Entry, c: Column, decimals: int, rank: int) -> Cell:
     return Cell(
         f"{value.value:.{decimals}f}", error, rank, trained_on(entry.result, c.key), value.note, float(value.value)
     )
-
-
-def trained_on(result: EvalResult, metric: str) -> bool:
-    """Was the metric's network part of this model's training loss?"""
-    networks = METRICS[metric].networks if metric in METRICS else ()
-    return not {metric, *networks}.isdisjoint(result.tokenizer.losses)
 
 
 def _caption(entries: Sequence[Entry]) -> str:

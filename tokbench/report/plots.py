@@ -1,7 +1,7 @@
 """Figures from result records: readable at column width, colour-blind-safe, labels that do not overlap."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, NullFormatter, ScalarFormatter
 
 from tokbench.errors import InputError
-from tokbench.report.leaderboard import Column, Entry, clipped, metric_column, milliseconds
+from tokbench.report.columns import Column, Entry, clipped, metric_column, milliseconds
+from tokbench.report.leaderboard import UNRANKED_FAMILIES
 from tokbench.result import EvalResult, Value
 
 # Okabe and Ito (2008): told apart with any common colour blindness; yellow left out, too light on white.
@@ -61,7 +62,9 @@ def styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     return {name: (PALETTE[i % 7], MARKERS[(i + i // 7) % 7]) for i, name in enumerate(dict.fromkeys(names))}
 
 
-def label_points(ax: Axes, points: Sequence[Point], size: float = 7.5) -> None:
+def label_points(
+    ax: Axes, points: Sequence[Point], size: float = 7.5, colours: Mapping[str, str] | None = None
+) -> None:
     """Write each name beside its point, in the first place around it that no point and no earlier label takes.
 
     Call it last: places are found in pixels, under the axes' final limits. A label that finds no free place is left out
@@ -88,7 +91,7 @@ def label_points(ax: Axes, points: Sequence[Point], size: float = 7.5) -> None:
                 line = {"arrowstyle": "-", "color": "0.6", "lw": 0.5} if distance > 6 else None
                 ax.annotate(
                     name, (point.x, point.y), place, textcoords="offset points", fontsize=size, va="center",
-                    bbox=_BEHIND, arrowprops=line,
+                    bbox=_BEHIND, arrowprops=line, color=(colours or {}).get(point.name, "black"),
                 )  # fmt: skip
                 taken.append(box)
                 break
@@ -166,7 +169,8 @@ def quality_vs_time(results: Sequence[EvalResult | Entry], path: Path, metric: s
     points = []
     for entry in entries:
         time, quality = milliseconds(entry.result, "decode"), number(entry.result, metric or "")
-        if time is not None and time.value and quality is not None:
+        ranked = entry.result.tokenizer.family not in UNRANKED_FAMILIES
+        if ranked and time is not None and time.value and quality is not None:
             points.append(Point(entry.name, entry.result.tokenizer.family, time.value, quality))
     if metric is None or len(points) < 2:
         return None

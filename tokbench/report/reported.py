@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokbench.errors import InputError
-from tokbench.report.leaderboard import Entry
+from tokbench.report.columns import Entry
 from tokbench.report.plots import number
 
 METRICS = ("rfid", "psnr", "ssim", "lpips", "gfid")

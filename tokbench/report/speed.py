@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tokbench.errors import InputError
-from tokbench.report.leaderboard import Entry, metric_column
+from tokbench.report.columns import Entry, metric_column
 from tokbench.report.plots import Point, figure, headline_metric, label_points, log_axis, number, save, scatter, styles
 from tokbench.report.tables import clipped, markdown_escape
 from tokbench.result import SpeedResult, read_speed

@@ -8,7 +8,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from tokbench.report.leaderboard import MARKS, SECONDARY, Block, Cell, Column, Entry, Row, blocks, clipped
+from tokbench.report.columns import Column, Entry, clipped
+from tokbench.report.leaderboard import MARKS, SECONDARY, Block, Cell, Row, blocks
 from tokbench.result import EvalResult
 
 WIDTH = 100

@@ -149,7 +149,7 @@ function drawScatter() {
   const label = (c) => c.key + (c.unit ? ` (${c.unit})` : "") + arrows[c.better];
   svg.append(el("text", { class: "title", x: W / 2, y: H - 8, "text-anchor": "middle" }, label(x)), el("text", { class: "title", x: 14, y: H / 2, "text-anchor": "middle", transform: `rotate(-90 14 ${H / 2})` }, label(y)));
   if (x.better !== "neither" && y.better !== "neither")
-    svg.append(el("path", { class: "front", d: paretoFront(points, x, y).map((p, i) => (i ? `H${sx.at(p.x)}V${sy.at(p.y)}` : `M${sx.at(p.x)} ${sy.at(p.y)}`)).join("") }));
+    svg.append(el("path", { class: "front", d: paretoFront(points.filter((p) => p.row.ranked), x, y).map((p, i) => (i ? `H${sx.at(p.x)}V${sy.at(p.y)}` : `M${sx.at(p.x)} ${sy.at(p.y)}`)).join("") }));
   svg.append(...labelled(points.map((p) => ({ ...p, px: sx.at(p.x), py: sy.at(p.y) })), x, y));
   fill($("scatter"), svg);
 }
