@@ -97,12 +97,14 @@ def check(
     tolerances: Mapping[str, str] | None = None,
     metrics: Sequence[str] | None = None,
     exact: bool = False,
+    two_sided: bool = False,
     strict: bool = False,
 ) -> CheckResult:
     """Compare every cell of `new` (a result file or a folder) with its counterpart in `against`.
 
     Raises InputError when something cannot be compared: a cell or metric that the baseline lacks, another protocol or
-    data set, nothing at all. `metrics` restricts what is compared; `exact` fails on any change.
+    data set, nothing at all. `metrics` restricts what is compared; `exact` fails on any change, `two_sided` on a gain
+    beyond the tolerance too: where weights are fixed, a gain is a change of the harness.
     """
     for name in metrics or ():
         if name not in METRICS:
@@ -118,7 +120,9 @@ def check(
             )
         base_path, base = baselines[cell_key(result)]
         pairs.append((path, base_path))
-        comparisons += compare_cells((path, result), (base_path, base), tolerances or {}, metrics, exact)
+        comparisons += compare_cells(
+            (path, result), (base_path, base), tolerances or {}, metrics, exact=exact, two_sided=two_sided
+        )
     if not comparisons:
         raise InputError(f"{new}: nothing was compared; measure something that {against} holds")
     return CheckResult(tuple(comparisons), strict, tuple(pairs))
@@ -153,7 +157,9 @@ def compare_cells(
     base: tuple[Path, EvalResult],
     tolerances: Mapping[str, str],
     metrics: Sequence[str] | None,
-    exact: bool,
+    *,
+    exact: bool = False,
+    two_sided: bool = False,
 ) -> list[Comparison]:
     """All metrics of a cell. InputError for one that only one side has."""
     names = list(metrics or dict.fromkeys([*new[1].metrics, *base[1].metrics]))
@@ -172,7 +178,7 @@ def compare_cells(
             raise InputError(
                 f"{cell_name(new[1])}: {name} has a value on one side only ({sides[0].note or sides[1].note})"
             )
-        found.append(_compare(cell_name(new[1]), name, sides[0], sides[1], rows, tolerances, exact))
+        found.append(_compare(cell_name(new[1]), name, sides[0], sides[1], rows, tolerances, exact, two_sided))
     return found
 
 
@@ -189,6 +195,7 @@ def _compare(
     rows: Sequence[tuple[list[str], dict[str, np.ndarray]] | None],
     tolerances: Mapping[str, str],
     exact: bool,
+    two_sided: bool,
 ) -> Comparison:
     metric = METRICS.get(name)
     if metric is None:
@@ -208,7 +215,7 @@ def _compare(
         tolerance = 0.0
     else:
         spread = (low, high) if low is not None and high is not None else (loss, loss)
-        verdict = judge(*spread, tolerance, two_sided=metric.better == "neither")
+        verdict = judge(*spread, tolerance, two_sided=two_sided or metric.better == "neither")
     certain = low is not None and low > 0 and verdict in ("same", "inconclusive")
     warning = "certainly a little worse" if certain and metric.better != "neither" else ""
     return Comparison(cell, name, base.value, new.value, loss, low, high, tolerance, verdict, warning, new.n)
@@ -228,7 +235,7 @@ def judge(low: float, high: float, tolerance: float, *, two_sided: bool = False)
     """A verdict on the interval [low, high] of a loss, given what loss is tolerated.
 
     Worse: all of it beyond the tolerance. Same: all of it within. Better: all of it below zero. Else inconclusive.
-    `two_sided`: a metric without a direction is worse on either side.
+    `two_sided`: worse on either side, as for a metric without a direction.
     """
     if low > tolerance or (two_sided and high < -tolerance):
         return "worse"
@@ -278,7 +285,7 @@ def update(new: Path, against: Path, *, accept: bool = False, **rules: Any) -> l
     for path, result in candidates:
         if cell_key(result) in known:
             old = known[cell_key(result)]
-            changes = compare_cells((path, result), old, rules.get("tolerances") or {}, rules.get("metrics"), False)
+            changes = compare_cells((path, result), old, rules.get("tolerances") or {}, rules.get("metrics"))
             worse = [c for c in changes if c.verdict == "worse"]
             if worse and not accept:
                 first = worse[0]

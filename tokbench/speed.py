@@ -151,6 +151,8 @@ def load(specs: Sequence[Spec], options: SpeedOptions) -> tuple[list[tuple[str, 
             variants.append((more.text, create(more, random_weights=options.random_weights)))
         for text, variant in variants:
             prepare(variant, options.device)
+            for network in variant.networks.values():
+                network.requires_grad_(False)  # the FLOP counter stumbles over parameters that want gradients
             variant.info = describe(variant)
             loaded.append((text, variant))
     return loaded, failures

@@ -135,6 +135,7 @@ class CheckOptions:
     tolerance: str | None = None
     metrics: str | None = None
     exact: bool = False
+    two_sided: bool = False
     strict: bool = False
     speed: bool = False
     markdown: Path | None = None
@@ -159,6 +160,7 @@ def run_check(options: CheckOptions) -> int:
         result = CheckResult(tuple(check_speed(options.new, options.against)), options.strict)
     else:
         rules = {"tolerances": tolerances, "metrics": metrics, "exact": options.exact, "strict": options.strict}
+        rules["two_sided"] = options.two_sided
         result = check(options.new, options.against, **rules)
     console.print(verdict_table(result))
     texts = {
