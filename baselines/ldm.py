@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from baselines.pretrained import Continuous, fetch, wrap
+from baselines.hub import REFUSED, fetch
+from baselines.pretrained import Continuous, wrap
 from baselines.published import PUBLISHED
 from ssdd_models.encoder import Posterior
 from tokbench.checkpoints import load_strictly
@@ -225,8 +226,7 @@ def read_tensors(path: Path, name: str) -> dict[str, Any]:
             return dict(load_file(path))
         held = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        advice = "refused, for reading it would run its code; save its tensors as safetensors where you trust it"
-        raise CellError(f"{name}: {path} holds more than tensors: {advice}") from error
+        raise CellError(f"{name}: {path} {REFUSED}") from error
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CellError(f"{name}: {path} is damaged or half downloaded ({reason})") from error

@@ -1,37 +1,22 @@
 """Published autoencoders through diffusers: one adapter for continuous latents, variants for the others."""
 
 import inspect
-import json
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from baselines.classic import to_float
+from baselines.hub import load_model, model_class
 from baselines.published import PUBLISHED, Published
 from tokbench.errors import CellError, InputError
 from tokbench.result import TokenizerInfo
 from tokbench.seeding import normal
-from tokbench.weights import offline
 
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UnpicklingError)
 FRAME_CLASSES = ("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLCosmos", "AutoencoderKLHunyuanVideo")
 
 
@@ -210,7 +195,7 @@ def published(name: str, file: Path | None = None, random_weights: bool = False)
     """
     row = PUBLISHED[name]
     if random_weights:
-        model = _class(name, row.kind)(**(row.config or {})).eval()
+        model = model_class(name, row.kind)(**(row.config or {})).eval()
     else:
         model = load_model(str(file) if file else row.repo, "" if file else row.subfolder, row.kind, name)
         downsample, channels = latent_shape(row.kind, model.config, name)
@@ -290,7 +275,7 @@ def config_scale(model: Any) -> tuple[Any, Any]:
 def latent_shape(kind: str, config: Mapping[str, Any], name: str) -> tuple[int, int]:
     """(pixels per position, channels) of an architecture, by running it without memory on the meta device."""
     size = config.get("encoder_input_size") or 256
-    build = _class(name, kind)
+    build = model_class(name, kind)
     known = inspect.signature(build.__init__).parameters  # some classes put more into their config than they take
     with torch.device("meta"), torch.no_grad():
         model = build(**{key: value for key, value in config.items() if key in known}).eval()
@@ -300,67 +285,3 @@ def latent_shape(kind: str, config: Mapping[str, Any], name: str) -> tuple[int, 
     patch = model.config.patch_size[0] if kind == "AutoencoderKLFlux2" else 1
     side = getattr(model, "decoder_image_size", size)
     return side // shape[-1] * patch, shape[1] * patch**2
-
-
-def load_model(source: str, subfolder: str, kind: str | None, name: str) -> Any:
-    """A diffusers model in float32, from a hub repository or a local folder; `kind` is the class that it must be.
-
-    Raises CellError, one line: gated, missing or unreachable repository, wrong folder, another class, damaged or
-    pickled weights (torch's weights_only reader is the only one used), weights that do not fill the model.
-    """
-    folder = subfolder or None
-    if Path(source).is_dir():
-        config_file = Path(source, subfolder, "config.json")
-        if not config_file.is_file():
-            raise CellError(f"{name}: {Path(source, subfolder)} has no config.json of a diffusers model")
-    else:
-        config_file = fetch(source, f"{subfolder}/config.json" if subfolder else "config.json", name)
-    try:
-        found = json.loads(config_file.read_text(encoding="utf-8")).get("_class_name", "a model without _class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CellError(f"{name}: {config_file} is not readable ({error})") from error
-    if kind is not None and found != kind:
-        raise CellError(f"{name}: {source} holds {found}, expected {kind}")
-    try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of diffusers' own use of the hub
-            model, report = _class(name, found).from_pretrained(
-                source, subfolder=folder, local_files_only=offline(), output_loading_info=True
-            )
-    except LOAD_ERRORS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CellError(f"{name}: {source} does not load ({reason})") from error
-    missing = [*report["missing_keys"], *(key for key, *_ in report.get("mismatched_keys", []))]
-    if missing:
-        raise CellError(f"{name}: {source} lacks {len(missing)} tensors of {found}, the first is {min(missing)}")
-    return model.eval().float()
-
-
-def fetch(repo: str, file: str, name: str) -> Path:
-    """A file of a hub repository, from the cache or fetched. Raises CellError saying what to do."""
-    try:
-        return Path(hf_hub_download(repo, file, local_files_only=offline()))
-    except GatedRepoError as error:
-        advice = f"accept its licence at https://huggingface.co/{repo}, then run: hf auth login"
-        raise CellError(f"{name}: {repo} is gated; {advice}") from error
-    except RepositoryNotFoundError as error:
-        raise CellError(f"{name}: the hub has no repository {repo}, or it is private (hf auth login)") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise CellError(
-            f"{name}: {repo} is not on this machine and cannot be fetched; connect, or give a folder"
-        ) from error
-    except EntryNotFoundError as error:
-        raise CellError(f"{name}: {repo} has no {file}; give another folder: hf:{repo}:FOLDER") from error
-    except HFValidationError as error:
-        raise CellError(f"{name}: {repo} is no repository name") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise CellError(f"{name}: {repo} cannot be fetched ({str(error).splitlines()[0]})") from error
-
-
-def _class(name: str, kind: str) -> Any:
-    import diffusers
-
-    diffusers.logging.set_verbosity_error()  # its remarks on harmless config entries; what matters is raised here
-    found = getattr(diffusers, kind, None)
-    if found is None or not all(hasattr(found, method) for method in ("encode", "decode", "from_pretrained")):
-        raise CellError(f"{name}: {kind} is no autoencoder of diffusers {diffusers.__version__}")
-    return found

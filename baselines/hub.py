@@ -1,0 +1,116 @@
+"""Files of published models: from the hub, its cache or a folder, with errors that say what to do."""
+
+import json
+import socket
+import warnings
+from functools import cache
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
+
+from tokbench.errors import CellError
+from tokbench.weights import offline
+
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UnpicklingError)
+REFUSED = "holds more than tensors: refused, for reading it would run its code; if you trust it, save it as safetensors"
+
+
+def load_model(source: str, subfolder: str, kind: str | None, name: str) -> Any:
+    """A diffusers model in float32, from a hub repository or a local folder; `kind` is the class that it must be.
+
+    Raises CellError, one line: gated, missing or unreachable repository, wrong folder, another class, damaged or
+    pickled weights (torch's weights_only reader is the only one used), weights that do not fill the model.
+    """
+    folder = subfolder or None
+    if Path(source).is_dir():
+        config_file = Path(source, subfolder, "config.json")
+        if not config_file.is_file():
+            raise CellError(f"{name}: {Path(source, subfolder)} has no config.json of a diffusers model")
+    else:
+        config_file = fetch(source, f"{subfolder}/config.json" if subfolder else "config.json", name)
+    try:
+        found = json.loads(config_file.read_text(encoding="utf-8")).get("_class_name", "a model without _class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CellError(f"{name}: {config_file} is not readable ({error})") from error
+    if kind is not None and found != kind:
+        raise CellError(f"{name}: {source} holds {found}, expected {kind}")
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of diffusers' own use of the hub
+            model, report = model_class(name, found).from_pretrained(
+                source, subfolder=folder, local_files_only=local_only(), output_loading_info=True
+            )
+    except LOAD_ERRORS as error:
+        chain: list[BaseException] = [error]
+        while chain[-1].__context__ is not None:
+            chain.append(chain[-1].__context__)
+        if any(isinstance(link, UnpicklingError) for link in chain):
+            raise CellError(f"{name}: {source} {REFUSED}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CellError(f"{name}: {source} does not load ({reason})") from error
+    missing = [*report["missing_keys"], *(key for key, *_ in report.get("mismatched_keys", []))]
+    if missing:
+        raise CellError(f"{name}: {source} lacks {len(missing)} tensors of {found}, the first is {min(missing)}")
+    return model.eval().float()
+
+
+@cache
+def unreachable(endpoint: str) -> bool:
+    """The hub's name does not resolve and there is no proxy: asking would only be tried again for half a minute."""
+    if getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(endpoint).hostname, None)
+    except OSError:
+        return True
+    return False
+
+
+def local_only() -> bool:
+    """Nothing may or can be fetched: only what is on this machine counts."""
+    return offline() or unreachable(constants.ENDPOINT)
+
+
+def fetch(repo: str, file: str, name: str) -> Path:
+    """A file of a hub repository, from the cache or fetched. Raises CellError saying what to do."""
+    try:
+        return Path(hf_hub_download(repo, file, local_files_only=local_only()))
+    except GatedRepoError as error:
+        advice = f"accept its licence at https://huggingface.co/{repo}, then run: hf auth login"
+        raise CellError(f"{name}: {repo} is gated; {advice}") from error
+    except RepositoryNotFoundError as error:
+        raise CellError(f"{name}: the hub has no repository {repo}, or it is private (hf auth login)") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise CellError(
+            f"{name}: {repo} is not on this machine and cannot be fetched; connect, or give a folder"
+        ) from error
+    except EntryNotFoundError as error:
+        raise CellError(f"{name}: {repo} has no {file}; give another folder: hf:{repo}:FOLDER") from error
+    except HFValidationError as error:
+        raise CellError(f"{name}: {repo} is no repository name") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise CellError(f"{name}: {repo} cannot be fetched ({str(error).splitlines()[0]})") from error
+
+
+def model_class(name: str, kind: str) -> Any:
+    """A class of diffusers. Raises CellError if it is none, or no autoencoder."""
+    import diffusers
+
+    diffusers.logging.set_verbosity_error()  # its remarks on harmless config entries; what matters is raised here
+    found = getattr(diffusers, kind, None)
+    if found is None or not all(hasattr(found, method) for method in ("encode", "decode", "from_pretrained")):
+        raise CellError(f"{name}: {kind} is no autoencoder of diffusers {diffusers.__version__}")
+    return found
