@@ -29,12 +29,12 @@ def rows(out: Path) -> dict[str, bytes]:
 
 
 def test_a_run_leaves_record_rows_picture_and_plot(tokbench: Command, photographs: Path, tmp_path: Path) -> None:
-    ran = tokbench("run", "--models", f"tiny={TINY},identity", "--data", photographs, "--out", tmp_path, *FAST)
+    ran = tokbench("run", "--models", f"tiny={TINY},bicubic-f8", "--data", photographs, "--out", tmp_path, *FAST)
     assert ran.status == 0, ran.err
     folder = tmp_path / "adm" / "photographs-32"
     names = {path.name for path in folder.iterdir()}
-    own = {f"tiny{end}" for end in (".json", ".png", ".per_image.csv.gz")}
-    assert names == own | {name.replace("tiny", "identity") for name in own} | {"quality-vs-time.png"}
+    own = {f"tiny{end}" for end in (".json", ".png", ".per_image.csv.gz", ".images")}
+    assert names == own | {name.replace("tiny", "bicubic-f8") for name in own} | {"quality-vs-time.png", "+real.images"}
     assert {path.name for path in tmp_path.iterdir()} == {"adm"}
     result = read_result(folder / "tiny.json")
     assert result.dataset.num_images == 12
