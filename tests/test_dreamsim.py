@@ -44,10 +44,19 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.save(dino.state_dict(), folder / "checkpoints" / "dino_vitbase16_pretrain.pth")
     names = ("module.head.mlp.0", "module.head.mlp.2", "module.head.mlp.4")
     head = {f"{name}.{part}": torch.zeros(1) for name in names for part in ("weight", "bias")}
-    torch.save({"student": head | {"module.head.last_layer.weight": torch.zeros(1)}}, folder / "dino_vitb16_pretrain.pth")
+    torch.save(
+        {"student": head | {"module.head.last_layer.weight": torch.zeros(1)}}, folder / "dino_vitb16_pretrain.pth"
+    )
     for name in ("clip", "open_clip"):
         torch.save({"state_dict": clip_state()}, folder / f"{name}_vitb16_pretrain.pth.tar")
-    config = {"r": 4, "lora_alpha": 2, "lora_dropout": 0.3, "bias": "none", "target_modules": ["qkv"], "peft_type": "LORA"}
+    config = {
+        "r": 4,
+        "lora_alpha": 2,
+        "lora_dropout": 0.3,
+        "bias": "none",
+        "target_modules": ["qkv"],
+        "peft_type": "LORA",
+    }
     (folder / "ensemble_lora" / "adapter_config.json").write_text(json.dumps(config))
     place = "base_model.model.extractor_list.{}.model.blocks.{}.attn.qkv.lora_{}.weight"
     shapes = {"A": (4, 64), "B": (192, 4)}

@@ -214,6 +214,8 @@ def download(url: str, part: Path, sha256: str, size: int, what: str) -> Path:
             while chunk := answer.read(1 << 20):
                 file.write(chunk)
                 advance(len(chunk))
+            if answer.length:  # what the server has announced and not sent
+                raise OSError(f"the connection ended {answer.length} bytes early")
     except URLError as error:
         if getattr(error, "code", None) == 416:  # asked for more than there is: `part` is whole already, or too long
             return _check_part(part, sha256, what)

@@ -60,21 +60,27 @@ def ms_ssim(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def _unit(images: Tensor) -> Tensor:
-    """uint8 -> [-0.5, 0.5]: centred, so that variances lose fewer digits in float32."""
-    return images.float().div_(255).sub_(0.5)
+    """uint8 -> float32 in [0, 1]."""
+    return images.float().div_(255)
 
 
 def _ssim_maps(
     x: Tensor, y: Tensor, window: Tensor, correction: float, data_range: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Luminance and contrast-structure terms [B, 3, h, w]; `correction` turns population into sample covariances."""
+    """Luminance and contrast-structure terms [B, 3, h, w]; `correction` turns population into sample covariances.
+
+    Written as 1 - (squared difference) / (sum of squares): with d = x - y, 2 cov = var x + var y - var d. A flat area
+    then costs no digits, as the small var d is not the difference of large numbers; centring helps the rest.
+    """
     c1, c2 = C1 * data_range**2, C2 * data_range**2
-    mean_x, mean_y, squares, products = _filter([x, y, x * x + y * y, x * y], window)
-    variances = correction * (squares - mean_x.square() - mean_y.square())
-    covariance = correction * (products - mean_x * mean_y)
-    mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
-    return luminance, (2 * covariance + c2) / (variances + c2)
+    centre = x.mean((2, 3), keepdim=True)
+    a, b = x - centre, y - centre
+    mean_a, mean_b, squares, errors = _filter([a, b, a * a + b * b, (a - b).square()], window)
+    apart = (mean_a - mean_b).square()
+    variances = correction * (squares - mean_a.square() - mean_b.square())
+    mean_x, mean_y = mean_a + centre, mean_b + centre
+    luminance = 1 - apart / (mean_x.square() + mean_y.square() + c1)
+    return luminance, 1 - correction * (errors - apart) / (variances + c2)
 
 
 def _filter(maps: Sequence[Tensor], window: Tensor) -> tuple[Tensor, ...]:

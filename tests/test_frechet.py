@@ -1,0 +1,156 @@
+"""Distances between sets of features against torch-fidelity's own functions, and where they are ill-posed."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tokbench.errors import InputError
+from tokbench.metrics import distribution, frechet
+
+
+def features(num: int, dim: int, seed: int, scale: float = 1.0) -> np.ndarray:
+    """Correlated non-negative float32 features, like those behind a ReLU."""
+    generator = np.random.default_rng(seed)
+    mixing = np.random.default_rng(99).standard_normal((dim, dim)) / np.sqrt(dim)
+    return (np.maximum(generator.standard_normal((num, dim)) @ mixing + 0.3, 0) * scale).astype(np.float32)
+
+
+def fidelity(real: np.ndarray, fake: np.ndarray) -> float:
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    sides = [fid_features_to_statistics(torch.from_numpy(side.astype(np.float64))) for side in (real, fake)]
+    return fid_statistics_to_metric(*sides, False)["frechet_inception_distance"]
+
+
+def fd(real: np.ndarray, fake: np.ndarray) -> float:
+    return frechet.distance(frechet.moments(real), frechet.moments(fake))
+
+
+def test_frechet_distance_equals_torch_fidelity() -> None:
+    real, fake = features(600, 64, 0), features(500, 64, 1, 1.1)
+    assert fd(real, fake) == pytest.approx(fidelity(real, fake), rel=1e-6)
+
+
+def test_frechet_distance_equals_its_formula_for_commuting_covariances() -> None:
+    a = frechet.Moments(10, np.array([1.0, 2.0]), np.diag([4.0, 9.0]))
+    b = frechet.Moments(10, np.array([0.0, 0.0]), np.diag([1.0, 16.0]))
+    assert frechet.distance(a, b) == pytest.approx(1 + 4 + (2 - 1) ** 2 + (3 - 4) ** 2)
+
+
+@pytest.mark.parametrize("num", [20, 63, 65, 400])
+def test_fewer_images_than_features_is_no_trouble(num: int) -> None:
+    real, fake = features(num, 64, 0), features(num, 64, 1)
+    expected = fidelity(real, fake)
+    assert fd(real, fake) == pytest.approx(expected, rel=1e-4)
+    assert frechet.few_samples_distance(real, fake) == pytest.approx(fd(real, fake), rel=1e-7)
+
+
+def test_identical_features_are_exactly_zero_apart() -> None:
+    for real in (features(300, 32, 0), features(10, 32, 0), np.ones((5, 32), dtype=np.float32)):
+        assert fd(real, real.copy()) == 0
+        assert frechet.few_samples_distance(real, real.copy()) == 0
+        assert fd(real, real[::-1].copy()) == pytest.approx(0, abs=1e-4)
+
+
+def test_singular_and_ill_scaled_features_stay_right() -> None:
+    real, fake = features(500, 24, 0), features(500, 24, 1)
+    base = fd(real, fake)
+    dead = [np.concatenate([side, np.zeros((500, 8), dtype=np.float32)], 1) for side in (real, fake)]
+    twice = [np.concatenate([side, side], 1) for side in (real, fake)]
+    assert fd(*dead) == pytest.approx(base, rel=1e-6)
+    assert fd(*twice) == pytest.approx(2 * base, rel=1e-5)
+    for scale in (1e-6, 1e6):
+        scaled = [side.astype(np.float64) * scale for side in (real, fake)]
+        assert fd(*scaled) == pytest.approx(base * scale**2, rel=1e-6)
+    mixed = np.geomspace(1e-5, 1e5, 24)
+    wide = [side.astype(np.float64) * mixed for side in (real, fake)]
+    # Eigenvalues hold about half the digits of singular values: 1e-8 of the traces, of which this is a small rest.
+    traces = sum(np.trace(np.cov(side, rowvar=False)) for side in wide)
+    assert fd(*wide) == pytest.approx(frechet.few_samples_distance(*wide), abs=1e-7 * traces)
+
+
+def test_a_large_common_offset_costs_no_digits() -> None:
+    real, fake = features(500, 16, 0).astype(np.float64), features(500, 16, 1).astype(np.float64)
+    assert fd(real + 1e5, fake + 1e5) == pytest.approx(fd(real, fake), rel=1e-6)
+
+
+def test_nan_and_wrong_shapes_are_refused() -> None:
+    bad = features(30, 8, 0)
+    bad[3, 2] = np.nan
+    with pytest.raises(InputError, match="NaN"):
+        frechet.moments(bad)
+    with pytest.raises(InputError, match="two rows"):
+        frechet.moments(bad[:1])
+    with pytest.raises(InputError, match="dimensions"):
+        fd(features(30, 8, 0), features(30, 9, 0))
+
+
+def test_moments_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = features(1000, 16, 0)
+    whole = frechet.moments(rows)
+    monkeypatch.setattr(frechet, "CHUNK", 37)
+    parts = frechet.moments(rows)
+    np.testing.assert_allclose(parts.cov, whole.cov, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(whole.cov, np.cov(rows, rowvar=False), rtol=1e-6, atol=1e-8)
+
+
+def test_half_sample_error_is_the_spread_over_fresh_samples() -> None:
+    """Paired features, drawn anew forty times: the error estimated from one draw is about the spread of all."""
+    values, errors = [], []
+    for seed in range(40):
+        real = features(400, 8, seed)
+        fake = real + 0.5 * features(400, 8, 1000 + seed)
+        values.append(fd(real, fake))
+        errors.append(frechet.half_sample_error(real, fake))
+    assert np.median(errors) == pytest.approx(np.std(values), rel=0.35)
+
+
+def test_kid_equals_torch_fidelity() -> None:
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    real, fake = features(120, 16, 0), features(150, 16, 1, 1.3)
+    options: dict[str, Any] = {"kid_subsets": 10, "kid_subset_size": 60, "verbose": False}
+    sides = [torch.from_numpy(side.astype(np.float64)) for side in (fake, real)]
+    expected = kid_features_to_metric(*sides, **options)
+    value, spread = distribution.kernel_distance(real, fake, subset=60, repeats=10)
+    assert value == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
+    assert spread == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-6)
+
+
+def test_inception_score_equals_torch_fidelity() -> None:
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = np.random.default_rng(0).standard_normal((205, 30)).astype(np.float32) * 4
+    expected = isc_features_to_metric(torch.from_numpy(logits), shuffle=False)
+    value, spread = distribution.inception_score(logits)
+    assert value == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+    assert spread == pytest.approx(expected["inception_score_std"], rel=1e-6)
+    assert distribution.inception_score(np.zeros((50, 7)))[0] == pytest.approx(1)
+
+
+def test_precision_and_recall_are_not_swapped() -> None:
+    """Fakes of one of two real clusters: every fake is plausible, half of the reals are missed."""
+    from torch_fidelity.metric_prc import calculate_precision_recall_full
+
+    generator = np.random.default_rng(0)
+    centres = np.repeat([[0.0] * 4, [100.0] * 4], 50, axis=0)
+    real = (generator.standard_normal((100, 4)) + centres).astype(np.float32)
+    fake = (0.3 * generator.standard_normal((80, 4))).astype(np.float32)
+    precision, recall = distribution.precision_recall(real, fake)
+    assert precision > 0.95
+    assert recall <= 0.5
+    # torch-fidelity takes the generated side first
+    expected = calculate_precision_recall_full(torch.from_numpy(fake), torch.from_numpy(real))
+    assert (precision, recall) == pytest.approx(expected, abs=1e-6)
+
+
+def test_perplexity_is_one_for_one_code_and_the_number_of_codes_for_equal_use() -> None:
+    assert distribution.perplexity(np.zeros((4, 5))) == 1
+    assert distribution.perplexity(np.arange(12).reshape(3, 4)) == pytest.approx(12)
+
+
+def test_paired_distances_need_the_same_images() -> None:
+    with pytest.raises(InputError, match="paired"):
+        distribution.paired_distances(features(4, 3, 0), features(5, 3, 0))

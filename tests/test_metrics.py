@@ -1,0 +1,287 @@
+"""Per-image scores against scikit-image, lpips and DISTS's formula; laws of the table of metrics."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor, nn
+
+from tests.conftest import SAMPLES
+from tokbench import weights
+from tokbench.errors import InputError
+from tokbench.metrics import DEFAULT, METRICS, find_metrics, perceptual, pixel
+from tokbench.metrics.scoring import instruments, scorers
+from tokbench.protocols import PROTOCOLS
+
+GAUSS = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+
+
+def here(*names: str) -> pytest.MarkDecorator:
+    """Skip where the weights of these networks are not on the machine."""
+    missing = [name for name in names if weights.locate(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"no weights of {', '.join(missing)}")
+
+
+def photographs(size: int = 64, count: int = 3) -> Tensor:
+    """uint8 [count, 3, size, size] from the bundled photographs."""
+    crops = []
+    for path in sorted(SAMPLES.glob("*.jpg"))[:count]:
+        with Image.open(path) as image:
+            crops.append(torch.from_numpy(np.array(image.convert("RGB").resize((size, size)))).permute(2, 0, 1))
+    return torch.stack(crops)
+
+
+def noisy(images: Tensor, amount: float = 15.0, seed: int = 0) -> Tensor:
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)) * amount
+    return (images.float() + noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def pairs(real: Tensor, fake: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
+    """float64 [H, W, 3] in [0, 1]."""
+    return [
+        (r.permute(1, 2, 0).numpy() / 255, f.permute(1, 2, 0).numpy() / 255) for r, f in zip(real, fake, strict=True)
+    ]
+
+
+def test_psnr_equals_scikit_image() -> None:
+    real = photographs()
+    fake = noisy(real)
+    expected = [peak_signal_noise_ratio(r, f, data_range=1) for r, f in pairs(real, fake)]
+    np.testing.assert_allclose(pixel.psnr(pixel.squared_error(real, fake)), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("amount", [1.0, 15.0, 80.0])
+def test_ssim_equals_scikit_image(amount: float) -> None:
+    real = torch.cat([photographs(), torch.full((1, 3, 64, 64), 7, dtype=torch.uint8)])
+    fake = noisy(real, amount)
+    for score, options in ((pixel.ssim, {}), (pixel.ssim_gauss, GAUSS)):
+        expected = [structural_similarity(r, f, data_range=1, channel_axis=2, **options) for r, f in pairs(real, fake)]
+        np.testing.assert_allclose(score(real, fake), expected, atol=1e-5)
+
+
+def test_llamagens_ssim_is_scikit_images_with_range_two() -> None:
+    real = photographs()
+    fake = noisy(real)
+    expected = [structural_similarity(r, f, data_range=2, channel_axis=2) for r, f in pairs(real, fake)]
+    np.testing.assert_allclose(pixel.ssim(real, fake, data_range=2), expected, atol=1e-5)
+
+
+def test_ms_ssim_equals_its_formula_over_scikit_images_maps() -> None:
+    real = photographs(176, 1)
+    fake = noisy(real, 30)
+    (x, y), total = pairs(real, fake)[0], np.ones(3)
+    for scale, weight in enumerate(pixel.MS_WEIGHTS):
+        for channel in range(3):
+            a, b = x[..., channel], y[..., channel]
+            # With a huge first constant the luminance term is 1 everywhere and contrast times structure is left.
+            constant = {} if scale == 4 else {"K1": 1e6}
+            _, full = structural_similarity(a, b, data_range=1, full=True, **constant, **GAUSS)
+            total[channel] *= full[5:-5, 5:-5].mean() ** weight
+        x, y = (
+            side.reshape(side.shape[0] // 2, 2, side.shape[1] // 2, 2, 3).mean((1, 3)) if scale < 4 else side
+            for side in (
+                x[: x.shape[0] // 2 * 2, : x.shape[1] // 2 * 2],
+                y[: y.shape[0] // 2 * 2, : y.shape[1] // 2 * 2],
+            )
+        )
+    np.testing.assert_allclose(pixel.ms_ssim(real, fake), [total.mean()], atol=1e-5)
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+@pytest.mark.filterwarnings("ignore")
+def test_lpips_equals_its_package_on_photographs(net: str) -> None:
+    if weights.locate(f"lpips-{net}") is None:
+        pytest.skip(f"no weights of lpips-{net}")
+    lpips = pytest.importorskip("lpips")
+    reference = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)  # with the heads of its own wheel
+    path = weights.locate(f"lpips-{net}")
+    assert path is not None
+    tensors = weights.load(path)
+    convolutions = [layer for layer in reference.net.modules() if isinstance(layer, nn.Conv2d)]
+    with torch.no_grad():
+        for index, layer in enumerate(convolutions):
+            layer.weight.copy_(tensors[f"convs.{index}.weight"])
+            layer.bias.copy_(tensors[f"convs.{index}.bias"])
+        real = photographs()
+        fake = noisy(real)
+        expected = reference(real / 127.5 - 1, fake / 127.5 - 1).flatten()
+        (score,) = scorers([f"lpips-{net}"])
+        torch.testing.assert_close(score(real, fake, None)[f"lpips-{net}"], expected, atol=1e-5, rtol=0)
+        safe = perceptual.lpips_network(net)(real / 127.5 - 1, fake / 127.5 - 1)
+    torch.testing.assert_close(safe, expected, atol=1e-4, rtol=0)
+
+
+@here("lpips-alex")
+def test_the_loss_has_a_finite_gradient_where_images_are_equal_or_black() -> None:
+    network = perceptual.lpips_network("alex")
+    fake = torch.full((1, 3, 64, 64), -1.0, requires_grad=True)
+    network(torch.full((1, 3, 64, 64), -1.0), fake).sum().backward()
+    assert fake.grad is not None
+    assert fake.grad.isfinite().all()
+
+
+@here("lpips-vgg", "dists")
+def test_dists_equals_its_formula() -> None:
+    """Ding et al. 2020, eqs. 5 to 7, written out per channel in float64."""
+    network = perceptual.dists_network().double()
+    real, fake = (side.double() / 127.5 - 1 for side in (photographs(32, 1), noisy(photographs(32, 1))))
+    x_all, y_all = network.features(real), network.features(fake)
+    total, place, similarity = float(network.alpha.sum() + network.beta.sum()), 0, 0.0
+    for x_maps, y_maps in zip(x_all, y_all, strict=True):
+        for x, y in zip(x_maps[0].flatten(1).numpy(), y_maps[0].flatten(1).numpy(), strict=True):
+            mean = (2 * x.mean() * y.mean() + 1e-6) / (x.mean() ** 2 + y.mean() ** 2 + 1e-6)
+            cov = ((x * y).mean() - x.mean() * y.mean()) * 2 + 1e-6
+            similarity += float(network.alpha[place]) * mean + float(network.beta[place]) * cov / (
+                x.var() + y.var() + 1e-6
+            )
+            place += 1
+    np.testing.assert_allclose(network.float()(real.float(), fake.float()), [1 - similarity / total], atol=1e-5)
+
+
+@here("lpips-alex", "lpips-vgg", "dists", "mobilenet")
+def test_identity_scores_perfectly_and_blur_gets_worse_step_by_step() -> None:
+    names = ["psnr", "ssim", "ssim-gauss", "ms-ssim", "lpips-alex", "lpips-vgg", "dists", "pd-mobilenet"]
+    tools = instruments(find_metrics(names), 1, 192)
+    assert not tools.unavailable
+    real = photographs(192, 1)
+    small = [real] + [nn.functional.interpolate(real.float(), scale_factor=1 / k, mode="area") for k in (2, 4, 8)]
+    fakes = [nn.functional.interpolate(s.float(), 192, mode="bilinear").round().to(torch.uint8) for s in small]
+    with torch.inference_mode():
+        scores = [{n: float(v) for s in tools.scorers for n, v in s(real, fake, None).items()} for fake in fakes]
+    perfect = {
+        "psnr": 100.0,
+        "ssim": 1.0,
+        "ssim-gauss": 1.0,
+        "ms-ssim": 1.0,
+        "lpips-alex": 0.0,
+        "lpips-vgg": 0.0,
+        "dists": 0.0,
+    }
+    assert {name: scores[0][name] for name in perfect} == pytest.approx(perfect, abs=1e-6)
+    for name in perfect:
+        values = [score[name] * (-1 if METRICS[name].better == "higher" else 1) for score in scores]
+        assert values == sorted(values)
+        assert len(set(values)) == 4
+    extract = tools.extractors["mobilenet"]
+    assert torch.equal(extract(real), extract(real.clone()))
+
+
+@here("lpips-vgg")
+def test_the_unclamped_column_sees_what_the_image_cannot_show() -> None:
+    clamped, unclamped = scorers(["lpips-vgg"])[0], scorers(["lpips-vgg-unclamped"])[0]
+    real = photographs(32)
+    decoded = real / 127.5 - 1
+    with torch.inference_mode():
+        equal = unclamped(real, real, decoded)["lpips-vgg-unclamped"]
+        bright = unclamped(real, real, decoded * 1.5)["lpips-vgg-unclamped"]
+        torch.testing.assert_close(equal, clamped(real, real, None)["lpips-vgg"])
+    assert (bright > 0.01).all()
+    with pytest.raises(InputError, match="needs a decoder's output"):
+        unclamped(real, real, None)
+
+
+class Stored:
+    """Columns and features in memory, as metrics read them."""
+
+    def __init__(
+        self, columns: dict[str, list[float]], features: dict[tuple[str, str], np.ndarray] | None = None
+    ) -> None:
+        self.columns, self.stored = columns, features or {}
+        first = next(iter([*columns.values(), *self.stored.values()]))
+        self.ids = [f"{i:05d}" for i in range(len(first))]
+
+    def column(self, name: str) -> np.ndarray:
+        return np.array(self.columns[name])
+
+    def features(self, side: str, extractor: str) -> np.ndarray:
+        return self.stored[side, extractor]
+
+
+def test_global_psnr_is_at_most_the_mean_and_identical_images_count() -> None:
+    samples = Stored({"mse": [0.0, 0.01, 0.04], "psnr": [100.0, 20.0, 10 * np.log10(25)]})
+    mean, overall = METRICS["psnr"].compute(samples), METRICS["psnr-global"].compute(samples)
+    assert mean.value == pytest.approx((100 + 20 + 13.9794) / 3)
+    assert "1 of 3 images identical" in mean.note
+    assert overall.value == pytest.approx(-10 * np.log10(0.05 / 3))
+    assert overall.stderr is not None
+    assert METRICS["psnr-global"].compute(Stored({"mse": [0.0], "psnr": [100.0]})).value == 100
+
+
+@pytest.mark.parametrize("name", [m.name for m in METRICS.values() if m.extractor and m.scope != "generation"])
+def test_identity_gives_zero_distance_and_full_agreement(name: str) -> None:
+    metric = METRICS[name]
+    assert metric.extractor is not None
+    rows = np.random.default_rng(0).standard_normal((max(metric.minimum, 20), 8)).astype(np.float32)
+    value = metric.compute(Stored({}, {(side, metric.extractor): rows for side in ("real", "fake")})).value
+    assert value is not None
+    if metric.better == "lower" and name != "kid":
+        assert value == 0
+    elif name == "kid":
+        assert abs(value) < 1e-12 or value < 0  # the unbiased estimate of nothing is a little below zero
+    elif name == "agreement":
+        assert value == 1
+
+
+def test_few_images_give_null_with_a_note_and_need_no_network() -> None:
+    rows = np.zeros((29, 4), dtype=np.float32)
+    value = METRICS["rfid"].compute(Stored({}, {(side, "inception"): rows for side in ("real", "fake")}))
+    assert value.value is None
+    assert "2,048" in value.note
+    tools = instruments(find_metrics(["rfid", "fd-dinov2"]), 29, 256)
+    assert not tools.unavailable
+    assert not tools.extractors
+
+
+def test_a_missing_network_makes_its_metric_unavailable_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TOKBENCH_WEIGHTS", "XDG_CACHE_HOME", "TORCH_HOME", "HF_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("TOKBENCH_OFFLINE", "1")
+    tools = instruments(find_metrics(["psnr", "lpips-alex", "dreamsim", "pd-mobilenet"]), 29, 64)
+    assert set(tools.unavailable) == {"lpips-alex", "dreamsim", "pd-mobilenet"}
+    assert "tokbench weights fetch lpips-alex" in tools.unavailable["lpips-alex"]
+    assert tools.columns == ["psnr", "mse"]
+
+
+def test_images_too_small_for_a_metric_are_said_to_be() -> None:
+    tools = instruments(find_metrics(["psnr", "ms-ssim"]), 3, 64)
+    assert tools.unavailable == {"ms-ssim": "needs images of 161 pixels a side, these have 64"}
+
+
+def test_the_table_is_consistent() -> None:
+    for name, metric in METRICS.items():
+        assert name == metric.name
+        assert metric.columns or metric.extractor
+        assert set(metric.networks) <= set(weights.NETWORKS)
+        assert metric.low is None or metric.high is None or metric.low < metric.high
+    assert set(DEFAULT) <= set(METRICS)
+    assert {name for protocol in PROTOCOLS.values() for name in protocol.metrics} <= set(METRICS)
+
+
+def test_an_unknown_metric_is_answered_with_close_ones() -> None:
+    with pytest.raises(InputError, match="did you mean lpips"):
+        find_metrics(["lpips"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_nothing_waits_for_the_gpu() -> None:
+    names = [n for n in ("psnr", "ssim", "ssim-gauss", "lpips-alex", "lpips-vgg", "dists", "pd-mobilenet")
+             if all(weights.locate(network) for network in METRICS[n].networks)]  # fmt: skip
+    tools = instruments(find_metrics(names), 3, 64, "cuda")
+    real = photographs().cuda()
+    fake = noisy(photographs()).cuda()
+    for mode in ("default", "error"):  # the first pass may choose algorithms
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.inference_mode():
+                for score in tools.scorers:
+                    score(real, fake.clone(), None)
+                for extract in tools.extractors.values():
+                    extract(fake.clone())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,192 @@
+"""`score` measures what `run` would, and `compare` says which of two results is better."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import Ran
+from tests.records import record, rows
+from tokbench import registry
+from tokbench.compare import compare
+from tokbench.data import open_source
+from tokbench.errors import InputError
+from tokbench.images import crop
+from tokbench.metrics import METRICS as TABLE
+from tokbench.protocols import find_protocol
+from tokbench.reconstruct import quantise
+from tokbench.result import read_result, to_json
+from tokbench.store import SampleStore, per_image_path, read_per_image, write_per_image
+
+METRICS = "psnr,psnr-global,ssim"
+
+
+@pytest.fixture
+def copies(photographs: Path, tmp_path: Path) -> Path:
+    """The photographs' crops at 32 pixels, each a little darker, as PNG."""
+    source, folder = open_source(photographs), tmp_path / "copies"
+    folder.mkdir()
+    for index, sample in enumerate(source.ids):
+        pixels = crop(source.read(index), 32, find_protocol("adm"))
+        Image.fromarray(np.maximum(pixels, 3) - 3).save(folder / f"{sample}.png")
+    return folder
+
+
+def test_score_writes_the_record_of_the_fakes(
+    tokbench: Callable[..., Ran], photographs: Path, copies: Path, tmp_path: Path
+) -> None:
+    ran = tokbench("score", photographs, copies, "--metrics", METRICS, "--out", tmp_path / "runs")
+    assert ran.status == 0
+    path = tmp_path / "runs" / "adm" / "photographs-32" / "copies.json"
+    result = read_result(path)
+    assert result.dataset.num_images == 12
+    assert result.metrics["psnr"].value == pytest.approx(20 * np.log10(255 / 3), abs=0.5)
+    ids, columns = read_per_image(per_image_path(path))
+    assert ids == sorted(open_source(photographs).ids)
+    assert result.metrics["ssim"].value == pytest.approx(columns["ssim"].mean())
+    assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_score_equals_run_on_the_images_that_run_made(
+    tokbench: Callable[..., Ran], photographs: Path, tmp_path: Path
+) -> None:
+    """Every image of a codec, made by hand and saved, gets the values that its row gets."""
+    out = tmp_path / "runs"
+    options = ("--res", 32, "--data", photographs, "--metrics", METRICS, "--out", out, "--save-images", 0)
+    assert tokbench("run", "--models", "jpeg-q50", *options).status == 0
+    folder = tmp_path / "made"
+    folder.mkdir()
+    tokenizer, source = registry.create("jpeg-q50"), open_source(photographs)
+    for index, sample in enumerate(source.ids):
+        pixels = torch.from_numpy(crop(source.read(index), 32, find_protocol("adm")).copy()).permute(2, 0, 1)[None]
+        seeds = torch.zeros(1, dtype=torch.int64)
+        latents = tokenizer.encode(pixels, sample=False, seeds=seeds)
+        fake = quantise(tokenizer.decode(latents, seeds=seeds, size=(32, 32)), "nearest")
+        Image.fromarray(fake[0].permute(1, 2, 0).numpy()).save(folder / f"{sample}.png")
+    assert tokbench("score", photographs, folder, "--metrics", METRICS, "--out", out).status == 0
+    place = out / "adm" / "photographs-32"
+    ours, theirs = read_result(place / "made.json"), read_result(place / "jpeg-q50.json")
+    assert ours.metrics == theirs.metrics
+    assert ours.dataset == theirs.dataset
+
+
+def test_wrong_folders_are_refused_by_name(
+    tokbench: Callable[..., Ran], photographs: Path, copies: Path, tmp_path: Path
+) -> None:
+    def refused(fake: Path, *options: str) -> str:
+        ran = tokbench("score", photographs, fake, "--metrics", METRICS, "--out", tmp_path / "runs", *options)
+        assert ran.status == 2
+        return ran.reason
+
+    first, second = sorted(copies.glob("*.png"))[:2]
+    few = shutil.copytree(copies, tmp_path / "few")
+    (few / first.name).rename(few / "stranger.png")
+    assert "stranger" in refused(few)
+    assert first.stem in refused(few)
+    sizes = shutil.copytree(copies, tmp_path / "sizes")
+    Image.open(second).resize((16, 16)).save(sizes / second.name)
+    assert "squares of one size" in refused(sizes)
+    lossy = shutil.copytree(copies, tmp_path / "lossy")
+    Image.open(first).save(lossy / f"{first.stem}.webp", quality=80)
+    (lossy / first.name).unlink()
+    assert "lossy" in refused(lossy)
+    assert "unknown metric" in refused(copies, "--metrics", "psrn")
+    assert "--name" in refused(copies, "--name", "A B")
+    Image.open(first).save(lossy / f"{first.stem}.webp", lossless=True)
+    arguments = ("--metrics", "psnr", "--out", tmp_path / "runs")
+    assert tokbench("score", photographs, lossy, *arguments).status == 0
+    small = shutil.copytree(copies, tmp_path / "large")
+    for path in small.glob("*.png"):
+        Image.open(path).resize((64, 64)).save(path)
+    assert "smaller than 64" in refused(small)
+
+
+def test_metrics_that_need_the_model_are_said_to(
+    tokbench: Callable[..., Ran], photographs: Path, copies: Path, tmp_path: Path
+) -> None:
+    assert tokbench("score", photographs, copies, "--metrics", "psnr,bpp", "--out", tmp_path).status == 0
+    result = read_result(tmp_path / "adm" / "photographs-32" / "copies.json")
+    assert result.unavailable == {"bpp": "needs the model, not only its images"}
+
+
+def results(folder: Path, *shifts: float, n: int = 200) -> list[Path]:
+    """Result files with per-image rows; `records.rows` says what a shift does."""
+    paths = []
+    for index, shift in enumerate(shifts):
+        path = folder / f"m{index}.json"
+        result = record(f"m{index}", seed=index, n=n, shift=shift)
+        path.write_text(to_json(result))
+        columns = rows(index, n, shift)
+        write_per_image(per_image_path(path), [f"{i:04d}" for i in range(n)], columns)
+        paths.append(path)
+    return paths
+
+
+def test_compare_says_better_worse_same_and_inconclusive(tmp_path: Path) -> None:
+    a, better, same, near = results(tmp_path, 0.0, 1.0, 0.0, 0.012)
+    assert {d.metric: d.verdict for d in compare(a, better)} == dict.fromkeys(
+        ("psnr", "ssim", "lpips-alex", "lpips-vgg"), "better"
+    )
+    assert {d.verdict for d in compare(better, a)} == {"worse"}
+    first = compare(a, same)
+    assert {d.verdict for d in first} <= {"same", "inconclusive"}
+    for d in [*first, *compare(a, near)]:
+        assert d.low is not None
+        assert d.high is not None
+        assert d.low <= d.difference <= d.high
+        assert d.how == "paired by image"
+        assert (d.needed is not None and d.needed >= d.n) == (d.verdict == "inconclusive")
+
+
+def test_compare_without_rows_is_wider(tmp_path: Path) -> None:
+    a, b = results(tmp_path, 0.0, 1.0)
+    paired = {d.metric: d for d in compare(a, b)}
+    per_image_path(a).unlink()
+    for d in compare(a, b):
+        assert d.how.startswith("unpaired")
+        assert (d.high or 0) - (d.low or 0) > (paired[d.metric].high or 0) - (paired[d.metric].low or 0)
+
+
+def test_compare_pairs_frechet_distances_by_kept_features(tmp_path: Path) -> None:
+    generator, n = np.random.default_rng(0), 2100
+    real = generator.standard_normal((n, 6)).astype(np.float32)
+    ids = [f"{i:05d}" for i in range(n)]
+    paths = []
+    fake = real
+    for name, amount in (("a", 0.5), ("b", 0.2)):  # b errs where a does, and a little more
+        path = tmp_path / f"{name}.json"
+        fake = fake + amount * generator.standard_normal((n, 6)).astype(np.float32)
+        with SampleStore(path.with_suffix(".features")) as store:
+            store.append(ids, {}, {("real", "inception"): real, ("fake", "inception"): fake})
+        value = TABLE["rfid"].compute(SampleStore(path.with_suffix(".features")))
+        base = record(name, n=n)
+        path.write_text(to_json(type(base)(**{**vars(base), "metrics": {"rfid": value}})))
+        paths.append(path)
+    (d,) = compare(*paths)
+    assert (d.verdict, d.how) == ("worse", "paired half-samples")
+    for path in paths:
+        shutil.rmtree(path.with_suffix(".features"))
+    (loose,) = compare(*paths)
+    assert (loose.high or 0) - (loose.low or 0) > (d.high or 0) - (d.low or 0)
+
+
+def test_results_on_other_images_are_not_compared(tokbench: Callable[..., Ran], tmp_path: Path) -> None:
+    a, _ = results(tmp_path, 0.0, 1.0)
+    other = json.loads(a.read_text())
+    other["dataset"]["fingerprint"] = "e" * 16
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match="not comparable: images"):
+        compare(a, tmp_path / "other.json")
+    assert tokbench("compare", a, tmp_path / "missing.json").status == 2
+
+
+def test_compare_prints_intervals_verdicts_and_n(tokbench: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = tokbench("compare", *results(tmp_path, 0.0, 1.0))
+    assert ran.status == 0
+    for text in ("psnr", "better", "N = 200", "[+"):
+        assert text in ran.out

@@ -1,0 +1,84 @@
+"""Intervals cover as often as they say, verdicts follow from them."""
+
+import numpy as np
+import pytest
+
+from tokbench import statistics
+
+
+def test_t_quantiles_equal_scipys() -> None:
+    scipy = pytest.importorskip("scipy.stats")
+    for freedom in (1, 2, 3, 4, 8, 28, 1000):
+        for probability in (0.9, 0.975):
+            expected = scipy.t.ppf(probability, freedom)
+            assert statistics.t_quantile(probability, freedom) == pytest.approx(expected, rel=2e-3)
+
+
+def test_intervals_of_a_mean_cover_the_truth_95_times_in_100() -> None:
+    generator = np.random.default_rng(0)
+    values = [statistics.mean_and_error(generator.standard_normal(12) + 3) for _ in range(2000)]
+    covered = np.mean([(v.low or 0) <= 3 <= (v.high or 0) for v in values])
+    assert covered == pytest.approx(0.95, abs=0.015)
+
+
+def test_one_image_has_a_mean_and_no_error() -> None:
+    value = statistics.mean_and_error(np.array([2.0]))
+    assert (value.value, value.stderr, value.low, value.n) == (2.0, None, None, 1)
+
+
+def test_pairing_takes_the_spread_between_images_out() -> None:
+    generator = np.random.default_rng(0)
+    images = 10 * generator.standard_normal(100)
+    low, high = statistics.paired_interval(images + 0.5 + 0.1 * generator.standard_normal(100), images)
+    assert 0.4 < low < 0.5 < high < 0.6
+
+
+def test_a_bootstrap_interval_equals_students_for_a_mean() -> None:
+    values = np.random.default_rng(0).standard_normal(200)
+    low, high = statistics.bootstrap_interval(lambda rows: float(values[rows].mean()), 200)
+    expected = statistics.mean_and_error(values)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.02)
+
+
+def test_half_samples_are_complementary_and_the_same_for_everyone() -> None:
+    halves = statistics.half_samples(11, 3)
+    assert len(halves) == 6
+    assert all(len(half) == 5 for half in halves)
+    assert not set(halves[0]) & set(halves[1])
+    assert all(np.array_equal(a, b) for a, b in zip(halves, statistics.half_samples(11, 3), strict=True))
+
+
+def test_half_sample_error_of_a_mean_is_its_standard_error() -> None:
+    values = np.random.default_rng(0).standard_normal(400)
+    halves = np.array([values[rows].mean() for rows in statistics.half_samples(400, 200)])
+    assert statistics.half_sample_error(halves) == pytest.approx(values.std(ddof=1) / 20, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "better", "expected"),
+    [
+        (-0.01, 0.02, "higher", "same"),
+        (0.01, 0.04, "higher", "same"),
+        (0.01, 0.2, "higher", "better"),
+        (0.01, 0.2, "lower", "worse"),
+        (-0.3, -0.2, "lower", "better"),
+        (-0.1, 0.2, "higher", "inconclusive"),
+        (0.1, 0.2, "neither", "worse"),
+    ],
+)
+def test_verdicts_follow_from_interval_and_tolerance(low: float, high: float, better: str, expected: str) -> None:
+    assert statistics.verdict(low, high, 0.05, better) == expected
+
+
+def test_the_number_of_images_needed_settles_the_verdict() -> None:
+    needed = statistics.images_needed(0.1, -0.1, 0.3, 100, 0.0)
+    assert needed == 400  # half the half-width takes four times the images
+    assert statistics.images_needed(0.0, -0.1, 0.1, 100, 0.05) == 400
+    assert statistics.images_needed(0.0, -0.1, 0.1, 100, 0.0) is None
+
+
+def test_the_spread_is_split_into_images_and_noise() -> None:
+    generator = np.random.default_rng(0)
+    values = 2 * generator.standard_normal(3000) + 0.5 * generator.standard_normal((4, 3000))
+    spread = statistics.split_spread(values)
+    assert (spread.images, spread.noise) == pytest.approx((2.0, 0.5), rel=0.05)
