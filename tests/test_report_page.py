@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.records import record, rows, write
+from tokbench.picture import save_pairs
 from tokbench.report.collect import gather
 from tokbench.report.columns import Entry
 from tokbench.report.html import script_json, write_page
 from tokbench.report.reported import ordered, read_reported
-from tokbench.store import image_folders, image_name
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -28,10 +29,9 @@ REPORTED = Path(__file__).parents[1] / "results" / "reported.csv"
 IDS = [f"img{i:05}" for i in range(12)]
 
 
-def save_images(folder: Path, pixels: np.ndarray) -> None:
-    folder.mkdir(parents=True)
-    for sample, image in zip(IDS, pixels, strict=True):
-        Image.fromarray(image).save(folder / image_name(sample))
+def planes(images: np.ndarray) -> list[torch.Tensor]:
+    """uint8 [N, H, W, 3] -> N tensors [3, H, W]."""
+    return list(torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, (name, c) in enumerate([("ssdd", 4), ("klvae", 4), ("f8c16", 16)]):
         result = record(name, seed=i, n=12, shift=i, channels=c, family=name, note=NASTY, trained_on=NASTY)
         path = write(results, result, rows(i, 12, i))
-        save_images(image_folders(path)[1], real // (i + 2))
-    save_images(image_folders(path)[0], real)
+        save_pairs(path, dict(zip(IDS, zip(planes(real), planes(real // (i + 2)), strict=True), strict=True)))
     write(results, record("evil", seed=9, n=12, family=NASTY, note="</script>" + NASTY))
     write(results, record("other", seed=5, n=12, res=512))
     entries, speeds, _ = gather(results)
