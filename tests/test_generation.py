@@ -174,6 +174,17 @@ def test_the_normalisation_is_measured_shown_and_kept(
     assert generator.steps_trained == 1
 
 
+def test_recomputing_activations_changes_nothing(labelled: Path, trained: Path, tmp_path: Path) -> None:
+    train_tiny(str(labelled), tmp_path, [*SETTINGS, "run.steps=4", "run.checkpoint_activations=true"])
+    states = [open_generator(str(folder), CPU).model.state_dict() for folder in (trained, tmp_path)]  # type: ignore[attr-defined]
+    torch.testing.assert_close(states[0], states[1])
+
+
+def test_settings_without_meaning_for_a_generator_are_refused(labelled: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"run\.held_out is of tokenizers"):
+        train_tiny(str(labelled), tmp_path, [*SETTINGS, "run.held_out=3"])
+
+
 def test_presets_are_the_recipes_they_name() -> None:
     paper, proxy = find_preset("dit"), find_preset("proxy")
     assert (paper.size, paper.optim.learning_rate, paper.ema.decay, paper.run.batch_size) == ("XL", 1e-4, 0.9999, 256)

@@ -89,8 +89,8 @@ def class_labels(source: Source) -> tuple[list[int], list[str]]:
 class Images:
     """The images to encode, by sample number: centre crops of a data set, or random crops of photographs."""
 
-    def __init__(self, data: str, config: LatentConfig, seed: int) -> None:
-        self.source, self.config = open_source(data), config
+    def __init__(self, data: str, config: LatentConfig, seed: int, workers: int | None = None) -> None:
+        self.source, self.config, self.workers = open_source(data), config, workers
         self.random: PhotoCrops | None = None
         if config.crops:
             cut = replace(config.cut, size=config.resolution)
@@ -107,7 +107,9 @@ class Images:
                 image, photograph = self.random[number, size]
                 yield f"{photograph}#{number}", self._labels[photograph], image
             return
-        loader = Loader(self.source, size, find_protocol("adm"), batch_size=32, indices=numbers, upscale=True)
+        loader = Loader(
+            self.source, size, find_protocol("adm"), batch_size=32, indices=numbers, workers=self.workers, upscale=True
+        )
         for ids, images in loader:
             for sample, image in zip(ids, images, strict=True):
                 yield sample, self._labels[sample], image

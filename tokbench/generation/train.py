@@ -13,7 +13,7 @@ from tokbench.config import to_dict
 from tokbench.crops import CropConfig
 from tokbench.device import prepare
 from tokbench.errors import InputError
-from tokbench.generation.dit import DiT, dit_config
+from tokbench.generation.dit import Block, DiT, dit_config
 from tokbench.generation.fit import latent_space, to_record
 from tokbench.generation.flow import draw_times, guided, integrate, noised, velocity
 from tokbench.generation.latents import Images, LatentConfig, Latents, Normaliser, encode
@@ -31,6 +31,7 @@ from tokbench.training import (
     load_checkpoint,
     make_optimizer,
     optimizer_step,
+    recompute,
     sample_seeds,
     save_checkpoint,
 )
@@ -138,13 +139,16 @@ def train(config: DiTTraining, data: str, out: Path) -> Path:
     Continues from `out` where an interrupted run stopped. Under torchrun or accelerate every process encodes and
     trains its share. Raises InputError for settings that do not fit and CellError when the loss is no number.
     """
+    for name in ("eval_every", "eval_resolution", "held_out", "best_by"):
+        if getattr(config.run, name) != getattr(RunConfig(), name):
+            raise InputError(f"run.{name} is of tokenizers: a generator has no photographs held out")
     run, machine = config.run, Machine(config.run)
 
     # Latents: encoded once, read by all. Their statistics make every tokenizer's latents alike to the generator.
     tokenizer = create(config.tokenizer)
     prepare(tokenizer, machine.device)
     space = latent_space(tokenizer, config.latents.resolution, machine.device)
-    images = Images(data, config.latents, run.seed)
+    images = Images(data, config.latents, run.seed, run.workers or None)
     encode(
         tokenizer, config.tokenizer, images, out / "latents",
         seed=run.seed, rank=machine.rank, world=machine.world, device=machine.device,
@@ -164,6 +168,8 @@ def train(config: DiTTraining, data: str, out: Path) -> Path:
             label_dropout=config.label_dropout,
         )
     ).to(machine.device)  # fmt: skip
+    if run.checkpoint_activations:
+        recompute(dit, (Block,))
     model = torch.compile(dit) if run.compile else dit
     parameters = list(dit.parameters())
     ema, optimizer = Ema(dit, config.ema), make_optimizer(dit.named_parameters(), config.optim)
