@@ -475,3 +475,15 @@ def test_the_command_says_in_one_line_what_is_wrong(tokbench: Any, labelled: Pat
     ran = tokbench("generate", "--generator", "nowhere", *arguments)
     assert ran.status == 2
     assert ran.reason.startswith("tokbench: nowhere: no such generator; train one with `tokbench train dit`")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_training_compiles_and_samples_are_the_cpus(labelled: Path, trained: Path, tmp_path: Path) -> None:
+    cuda = [setting for setting in SETTINGS if not setting.startswith(("run.dtype", "run.device"))]
+    train_tiny(str(labelled), tmp_path, [*cuda, "run.steps=4", "run.compile=true"])
+    cpu, gpu = (open_generator(str(trained), torch.device(name)) for name in ("cpu", "cuda"))
+    how, labels = Sampling(2.0, steps=4), torch.tensor([0, 1])
+    samples = [generator.sample(torch.arange(2), labels, how).cpu() for generator in (cpu, gpu)]
+    torch.testing.assert_close(*samples, atol=0.5, rtol=1e-3)  # pixels, 0 to 255
+    assert run_generate(options(tmp_path, labelled, tmp_path / "runs", device="cuda", dtype="bfloat16")) == 0
