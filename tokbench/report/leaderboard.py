@@ -25,6 +25,7 @@ from tokbench.statistics import paired_interval
 # Say much the same as their neighbour: the first to go where a table has no room.
 SECONDARY = ("psnr-global", "ssim-gauss", "ms-ssim", "encode", "params", "steps")
 UNRANKED_FAMILIES = ("identity",)  # it wins every column and says nothing
+ERRORS = "± standard error over images"
 MARKS = "best bold, second underlined, ties by paired 95 % interval"
 
 
@@ -114,9 +115,10 @@ def _block(entries: list[Entry], chosen: list[Column] | None, group: bool, title
     columns = chosen
     if columns is None:
         columns = [c for c in default_columns(entries) if c.key != "latent" or len(gathered) == 1]
+    decimals = {c.key: _decimals(c, entries) for c in columns}
     ordered = sorted(gathered.items(), key=lambda item: _size_order(item[1][0].result.tokenizer))
     one_device = len({device(entry.result) for entry in entries}) == 1
-    groups = tuple((heading, _ranked(members, columns, one_device)) for heading, members in ordered)
+    groups = tuple((heading, _ranked(members, columns, decimals, one_device)) for heading, members in ordered)
     return Block(title, _caption(entries), tuple(columns), groups, tuple(_footnotes(entries, columns, one_device)))
 
 
@@ -129,11 +131,12 @@ def _size_order(info: TokenizerInfo) -> tuple[float, ...]:
     )
 
 
-def _ranked(entries: list[Entry], columns: list[Column], one_device: bool) -> tuple[Row, ...]:
+def _ranked(
+    entries: list[Entry], columns: list[Column], decimals: Mapping[str, int], one_device: bool
+) -> tuple[Row, ...]:
     """Rows of one group, ordered by the first column that has a direction, with best and second marked."""
     ranked = [entry for entry in entries if entry.result.tokenizer.family not in UNRANKED_FAMILIES]
     ranks = {c.key: ranking(ranked, c) for c in columns if one_device or c.key not in TIMES}
-    decimals = {c.key: _decimals(c, entries) for c in columns}
     rows = [
         Row(entry, {c.key: _cell(entry, c, decimals[c.key], ranks.get(c.key, {}).get(entry.name, 0)) for c in columns})
         for entry in entries
@@ -228,7 +231,7 @@ def _caption(entries: Sequence[Entry]) -> str:
     devices = sorted({device(r) for r in results})
     errors = any(v.stderr for r in results for v in r.metrics.values())
     parts = [f"N = {results[0].dataset.num_images:,}", "; ".join(devices), ", ".join(types)]
-    parts += ["± standard error over images" if errors else "", MARKS]
+    parts += [ERRORS if errors else "", MARKS]
     return " · ".join(part for part in parts if part)
 
 

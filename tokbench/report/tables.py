@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tokbench.report.columns import Column, Entry, clipped
-from tokbench.report.leaderboard import MARKS, SECONDARY, Block, Cell, Row, blocks
+from tokbench.report.leaderboard import ERRORS, MARKS, SECONDARY, Block, Cell, Row, blocks
 from tokbench.result import EvalResult
 
 WIDTH = 100
@@ -27,14 +27,14 @@ class Leaderboard:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, styled = min(options.max_width, WIDTH), console.is_terminal
         for block in self.blocks:
-            shown, errors = fitting(block, width)
-            yield terminal(block, shown, errors, styled)
+            shown, errors, gap = fitting(block, width)
+            yield terminal(block, shown, errors, gap, styled)
             hidden = [c.key for c in block.columns if c not in shown]
-            notes = [
-                block.caption
-                if styled
-                else block.caption.replace(MARKS, "* best, or tied with it by paired 95 % interval")
-            ]
+            caption = block.caption if errors else block.caption.replace(f"{ERRORS} · ", "")
+            if not styled:
+                caption = caption.replace(MARKS, "* best, or tied with it by paired 95 % interval")
+            hidden += ["±"] if not errors and ERRORS in block.caption else []
+            notes = [caption]
             notes += [*block.footnotes, *([f"not shown for want of width: {', '.join(hidden)}"] if hidden else [])]
             yield from (Text(note, style="dim") for note in notes)
             yield Text("")
@@ -48,55 +48,65 @@ def leaderboard_table(results: Sequence[EvalResult | Entry]) -> Leaderboard:
     return Leaderboard(tuple(blocks([result if isinstance(result, Entry) else Entry(result) for result in results])))
 
 
-def terminal(block: Block, columns: Sequence[Column], errors: bool, styled: bool = True) -> Table:
+def terminal(block: Block, columns: Sequence[Column], errors: bool, gap: int = 2, styled: bool = True) -> Table:
     """A block as a rich table with these columns, ± beside the values if `errors`."""
-    table = Table(title=Text(block.title, style="bold"), title_justify="left", box=None, padding=(0, 1), pad_edge=False)
+    table = Table(
+        title=Text(block.title, style="bold"), title_justify="left", box=None, padding=(0, gap, 0, 0), pad_edge=False
+    )
     table.add_column(Text("tokenizer\n"), no_wrap=True)
     for column in columns:
         title = Text(f"{column.heading}\n{column.unit}")
         table.add_column(title, justify="left" if column.key == "latent" else "right", no_wrap=True)
-    room = {c.key: max(len(_marks(row.cells[c.key], styled)) for row in block.rows) for c in columns}
+    cells = {c.key: [row.cells[c.key] for row in block.rows] for c in columns}
+    marks = {key: max(len(_marks(cell, styled)) for cell in column) for key, column in cells.items()}
+    spread = {key: max(len(cell.error) for cell in column) if errors else 0 for key, column in cells.items()}
     for heading, rows in block.groups:
         if heading:
             table.add_row(Text(heading, style="dim"))
         for row in rows:
-            cells = (_styled(row.cells[c.key], errors, styled, room[c.key]) for c in columns)
-            table.add_row(Text(("  " if heading else "") + clipped(row.entry.name)), *cells)
+            texts = (_styled(row.cells[c.key], styled, marks[c.key], spread[c.key]) for c in columns)
+            table.add_row(Text(("  " if heading else "") + clipped(row.entry.name)), *texts)
     return table
 
 
-def fitting(block: Block, width: int) -> tuple[list[Column], bool]:
-    """The columns that fit into `width` characters, and whether ± does."""
+def fitting(block: Block, width: int) -> tuple[list[Column], bool, int]:
+    """The columns that fit into `width` characters, whether ± does, and the blanks between two columns."""
     everything = list(block.columns)
     headline = [c for c in everything if c.key not in SECONDARY]
-    for columns, errors in ((everything, True), (headline, True), (everything, False), (headline, False)):
-        if _width(block, columns, errors) <= width:
-            return columns, errors
-    while len(headline) > 1 and _width(block, headline, False) > width:
+    for columns, errors, gap in (
+        (everything, True, 2),
+        (headline, True, 2),
+        (headline, True, 1),
+        (everything, False, 2),
+    ):
+        if _width(block, columns, errors, gap) <= width:
+            return columns, errors, gap
+    while len(headline) > 1 and _width(block, headline, False, 2) > width:
         headline.pop()
-    return headline, False
+    return headline, False, 2
 
 
-def _width(block: Block, columns: Sequence[Column], errors: bool) -> int:
+def _width(block: Block, columns: Sequence[Column], errors: bool, gap: int) -> int:
     indent = 2 if len(block.groups) > 1 else 0
-    names = max([len("tokenizer"), *(indent + len(clipped(row.entry.name)) for row in block.rows)])
-    cells = [[len(c.heading), len(c.unit), *(_length(row.cells[c.key], errors) for row in block.rows)] for c in columns]
-    return names + sum(max(lengths) + 2 for lengths in cells)
+    total = max([len("tokenizer"), *(indent + len(clipped(row.entry.name)) for row in block.rows)])
+    for c in columns:
+        cells = [row.cells[c.key] for row in block.rows]
+        room = max(len(_marks(cell, False)) for cell in cells)
+        spread = max(len(cell.error) for cell in cells) if errors else 0
+        texts = [len(cell.text) + room + (spread + 1 if spread else 0) for cell in cells]
+        total += gap + max(len(c.heading), len(c.unit), *texts)
+    return total
 
 
 def _marks(cell: Cell, styled: bool) -> str:
     return ("*" if cell.rank == 1 and not styled else "") + ("†" if cell.dagger else "")
 
 
-def _length(cell: Cell, errors: bool) -> int:
-    return len(cell.text) + 2 * bool(cell.rank or cell.dagger) + (len(cell.error) + 1 if errors and cell.error else 0)
-
-
-def _styled(cell: Cell, errors: bool, styled: bool, room: int) -> Text:
-    """A cell whose marks take `room` characters, so that the numbers of a column stay below each other."""
+def _styled(cell: Cell, styled: bool, marks: int, spread: int) -> Text:
+    """A cell with `marks` and `spread` characters for its marks and its ±, so that a column's numbers stay in line."""
     text = Text(cell.text, style={1: "bold", 2: "underline"}.get(cell.rank, ""))
-    text.append(_marks(cell, styled).ljust(room), style="not bold not underline")
-    return text.append(f" {cell.error}" if errors and cell.error else "", style="not bold not underline dim")
+    text.append(_marks(cell, styled).ljust(marks), style="not bold not underline")
+    return text.append(f" {cell.error.rjust(spread)}" if spread else "", style="not bold not underline dim")
 
 
 def _grid(block: Block, name: Callable[[Row], str], cell: Callable[[Cell], str]) -> list[tuple[str, list[list[str]]]]:
