@@ -149,7 +149,7 @@ def measure_cell(tokenizer: Tokenizer, plan: Plan, work: Path, kits: Kits) -> Me
     mine = pending[world.rank :: world.size]
     loader = plan.batches(mine)
     failure: CellError | InputError | None = None
-    batch_size = conditions.first_batch_size
+    batch_size = conditions.images_at_once
     try:
         prepare(tokenizer, conditions.device)
         with (

@@ -19,7 +19,7 @@ Models = Annotated[str, typer.Option(help="Model specs, comma-separated; see `to
 Resolutions = Annotated[str, typer.Option("--res", help="Resolutions in pixels, comma-separated.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DataType = Annotated[str, typer.Option(help="float32 or bfloat16.")]
-BatchSize = Annotated[str, typer.Option(help="auto or a number of images.")]
+BatchSize = Annotated[str, typer.Option(help="auto or a number of images; a CPU computes one at a time.")]
 
 
 @app.command()
@@ -158,9 +158,7 @@ def train(
     model: Annotated[str | None, typer.Argument(help="What to train; --help without it lists the names.")] = None,
     settings: Annotated[list[str] | None, typer.Argument(help="Overrides, key=value ...")] = None,
     data: Annotated[str, typer.Option(help="A folder of photographs, an archive, or hf:NAME.")] = "",
-    out: Annotated[
-        Path, typer.Option(help="Folder of this run; the same command goes on from it.")
-    ] = Path(),
+    out: Annotated[Path, typer.Option(help="Folder of this run; the same command goes on from it.")] = Path(),
     stage: Annotated[str | None, typer.Option(help="Stage of the training.")] = None,
     preset: Annotated[str | None, typer.Option(help="Named settings.")] = None,
     start: Annotated[Path | None, typer.Option("--from", help="File of the previous stage.")] = None,

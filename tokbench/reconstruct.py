@@ -22,7 +22,7 @@ from tokbench.store import SampleStore
 from tokbench.tokenizer import Tokenizer
 
 PIXELS_PER_BATCH = {"cpu": 8 * 256 * 256, "cuda": 64 * 256 * 256}
-LARGEST_BATCH = {"cpu": 16, "cuda": 256}  # more gains nothing
+LARGEST_BATCH = {"cpu": 16, "cuda": 256}
 MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError)
 CODES = "codes"  # the feature that holds a discrete tokenizer's codes
 LATENT_COLUMNS = frozenset(("bpp", "latent-mean", "latent-square"))  # of the latents, so the same for all seeds
@@ -43,6 +43,15 @@ class Conditions:
     def first_batch_size(self) -> int:
         fitting = max(1, PIXELS_PER_BATCH[self.device.type] // self.resolution**2)
         return self.batch_size or min(fitting, LARGEST_BATCH[self.device.type])
+
+    @property
+    def images_at_once(self) -> int:
+        """How many images go through the networks together, at first.
+
+        One on a CPU, which gains nothing from more: kernels for different batch sizes round differently, and so the
+        numbers do not depend on batch size, number of processes or interruptions to the last bit.
+        """
+        return 1 if self.device.type == "cpu" else self.first_batch_size
 
     @property
     def autocast(self) -> torch.dtype:
@@ -226,7 +235,7 @@ def measure(
     When memory runs out, the batch is cut into halves, and so are all that follow. CellError if even one image needs
     too much, or if the batch size was the user's wish.
     """
-    limit = cell.conditions.first_batch_size
+    limit = cell.conditions.images_at_once
     for ids, real in batches:
         start = 0
         while start < len(ids):
