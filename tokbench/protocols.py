@@ -91,6 +91,18 @@ PROTOCOLS: dict[str, Protocol] = {
             ),
         ),
         Protocol(
+            "autoencoderkl",
+            1,
+            crop="pil-bilinear",
+            posterior="sample",
+            summary="lavinal712/AutoencoderKL's eval.py, the source of often cited rows of SD, SDXL and FLUX VAEs",
+            metrics=("psnr", "ssim", "rfid"),
+            notes=(
+                "its latents are a sample of the posterior, so its numbers depend on the seed",
+                "the network of its LPIPS is not stated, so none is compared",
+            ),
+        ),
+        Protocol(
             "dcae",
             1,
             summary="DC-AE's eval_dc_ae_model (arXiv 2410.10733)",
