@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssdd_models.layers import AttentionBlock, Downsample, Init, ResBlock, initialise
+from ssdd_models.layers import AttentionBlock, Downsample, Init, ResBlock, affine_group_norm, initialise
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Encoder(nn.Module):
                     h = part(h)
         for layer in self.mid.values():
             h = layer(h)
-        return self.out_proj(self.conv_out(F.silu(self.norm_out(h))))
+        return self.out_proj(self.conv_out(F.silu(affine_group_norm(self.norm_out, h))))
 
     def forward(self, x: Tensor) -> Posterior:
         """[B, 3, H, W] in [-1, 1] -> the posterior over [B, c, H / f, W / f]"""

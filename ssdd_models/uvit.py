@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssdd_models.attention import SIDE, Layout, make_layout, windowed_attention
-from ssdd_models.layers import Init, initialise, timestep_embedding, upsample_conv
+from ssdd_models.layers import Init, affine_group_norm, group_norm, initialise, timestep_embedding, upsample_conv
 
 Tap = Callable[[int, Tensor], None]
 
@@ -83,14 +83,10 @@ class AdaGroupNorm(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W], with the nearest position's scale and shift"""
         height, width = x.shape[2:]
-        h = F.group_norm(x, self.groups, eps=1e-5)
         if height % modulation.shape[2] or width % modulation.shape[3]:
             modulation = F.interpolate(modulation, size=(height, width), mode="nearest")
-        rows, columns = modulation.shape[2:]
-        # Broadcasting over squares of pixels spares writing out the enlarged maps.
-        scale, shift = modulation[:, :, :, None, :, None].chunk(2, dim=1)  # [B, C, h, 1, w, 1]
-        h = h.unflatten(3, (columns, width // columns)).unflatten(2, (rows, height // rows))
-        return modulate(h, scale, shift).flatten(4, 5).flatten(2, 3)
+        scale, shift = modulation.chunk(2, dim=1)
+        return group_norm(x, self.groups, 1.0 + scale, shift, eps=1e-5)
 
 
 class AdaLayerNorm(nn.Module):
@@ -127,7 +123,7 @@ class ResidualBlock(nn.Module):
         """x [B, in, H, W], modulation [B, 2 in, h, w], temb [B, time] after its SiLU -> [B, out, H, W]"""
         scale, shift = self.time_emb_proj(temb)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(silu(self.norm1(x, modulation)))
-        h = self.conv2(silu(modulate(self.norm2(h), scale, shift)))
+        h = self.conv2(silu(affine_group_norm(self.norm2, h, scale, shift)))
         skip = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
         return h + skip if torch.is_grad_enabled() else h.add_(skip)
 
@@ -210,7 +206,7 @@ class Middle(nn.Module):
         self, x: Tensor, modulations: Iterator[Tensor], layout: Layout, tap: Tap | None, checkpointing: bool
     ) -> Tensor:
         """[B, C, H / 8, W / 8] -> the same"""
-        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [B, N, C]
+        h = self.proj_in(affine_group_norm(self.norm, x).flatten(2).transpose(1, 2))  # [B, N, C]
         for i, block in enumerate(self.transformer_blocks):
             h = run(block, checkpointing, h, next(modulations), layout)
             if tap is not None:
@@ -321,4 +317,4 @@ class UViT(nn.Module):
                 h = run(block, self.checkpointing, torch.cat([h, skips.pop()], dim=1), next(modulations), temb)
             if hasattr(level, "upsamplers"):
                 h = upsample_conv(h, level.upsamplers[0]["conv"])
-        return self.conv_out(silu(self.conv_norm_out(h)))
+        return self.conv_out(silu(affine_group_norm(self.conv_norm_out, h)))

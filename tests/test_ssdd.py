@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssdd_models import flow
 from ssdd_models.encoder import Encoder, EncoderConfig, Posterior
-from ssdd_models.layers import Upsample, timestep_embedding
+from ssdd_models.layers import Upsample, group_norm, timestep_embedding
 from ssdd_models.ssdd import SSDD, SSDDConfig
 from ssdd_models.uvit import SIZES, AdaGroupNorm, AdaLayerNorm, UViT
 from tests.reference import CASES, GOLDEN, TOLERANCE, filled, full_shapes, inputs, manifest, model, noise
@@ -260,3 +260,21 @@ def test_training_times_are_logistic_of_a_normal() -> None:
     t = flow.logit_normal(20000, generator=torch.Generator().manual_seed(0))
     assert torch.logit(t).mean().abs() < 0.02
     assert torch.logit(t).std().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 8, 6, 4, 3, 2), (3, 12, 4, 4, 1, 1, 1), (2, 12, 4, 4, 4, 4, 2)])
+def test_our_group_norm_and_its_gradients_equal_pytorchs(shape: tuple[int, ...]) -> None:
+    batch, channels, height, width, rows, columns, own = shape
+    torch.manual_seed(0)
+    x = torch.randn(batch, channels, height, width, dtype=torch.float64, requires_grad=True)
+    scale, shift = (torch.randn(own, channels, rows, columns, dtype=torch.float64, requires_grad=True) for _ in "ab")
+    wide = [F.interpolate(m, size=(height, width)) for m in (scale, shift)]
+    expected = F.group_norm(x, 4, eps=1e-5) * wide[0] + wide[1]
+    ours = group_norm(x, 4, scale, shift, 1e-5)
+    assert_equal(ours, expected, 1e-12)
+    with torch.no_grad():
+        assert_equal(group_norm(x, 4, scale, shift, 1e-5), expected, 1e-12)
+    weight, given = torch.randn_like(x), (x, scale, shift)
+    grads = (torch.autograd.grad(y, given, weight) for y in (ours, expected))
+    for one, other in zip(*grads, strict=True):
+        assert_equal(one, other, 1e-12)
