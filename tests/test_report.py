@@ -175,6 +175,11 @@ def test_unavailable_metrics_are_named_with_their_reason() -> None:
     assert "dists – (a): no network; tokbench weights fetch dists" in block.footnotes
 
 
+def test_only_what_was_asked_for_is_said_to_be_missing() -> None:
+    (block,) = blocks([Entry(record("a"))], ["psnr"])
+    assert not any("rfid" in note for note in block.footnotes)
+
+
 def test_times_of_different_machines_are_not_ranked() -> None:
     a, b = record("a", seed=1), record("b", seed=2)
     b = dataclasses.replace(b, provenance={**b.provenance, "device": "GPU"})

@@ -64,6 +64,7 @@ def build(options: ReportOptions) -> int:
         print(f"tokbench: {warning}", file=sys.stderr)
     if options.where is not None and entries:
         entries = where(entries, options.where)
+        speeds = [row for row in speeds if row.tokenizer.name in {entry.name for entry in entries}]
     for key in options.columns or ():
         if key != "tokenizer":
             column(key, entries)

@@ -119,7 +119,9 @@ def _block(entries: list[Entry], chosen: list[Column] | None, group: bool, title
     ordered = sorted(gathered.items(), key=lambda item: _size_order(item[1][0].result.tokenizer))
     one_device = len({device(entry.result) for entry in entries}) == 1
     groups = tuple((heading, _ranked(members, columns, decimals, one_device)) for heading, members in ordered)
-    return Block(title, _caption(entries), tuple(columns), groups, tuple(_footnotes(entries, columns, one_device)))
+    asked = None if chosen is None else {c.key for c in chosen}
+    footnotes = _footnotes(entries, columns, one_device, asked)
+    return Block(title, _caption(entries), tuple(columns), groups, tuple(footnotes))
 
 
 def _size_order(info: TokenizerInfo) -> tuple[float, ...]:
@@ -235,7 +237,9 @@ def _caption(entries: Sequence[Entry]) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _footnotes(entries: Sequence[Entry], columns: Sequence[Column], one_device: bool) -> list[str]:
+def _footnotes(
+    entries: Sequence[Entry], columns: Sequence[Column], one_device: bool, asked: set[str] | None
+) -> list[str]:
     """†, what the models say about themselves, why numbers are missing; equal remarks are gathered."""
     remarks: dict[str, list[str]] = {}
     for entry in entries:
@@ -249,7 +253,7 @@ def _footnotes(entries: Sequence[Entry], columns: Sequence[Column], one_device: 
         notes.insert(0, "† the metric's network was part of this model's training loss")
     missing: dict[tuple[str, str], list[str]] = {}
     for entry in entries:
-        for name, reason in _missing(entry.result):
+        for name, reason in _missing(entry.result, asked):
             missing.setdefault((name, reason), []).append(entry.name)
     by_reason: dict[tuple[str, str], list[str]] = {}
     for (name, reason), names in missing.items():
@@ -270,6 +274,7 @@ def _who(names: Sequence[str], everybody: Sequence[str]) -> str:
     return f" ({', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''})"
 
 
-def _missing(result: EvalResult) -> list[tuple[str, str]]:
+def _missing(result: EvalResult, asked: set[str] | None) -> list[tuple[str, str]]:
+    """(metric, reason) of what a row lacks of the metrics asked for, None: of all."""
     gone = [(name, value.note or "not given") for name, value in result.metrics.items() if value.value is None]
-    return gone + list(result.unavailable.items())
+    return [pair for pair in gone + list(result.unavailable.items()) if asked is None or pair[0] in asked]
