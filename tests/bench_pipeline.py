@@ -1,0 +1,90 @@
+"""What the harness costs: a whole run divided by the pure calls of models and metrics on the same images.
+
+    python -m tests.bench_pipeline [MODELS] [RESOLUTION]
+
+Target: at most 1.15 by wall clock on an idle machine. The ratio of processor time, which other programs disturb
+less, is printed beside it.
+"""
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from tokbench import registry
+from tokbench.data import open_source
+from tokbench.device import precision, prepare
+from tokbench.images import crop
+from tokbench.metrics import DEFAULT, find_metrics
+from tokbench.metrics.scoring import Instruments, instruments
+from tokbench.protocols import find_protocol
+from tokbench.reconstruct import quantise
+from tokbench.run import RunOptions, run
+from tokbench.seeding import image_seeds
+from tokbench.weights import weights_dir
+
+TARGET = 1.15
+
+
+def pure(models: str, resolution: int) -> tuple[float, float]:
+    """Seconds (wall, processor) of encode, decode, rounding, scorers and extractors, image by image."""
+    source, protocol = open_source("samples"), find_protocol("adm")
+    crops = [crop(source.read(i), resolution, protocol) for i in range(len(source))]
+    images = [torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].contiguous() for pixels in crops]
+    tools = instruments(find_metrics(DEFAULT), len(images), resolution)
+    device = torch.device("cpu")
+    tokenizers = [registry.create(spec) for spec in registry.parse_all(models)]
+    for tokenizer in tokenizers:
+        prepare(tokenizer, device)
+    wall, processor = time.perf_counter(), time.process_time()
+    for first, tokenizer in enumerate(tokenizers):
+        for real in images:
+            seeds = image_seeds(real, 0)
+            with precision(device, torch.float32):
+                latents = tokenizer.encode(real, sample=False, seeds=seeds)
+                decoded = tokenizer.decode(latents, seeds=seeds, size=(resolution, resolution))
+            score(tools, real, decoded, with_real=first == 0)
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def score(tools: Instruments, real: torch.Tensor, decoded: torch.Tensor, with_real: bool) -> None:
+    """What is read off one pair; features of the real image are needed by the first model only."""
+    with torch.inference_mode():
+        fake = quantise(decoded, "nearest")
+        for scorer in tools.scorers:
+            scorer(real, fake, decoded)
+        for extractor in tools.extractors.values():
+            extractor(fake)
+            if with_real:
+                extractor(real)
+
+
+def whole(models: str, resolution: int) -> tuple[float, float]:
+    """Seconds (wall, processor) of the run, from the options to the table, with empty caches."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        wall, processor = time.perf_counter(), time.process_time()
+        with contextlib.redirect_stdout(io.StringIO()):
+            status = run(RunOptions(models=models, resolutions=str(resolution), out=Path(folder) / "runs"))
+        assert status == 0
+        return time.perf_counter() - wall, time.process_time() - processor
+
+
+def main() -> None:
+    models = sys.argv[1] if len(sys.argv) > 1 else "ssdd,klvae"
+    resolution = int(sys.argv[2]) if len(sys.argv) > 2 else 256
+    os.environ.setdefault("TOKBENCH_WEIGHTS", str(weights_dir()))
+    run_wall, run_processor = whole(models, resolution)
+    pure_wall, pure_processor = pure(models, resolution)
+    print(f"{models} at {resolution} px: run {run_wall:.1f} s, pure calls {pure_wall:.1f} s")
+    print(f"ratio {run_wall / pure_wall:.3f} by wall clock, {run_processor / pure_processor:.3f} by processor time")
+    print(f"target at most {TARGET}: {'met' if run_wall / pure_wall <= TARGET else 'missed'}")
+
+
+if __name__ == "__main__":
+    main()
