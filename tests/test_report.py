@@ -16,7 +16,7 @@ from tokbench.report.build import Report, ReportOptions, build, text
 from tokbench.report.collect import frame, gather, where
 from tokbench.report.columns import Entry, column, compression
 from tokbench.report.leaderboard import blocks, ranking
-from tokbench.report.tables import WIDTH, latex, latex_document, leaderboard_table, markdown
+from tokbench.report.tables import WIDTH, latex, latex_document, leaderboard_table, markdown, plain_latex
 from tokbench.result import EvalResult, TokenizerInfo, Value
 
 
@@ -284,11 +284,14 @@ def test_latex_compiles_with_booktabs(tmp_path: Path) -> None:
         entry(tmp_path, n, seed=i, shift=i, losses=("lpips-vgg",), note=NASTY, channels=4 + i % 2)
         for i, n in enumerate("abcd")
     ]
-    (tmp_path / "t.tex").write_text(latex_document([latex(block) for block in blocks(entries)]), encoding="utf-8")
+    papers = plain_latex(NASTY, ["a", "b"], [[NASTY, "1"]])
+    document = latex_document([*(latex(block) for block in blocks(entries)), papers])
+    (tmp_path / "t.tex").write_text(document, encoding="utf-8")
     command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "t.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
     assert "Missing character" not in done.stdout
+    assert "Overfull \\hbox" not in done.stdout
 
 
 def test_report_never_imports_torch(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def text(report: Report, options: ReportOptions) -> str:
         parts = [tables.latex(block) for block in measured]
         if comparisons:
             parts.append(tables.plain_latex("Numbers of papers against ours.", COMPARISON_HEADS, comparisons))
-        return "% needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc}\n" + "\n".join(parts)
+        return f"% needs {tables.LATEX_PACKAGES}\n" + "\n".join(parts)
     parts = ["<!-- written by `tokbench report --format markdown`; edit the results instead -->\n"]
     parts += [tables.markdown(block) for block in measured]
     if report.speeds:

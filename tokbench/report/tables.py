@@ -145,6 +145,8 @@ def markdown_escape(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)
 
 
+LATEX_PACKAGES = r"\usepackage[T1]{fontenc}\usepackage[utf8]{inputenc}\usepackage{booktabs}\usepackage{graphicx}"
+LATEX_SHRINK = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
 _LATEX = {
     "\\": r"\textbackslash{}",
     **{c: f"\\{c}" for c in "&%$#_{}"},
@@ -176,44 +178,33 @@ def _accented(character: str) -> str:
 
 
 def latex(block: Block) -> str:
-    """A block as a booktabs table (needs \\usepackage{booktabs}); best bold, second underlined."""
+    """A block as a booktabs table (LATEX_PACKAGES), shrunk to the line if it is wider; best bold, second underlined."""
 
     def cell(c: Cell) -> str:
         text = latex_escape(c.text)
-        text = {1: rf"\textbf{{{text}}}", 2: rf"\underline{{{text}}}"}.get(c.rank, text)
-        return (
-            text
-            + (r"$^\dagger$" if c.dagger else "")
-            + (rf" {{\scriptsize {latex_escape(c.error)}}}" if c.error else "")
-        )
+        text = {1: rf"\textbf{{{text}}}", 2: rf"\underline{{{text}}}"}.get(c.rank, text) + latex_escape(_marks(c, True))
+        return text + (rf" {{\scriptsize {latex_escape(c.error)}}}" if c.error else "")
 
     heads = ["tokenizer", *(latex_escape(c.heading) for c in block.columns)]
     units = ["", *(latex_escape(c.unit and f"({c.unit})") for c in block.columns)]
     align = "l" + "".join("l" if c.key == "latent" else "r" for c in block.columns)
-    lines = [
-        r"\begin{table}[t]",
-        r"\centering\small\setlength{\tabcolsep}{4pt}",
-        rf"\begin{{tabular}}{{{align}}}",
-        r"\toprule",
-    ]
-    lines += [" & ".join(heads) + r" \\", " & ".join(units) + r" \\", r"\midrule"]
+    lines = [" & ".join(heads) + r" \\", " & ".join(units) + r" \\", r"\midrule"]
     for number, (heading, rows) in enumerate(_grid(block, lambda row: latex_escape(row.entry.name), cell)):
         lines += [r"\midrule"] if number else []
         lines += [rf"\multicolumn{{{len(align)}}}{{l}}{{\textit{{{latex_escape(heading)}}}}} \\"] if heading else []
         lines += [" & ".join(row) + r" \\" for row in rows]
-    notes = ". ".join(latex_escape(note) for note in (block.title, block.caption, *block.footnotes))
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", rf"\caption{{{notes}.}}", r"\end{table}", ""])
+    return _latex_table(align, lines, ". ".join((block.title, block.caption, *block.footnotes)) + ".")
+
+
+def _latex_table(align: str, lines: Sequence[str], caption: str) -> str:
+    start = [r"\begin{table}[t]", r"\centering\small\setlength{\tabcolsep}{4pt}", LATEX_SHRINK]
+    end = [r"\bottomrule", r"\end{tabular}}", rf"\caption{{{latex_escape(caption)}}}", r"\end{table}", ""]
+    return "\n".join([*start, rf"\begin{{tabular}}{{{align}}}", r"\toprule", *lines, *end])
 
 
 def latex_document(tables: Sequence[str]) -> str:
     """A whole document around the tables, to look at or to compile as it is."""
-    head = [
-        r"\documentclass{article}",
-        r"\usepackage[T1]{fontenc}",
-        r"\usepackage[utf8]{inputenc}",
-        r"\usepackage{booktabs}",
-    ]
-    return "\n".join([*head, r"\begin{document}", *tables, r"\end{document}", ""])
+    return "\n".join([r"\documentclass{article}", LATEX_PACKAGES, r"\begin{document}", *tables, r"\end{document}", ""])
 
 
 def plain_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -230,9 +221,5 @@ def plain_markdown(title: str, heads: Sequence[str], rows: Iterable[Sequence[str
 
 
 def plain_latex(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [r"\begin{table}[t]", r"\centering\scriptsize", rf"\begin{{tabular}}{{{'l' * len(heads)}}}", r"\toprule"]
-    lines += [" & ".join(map(latex_escape, cells)) + r" \\" + rule for cells, rule in [(heads, r"\midrule")]]
-    lines += [" & ".join(map(latex_escape, row)) + r" \\" for row in rows]
-    return "\n".join(
-        [*lines, r"\bottomrule", r"\end{tabular}", rf"\caption{{{latex_escape(caption)}}}", r"\end{table}", ""]
-    )
+    body = [" & ".join(map(latex_escape, row)) + r" \\" for row in rows]
+    return _latex_table("l" * len(heads), [" & ".join(map(latex_escape, heads)) + r" \\", r"\midrule", *body], caption)
