@@ -1,5 +1,7 @@
 """Laws of the loader: the same crops for any batch size, workers and cache; bad images stop it or are counted."""
 
+import os
+import signal
 import tarfile
 from pathlib import Path
 
@@ -91,6 +93,12 @@ def test_bad_images_are_skipped_and_counted_on_demand(workers: int, source: Sour
     assert ids == ["1", "2", "3", "4", "6", "7", "8"]
     assert len(images) == 7
     assert loader.skipped.keys() == {"0", "5"}
+
+
+def test_a_killed_loading_process_is_one_line_and_no_hang(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(source), "load", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(InputError, match="a loading process was killed"):
+        everything(Loader(source, 64, ADM, batch_size=4, workers=2))
 
 
 def test_small_images_are_refused_with_their_names(source: Source) -> None:

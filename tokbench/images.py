@@ -2,7 +2,7 @@
 
 import io
 import struct
-import warnings
+import sys
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -21,17 +21,17 @@ NOTES = {ON_WHITE: "transparent, put on white", TURNED: "turned as EXIF says", U
 
 def open_header(data: bytes, where: str) -> Image.Image:
     """The image, not yet decoded: size, mode and format. InputError naming `where` if it is none, or a bomb."""
+    limit = Image.MAX_IMAGE_PIXELS or sys.maxsize
+    bomb = f"{where}: more than Pillow's limit of {limit} pixels; make it smaller or use --skip-bad"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        limit = Image.MAX_IMAGE_PIXELS
-        raise InputError(
-            f"{where}: more than Pillow's limit of {limit} pixels; make it smaller or use --skip-bad"
-        ) from error
+        image = Image.open(io.BytesIO(data))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:  # a warning where they are errors
+        raise InputError(bomb) from error
     except DECODE_ERRORS as error:
         raise InputError(f"{where}: not a readable image ({_reason(error)}); remove it or use --skip-bad") from error
+    if image.width * image.height > limit:  # Pillow itself only warns up to twice its limit
+        raise InputError(bomb)
+    return image
 
 
 def decode(data: bytes, where: str) -> tuple[Image.Image, int]:
