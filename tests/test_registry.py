@@ -1,5 +1,6 @@
 """Names, specs and options of tokenizers."""
 
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -118,3 +119,12 @@ def test_a_checkpoint_says_which_model_it_is(tmp_path: Path) -> None:
 def test_naming_models_does_not_import_torch() -> None:
     code = "import sys, tokbench.registry as r; r.entries(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_plugin_that_does_not_load_stops_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = importlib.metadata.EntryPoint("theirs", "no_such_package:register", "tokbench.plugins")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [broken])
+    registry._load_plugins.__wrapped__()
+    assert "plugin theirs (no_such_package:register) does not load" in caplog.text

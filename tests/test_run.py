@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from tests.conftest import TINY, Ran
+from tokbench import kits
+from tokbench.metrics.scoring import Instruments, instruments
 from tokbench.reconstruct import Conditions
 from tokbench.result import EvalResult, read_result
 from tokbench.store import read_per_image
@@ -255,6 +257,35 @@ def test_a_damaged_record_is_named_set_aside_and_measured_again(
     assert "damaged, set aside as tiny.json.damaged" in caplog.text
     assert rows(tmp_path) == before
     assert json.loads(path.read_text())["metrics"] == json.loads(text)["metrics"]
+
+
+def test_an_unavailable_metric_is_named_and_measured_as_soon_as_it_can_be(
+    tokbench: Command, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_ssim(*arguments: object) -> Instruments:
+        tools = instruments(*arguments)  # type: ignore[arg-type]
+        tools.unavailable["ssim"] = "its network is not here"
+        return tools
+
+    command = ("run", "--models", f"tiny={TINY}", "--data", photographs, "--out", tmp_path, *FAST)
+    monkeypatch.setattr(kits, "instruments", without_ssim)
+    assert tokbench(*command).status == 0
+    assert results(tmp_path)["tiny-32"].unavailable == {"ssim": "its network is not here"}
+    assert "ssim" not in results(tmp_path)["tiny-32"].metrics
+    ran = tokbench(*command, "--strict")
+    assert (ran.status, "1 cached" in ran.reason) == (1, True)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert "1 done" in tokbench(*command).err
+    assert results(tmp_path)["tiny-32"].metrics["ssim"].value is not None
+
+
+def test_features_are_dropped_unless_they_are_wanted(tokbench: Command, photographs: Path, tmp_path: Path) -> None:
+    command = ("run", "--data", photographs, "--out", tmp_path, "--res", "32", "--metrics", "psnr,perplexity")
+    assert tokbench(*command, "--models", f"codes={TINY}@codes=true").status == 0
+    assert not list(tmp_path.rglob("*.bin"))
+    assert tokbench(*command, "--models", f"codes={TINY}@codes=true", "--fresh", "--keep-features").status == 0
+    assert list(tmp_path.glob("adm/photographs-32/codes.features/fake-codes-*.bin"))
 
 
 def test_known_models_metrics_and_protocols_are_listed(tokbench: Command) -> None:

@@ -21,6 +21,8 @@ METRICS = ("--metrics", "psnr,psnr-global,ssim")
 SECONDS = 0.15  # an image takes
 SLOW = f"tiny={TINY}@noise=0.3@slow={SECONDS}"
 
+Numbers = tuple[dict[str, Value], bytes, bytes]
+
 
 def command(data: Path, out: Path, model: str = SLOW) -> list[str]:
     return ["run", "--models", model, "--data", str(data), "--out", str(out), "--res", "32", "--batch-size", "1",
@@ -95,10 +97,11 @@ def wait_for(out: Path, rows: int) -> None:
         time.sleep(0.01)
 
 
-def numbers(out: Path) -> tuple[dict[str, Value], bytes]:
+def numbers(out: Path) -> Numbers:
+    """Metrics, per-image table and picture."""
     folder = out / "adm" / "photographs-32"
     table = gzip.decompress((folder / "tiny.per_image.csv.gz").read_bytes())
-    return dict(read_result(folder / "tiny.json").metrics), table
+    return dict(read_result(folder / "tiny.json").metrics), table, (folder / "tiny.png").read_bytes()
 
 
 @pytest.fixture
@@ -107,7 +110,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Value], bytes]:
+def uninterrupted(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Numbers:
     """The numbers of one process that nobody disturbed."""
     out = tmp_path_factory.mktemp("one")
     (process,) = start(command(photographs, out), tmp_path_factory.mktemp("errors"))
@@ -117,7 +120,7 @@ def uninterrupted(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_two_processes_killed_three_times_give_the_numbers_of_an_undisturbed_one(
-    photographs: Path, tmp_path: Path, errors: Path, uninterrupted: tuple[dict[str, Value], bytes]
+    photographs: Path, tmp_path: Path, errors: Path, uninterrupted: Numbers
 ) -> None:
     dice = random.Random(os.getpid())
     for rows in (1, 4, 7):
@@ -166,7 +169,7 @@ def test_ctrl_c_says_how_to_go_on(photographs: Path, tmp_path: Path, errors: Pat
 
 
 def test_two_runs_of_one_cell_do_not_disturb_each_other(
-    photographs: Path, tmp_path: Path, errors: Path, uninterrupted: tuple[dict[str, Value], bytes]
+    photographs: Path, tmp_path: Path, errors: Path, uninterrupted: Numbers
 ) -> None:
     (first,) = start(command(photographs, tmp_path), errors)
     wait_for(tmp_path, 1)
