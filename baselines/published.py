@@ -85,6 +85,7 @@ _VQ_F4 = {
     "vq_embed_dim": 3,
 }
 _LDM, _DCAE, _SD3 = "arXiv 2112.10752", "arXiv 2410.10733", "arXiv 2403.03206"
+_LAION = "OpenImages; decoder LAION-Aesthetics and LAION-Humans"
 _LPIPS = ("lpips-vgg",)  # the perceptual loss of latent diffusion and its descendants
 _TAE: dict[str, Any] = {
     "family": "taesd",
@@ -120,14 +121,15 @@ def _dcae(name: str, levels: int, channels: int, scale: float | None) -> Publish
         scale=scale,
         config=_dc(levels, channels),
         losses=_LPIPS,
+        trained_on="ImageNet" if name.endswith("-in") else "a mixture of sets",
         licence="Apache-2.0",
         paper=_DCAE,
     )
 
 
 _ROWS = (
-    _sd("sd-vae-ft-mse", "stabilityai/sd-vae-ft-mse", 0.18215, "sd", "MIT"),
-    _sd("sd-vae-ft-ema", "stabilityai/sd-vae-ft-ema", 0.18215, "sd", "MIT"),
+    _sd("sd-vae-ft-mse", "stabilityai/sd-vae-ft-mse", 0.18215, "sd", "MIT", trained_on=_LAION),
+    _sd("sd-vae-ft-ema", "stabilityai/sd-vae-ft-ema", 0.18215, "sd", "MIT", trained_on=_LAION),
     _sd(
         "sd15-vae",
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -135,10 +137,11 @@ _ROWS = (
         "sd",
         "CreativeML OpenRAIL-M",
         subfolder="vae",
+        trained_on="OpenImages",
     ),
     _sd("sdxl-vae", "stabilityai/sdxl-vae", 0.13025, "sdxl", "MIT", paper="arXiv 2307.01952"),
     _sd("sdxl-vae-fp16-fix", "madebyollin/sdxl-vae-fp16-fix", 0.13025, "sdxl", "MIT", paper="arXiv 2307.01952"),
-    _sd("eq-vae", "zelaki/eq-vae", None, "", "none stated", paper="arXiv 2502.09509"),
+    _sd("eq-vae", "zelaki/eq-vae", None, "", "none stated", paper="arXiv 2502.09509", trained_on="OpenImages"),
     _sd(
         "sd3-vae",
         "stabilityai/stable-diffusion-3-medium-diffusers",
