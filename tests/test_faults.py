@@ -1,0 +1,118 @@
+"""What disks and files do to a run in its middle: one line, nothing lost, and the same numbers when it goes on."""
+
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY, Ran
+from tokbench.result import EvalResult, read_result
+from tokbench.sources import FileSource
+
+Command = Callable[..., Ran]
+MODEL = f"tiny={TINY}@noise=0.3"
+
+
+def run(tokbench: Command, data: Path, out: Path, *more: object) -> Ran:
+    return tokbench(
+        "run", "--models", MODEL, "--data", data, "--out", out, "--res", 32, "--batch-size", 1, "--workers", 0,
+        "--metrics", "psnr,ssim", "--save-images", 0, *more,
+    )  # fmt: skip
+
+
+def result(out: Path) -> EvalResult:
+    (path,) = out.glob("adm/*/tiny.json")
+    return read_result(path)
+
+
+@pytest.fixture
+def data(photographs: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(photographs, tmp_path / "photographs"))
+
+
+@pytest.fixture
+def undisturbed(tokbench: Command, data: Path, tmp_path: Path) -> EvalResult:
+    assert run(tokbench, data, tmp_path / "undisturbed").status == 0
+    return result(tmp_path / "undisturbed")
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """A disk that fills up while a file is written."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_ends_the_run_and_the_next_goes_on(
+    tokbench: Command, data: Path, tmp_path: Path, undisturbed: EvalResult
+) -> None:
+    out = tmp_path / "out"
+    with files_no_larger_than(700):
+        ran = run(tokbench, data, out)
+    assert ran.status == 2
+    assert "cannot be written" in ran.reason
+    assert not list(out.glob("adm/*/*.json"))
+    rows = sum(len(path.read_bytes().splitlines()) for path in out.glob("adm/*/.tiny-*/rows-*"))
+    assert 0 < rows < 12
+    assert run(tokbench, data, out).status == 0
+    assert result(out).metrics == undisturbed.metrics
+
+
+def test_a_damaged_row_is_named_and_measured_again(
+    tokbench: Command, data: Path, tmp_path: Path, undisturbed: EvalResult, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    with files_no_larger_than(700):
+        run(tokbench, data, out)
+    (path,) = out.glob("adm/*/.tiny-*/rows-*")
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"psnr") + 8] ^= 1
+    path.write_bytes(raw)
+    ran = run(tokbench, data, out)
+    assert ran.status == 0
+    assert f"{path.name}: 1 damaged rows set aside" in caplog.text
+    assert result(out).metrics == undisturbed.metrics
+
+
+def test_a_file_that_vanishes_during_a_run_is_named(
+    tokbench: Command, data: Path, tmp_path: Path, undisturbed: EvalResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = sorted(data.iterdir())[-1]
+    kept = last.read_bytes()
+
+    def vanish(self: FileSource, index: int) -> object:
+        last.unlink(missing_ok=True)
+        return load(self, index)
+
+    load = FileSource.load
+    monkeypatch.setattr(FileSource, "load", vanish)
+    ran = run(tokbench, data, tmp_path / "out")
+    assert ran.status == 2
+    assert f"{last}: cannot be read (No such file or directory)" in ran.reason
+    monkeypatch.undo()
+    last.write_bytes(kept)
+    assert run(tokbench, data, tmp_path / "out").status == 0
+    assert result(tmp_path / "out").metrics == undisturbed.metrics
+
+
+def test_a_vanished_file_may_be_left_out_and_is_counted(
+    tokbench: Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vanish(self: FileSource, index: int) -> bytes:
+        if self.ids[index] == sorted(self.ids)[3]:
+            raise FileNotFoundError(2, "No such file or directory")
+        return read(self, index)
+
+    read = FileSource.read_bytes
+    assert run(tokbench, data, tmp_path / "before").status == 0  # now the cache of facts knows every file
+    monkeypatch.setattr(FileSource, "read_bytes", vanish)
+    ran = run(tokbench, data, tmp_path / "out", "--skip-bad")
+    assert ran.status == 0
+    assert result(tmp_path / "out").metrics["psnr"].n == 11
