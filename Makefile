@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-weights lint bench leaderboard
+.PHONY: demo test test-weights lint check bench gpu-check study leaderboard
 
 demo: $(VENV)/.installed
 	$(BIN)/tokbench run --models ssdd,klvae --res 256
@@ -20,10 +20,30 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Our own use of `tokbench check`: the demo weights, and rows that no model can change, against results/. Weights and
+# seeds are fixed, so only rounding may differ between machines. LPIPS is left out where its network cannot be had.
+CHECKED := identity,jpeg-q10,klvae,ssdd
+check: $(VENV)/.installed
+	metrics=psnr,ssim; if $(BIN)/tokbench weights fetch lpips-alex; then metrics=$$metrics,lpips-alex; fi; \
+	$(BIN)/tokbench run --fresh --models $(CHECKED) --res 128,256 --metrics $$metrics --save-images 0 --out runs/check && \
+	$(BIN)/tokbench check runs/check --against results --metrics $$metrics --two-sided --strict \
+	  --tolerance psnr=0.002,ssim=0.0002,lpips-alex=0.0005 && \
+	for res in 128 256; do \
+	  $(BIN)/tokbench check runs/check/adm/samples-$$res/identity.json --against results --metrics $$metrics --exact || exit; \
+	done
+
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.bench_pipeline
 	$(BIN)/python -m tests.bench_report
 	$(BIN)/python -m tests.bench_data
+
+# Everything that needs CUDA. PYTHON=python3 runs it from the checkout alone, without an environment of its own.
+gpu-check:
+	if [ -x $(BIN)/python ]; then $(BIN)/python -m tests.gpu_check; else $(PYTHON) -m tests.gpu_check; fi
+
+PRESET ?= cpu
+study: $(VENV)/.installed
+	$(BIN)/python results/study/run.py --preset $(PRESET) --train $(TRAIN)
 
 # After results/ has changed; a test fails where this was forgotten.
 leaderboard: $(VENV)/.installed

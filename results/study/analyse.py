@@ -257,7 +257,7 @@ def strips_section(folder: Path, seeds: list[int], preset: str) -> list[str]:
     """Input and every arm's reconstruction of four photographs, where the run kept them."""
     place = next((folder / "eval").glob("*/*/"), folder)
     rows = []
-    for real in sorted((place / "real.images").glob("*.png"))[:4]:
+    for real in sorted((place / "+real.images").glob("*.png"))[:4]:
         files = [real, *(place / f"{arm}-{seeds[0]}.images" / real.name for arm in ARMS)]
         if all(file.exists() for file in files):
             rows.append(

@@ -19,7 +19,7 @@ from tokbench.check import CheckResult, Comparison, check, check_speed, parse_to
 from tokbench.errors import InputError
 from tokbench.metrics import METRICS
 from tokbench.report.tables import markdown_escape
-from tokbench.store import per_image_path, read_per_image, writable, write_whole
+from tokbench.store import image_folders, image_name, per_image_path, read_per_image, writable, write_whole
 
 STYLES = {"worse": "bold red", "better": "green", "same": "", "inconclusive": "yellow"}
 HEADINGS = ("cell", "metric", "baseline", "new", "worse by", "tolerated", "verdict")
@@ -185,12 +185,8 @@ def draw_strips(result: CheckResult, folder: Path, console: Console) -> None:
         lost = most_lost(new, base, ["lpips-alex", "psnr"])
         for sample, loss in lost:
             console.print(Text(f"{new.stem}: {sample} lost {loss:.4g}"))
-        rows = [
-            [
-                new.parent / "real.images" / f"{sample}.png",
-                *(p.parent / f"{p.stem}.images" / f"{sample}.png" for p in (base, new)),
-            ]
-            for sample, _ in lost
-        ]
+        real, fakes = image_folders(new)
+        folders = [real, image_folders(base)[1], fakes]
+        rows = [[folder / image_name(sample) for folder in folders] for sample, _ in lost]
         if lost and strip(rows, folder / f"{new.parent.name}-{new.stem}.png") is None:
             console.print(Text(f"{new.stem}: no picture, both sides need `tokbench run --save-images`"))
