@@ -34,8 +34,10 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.bench_pipeline
+	$(BIN)/python -m tests.bench_metrics
 	$(BIN)/python -m tests.bench_report
 	$(BIN)/python -m tests.bench_data
+	$(BIN)/python -m tests.bench_ssdd
 
 # Everything that needs CUDA. PYTHON=python3 runs it from the checkout alone, without an environment of its own.
 gpu-check:
