@@ -8,12 +8,13 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY
+from tests.conftest import TINY, Ran
 from tokbench import cli
 from tokbench.result import Value, read_result
 
@@ -182,3 +183,32 @@ def test_two_runs_of_one_cell_do_not_disturb_each_other(
     status, error = first.finish()
     assert status == 0, error
     assert numbers(tmp_path) == uninterrupted
+
+
+def test_a_damaged_row_of_a_killed_run_is_named_and_measured_again(
+    photographs: Path,
+    tmp_path: Path,
+    errors: Path,
+    uninterrupted: Numbers,
+    tokbench: Callable[..., Ran],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (process,) = start(command(photographs, tmp_path), errors)
+    wait_for(tmp_path, 4)
+    process.signal(signal.SIGKILL)
+    process.finish()
+    (path,) = tmp_path.glob("*/*/.tiny-*/rows-*.txt")
+    data = bytearray(path.read_bytes())
+    data[data.index(b"psnr") + 8] ^= 1
+    path.write_bytes(data[:-7])
+    assert tokbench(*command(photographs, tmp_path)).status == 0
+    assert "2 damaged rows set aside" in caplog.text
+    assert numbers(tmp_path) == uninterrupted
+
+
+def test_an_incomplete_environment_of_torchrun_is_named(
+    tokbench: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ran = tokbench("run", "--models", "identity")
+    assert (ran.status, "RANK, MASTER_ADDR, MASTER_PORT is not set; start with torchrun" in ran.reason) == (2, True)

@@ -309,7 +309,11 @@ def main() -> None:
     except CellError as error:
         status = fail(str(error), 1)
     except usage_error as error:
-        status = fail(error.format_message(), 2)
+        message = error.format_message()
+        if message.startswith("Usage:"):  # a group of commands without a command
+            print(message, file=sys.stderr)
+            sys.exit(2)
+        status = fail(message, 2)
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except BrokenPipeError:  # `tokbench list | head`
