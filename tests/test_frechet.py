@@ -138,7 +138,7 @@ def test_precision_and_recall_are_not_swapped() -> None:
     centres = np.repeat([[0.0] * 4, [100.0] * 4], 50, axis=0)
     real = (generator.standard_normal((100, 4)) + centres).astype(np.float32)
     fake = (0.3 * generator.standard_normal((80, 4))).astype(np.float32)
-    precision, recall = distribution.precision_recall(real, fake)
+    precision, recall = distribution.coverage(fake, real), distribution.coverage(real, fake)
     assert precision > 0.95
     assert recall <= 0.5
     # torch-fidelity takes the generated side first

@@ -75,10 +75,3 @@ def test_the_number_of_images_needed_settles_the_verdict() -> None:
     assert needed == 400  # half the half-width takes four times the images
     assert statistics.images_needed(0.0, -0.1, 0.1, 100, 0.05) == 400
     assert statistics.images_needed(0.0, -0.1, 0.1, 100, 0.0) is None
-
-
-def test_the_spread_is_split_into_images_and_noise() -> None:
-    generator = np.random.default_rng(0)
-    values = 2 * generator.standard_normal(3000) + 0.5 * generator.standard_normal((4, 3000))
-    spread = statistics.split_spread(values)
-    assert (spread.images, spread.noise) == pytest.approx((2.0, 0.5), rel=0.05)

@@ -7,7 +7,6 @@ distribution): its error comes from half-samples without replacement, the same f
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
@@ -114,20 +113,3 @@ def images_needed(difference: float, low: float, high: float, num_images: int, t
     if gap <= 0 or half == 0:
         return None
     return max(num_images, math.ceil(num_images * (half / gap) ** 2))
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Variance of a score over images and over the noise of a stochastic decoder."""
-
-    images: float  # standard deviation between images, the noise taken out
-    noise: float  # standard deviation between seeds for one image
-    mean_noise: float  # standard error of the overall mean due to noise alone
-
-
-def split_spread(values: np.ndarray) -> Spread:
-    """float [S, N], S seeds of the same N images -> what images and what noise contribute (one-way ANOVA)."""
-    seeds, num_images = values.shape
-    within = float(values.var(axis=0, ddof=1).mean())
-    between = float(values.mean(axis=0).var(ddof=1)) - within / seeds if num_images > 1 else 0.0
-    return Spread(math.sqrt(max(between, 0.0)), math.sqrt(within), math.sqrt(within / (seeds * num_images)))

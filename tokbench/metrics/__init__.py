@@ -120,13 +120,13 @@ def inception_score(samples: Samples) -> Value:
 def precision(samples: Samples) -> Value:
     """Share of fake images inside the manifold of the real ones."""
     real, fake = samples.features("real", "inception"), samples.features("fake", "inception")
-    return Value(distribution.precision_recall(real, fake)[0], n=len(fake))
+    return Value(distribution.coverage(fake, real), n=len(fake))
 
 
 def recall(samples: Samples) -> Value:
     """Share of real images inside the manifold of the fake ones."""
     real, fake = samples.features("real", "inception"), samples.features("fake", "inception")
-    return Value(distribution.precision_recall(real, fake)[1], n=len(fake))
+    return Value(distribution.coverage(real, fake), n=len(fake))
 
 
 def perplexity(samples: Samples) -> Value:

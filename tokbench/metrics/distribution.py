@@ -67,15 +67,16 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def precision_recall(real: np.ndarray, fake: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
-    """Precision and recall of Kynkäänniemi et al. 2019, k = 3.
+def coverage(points: np.ndarray, manifold: np.ndarray, neighbours: int = 3) -> float:
+    """Share of points that lie within the k-th neighbour's distance of some sample of the manifold, k = 3.
 
-    precision: share of fakes within the k-th neighbour's distance of some real; recall: share of reals within that of
-    some fake.
+    Precision of Kynkäänniemi et al. 2019 is the coverage of fakes by the reals' manifold, recall that of reals by the
+    fakes'.
     """
-    sides = [np.asarray(side, dtype=np.float64) for side in (real, fake)]
-    radii = [_radii(side, neighbours) for side in sides]
-    return _covered(sides[1], sides[0], radii[0]), _covered(sides[0], sides[1], radii[1])
+    points, manifold = np.asarray(points, dtype=np.float64), np.asarray(manifold, dtype=np.float64)
+    radii = _radii(manifold, neighbours)
+    blocks = (_squared_distances(points[i : i + BLOCK], manifold) <= radii for i in range(0, len(points), BLOCK))
+    return float(np.concatenate([block.any(1) for block in blocks]).mean())
 
 
 def _squared_distances(points: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -89,12 +90,6 @@ def _radii(points: np.ndarray, neighbours: int) -> np.ndarray:
         raise InputError(f"{len(points)} samples: precision and recall need more than {neighbours}")
     blocks = (_squared_distances(points[i : i + BLOCK], points) for i in range(0, len(points), BLOCK))
     return np.concatenate([np.partition(block, neighbours, axis=1)[:, neighbours] for block in blocks])
-
-
-def _covered(points: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> float:
-    """Share of points that lie in the ball of some centre."""
-    blocks = (_squared_distances(points[i : i + BLOCK], centres) <= radii for i in range(0, len(points), BLOCK))
-    return float(np.concatenate([block.any(1) for block in blocks]).mean())
 
 
 def perplexity(codes: np.ndarray) -> float:
