@@ -29,8 +29,8 @@ def open_photographs(data: str, run: RunConfig) -> tuple[Any, list[int], list[in
 
 def held_out_images(source: Any, indices: Sequence[int], resolution: int) -> Tensor:
     """The adm crops of these photographs, uint8 [N, 3, R, R]."""
-    crops = [crop(source.read(index), resolution, PROTOCOLS["adm"]) for index in indices]
-    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+    crops = [crop(source.read(index), resolution, PROTOCOLS["adm"]).transpose(2, 0, 1) for index in indices]
+    return torch.from_numpy(np.stack(crops)) if crops else torch.empty(0, 3, resolution, resolution, dtype=torch.uint8)
 
 
 def score(tokenizer: Tokenizer, real: Tensor, device: torch.device) -> dict[str, float]:

@@ -139,7 +139,9 @@ def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfi
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
     from schedulefree import RAdamScheduleFree
 
-    return RAdamScheduleFree(groups, lr=config.learning_rate, betas=betas)
+    optimizer = RAdamScheduleFree(groups, lr=config.learning_rate, betas=betas)
+    optimizer.train()
+    return optimizer
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:

@@ -1,0 +1,126 @@
+"""SSDD's losses against the golden training step, decay groups, REPA, distillation, the first weights."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssdd_models.distill import distillation_losses, make_teacher
+from ssdd_models.encoder import EncoderConfig
+from ssdd_models.losses import DINO_DIM, Repa, flow_losses, training_times
+from ssdd_models.ssdd import SSDD
+from ssdd_models.train import cancel_noise, make_repa
+from ssdd_models.uvit import SIZES
+from tests.reference import CASES, GOLDEN, inputs, model
+from tokbench.errors import InputError
+from tokbench.training import parameter_groups
+
+CASE = next(case for case in CASES if case["file"].startswith("train_"))
+TINY = replace(SIZES["XS"], widths=(32, 32, 32, 32), layers=6, heads=2, groups=4)
+
+
+@pytest.fixture
+def tiny() -> SSDD:
+    torch.manual_seed(0)
+    built = SSDD(EncoderConfig(4, 4, 32, 4), TINY, init="fan-in")
+    for parameter in built.decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return built
+
+
+@torch.no_grad()
+def test_losses_of_a_training_step_equal_the_golden_ones() -> None:
+    built, golden = model(CASE), np.load(GOLDEN / CASE["file"])
+    x, eps = inputs(CASE)
+    posterior = built.encode(x)
+    losses, clean, _ = flow_losses(built, posterior.mode(), x, eps, torch.tensor(CASE["t"]))
+    assert losses["flow"].item() == pytest.approx(CASE["loss"], abs=2e-5)
+    assert posterior.kl().mean().item() == pytest.approx(CASE["kl_mean"], rel=1e-5)
+    torch.testing.assert_close(clean, torch.from_numpy(golden["x0_pred"]), atol=2e-4, rtol=0)
+    one_step, _, _ = flow_losses(built, posterior.mode(), x, eps, torch.ones(len(x)))
+    assert one_step["flow"].item() == pytest.approx(CASE["loss_t1"], abs=2e-5)
+
+
+@pytest.mark.parametrize("trained", ["encfrozen", "enctrain"])
+def test_decay_groups_are_the_golden_lists(trained: str) -> None:
+    with torch.device("meta"):
+        built = SSDD("f8c4", "S")
+    assert built.encoder is not None
+    built.encoder.requires_grad_(trained == "enctrain")
+    names = {parameter: name for name, parameter in built.named_parameters()}
+    golden = json.loads((GOLDEN / f"param_groups_f8c4_S_{trained}.json").read_text())
+    groups = parameter_groups(built.named_parameters(), 0.01)
+    lists = [sorted(value) for value in golden.values() if isinstance(value, list)]
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
+    assert [sorted(names[p] for p in group["params"]) for group in groups] == lists
+
+
+def test_a_share_of_the_times_is_one_and_the_others_are_logit_normal() -> None:
+    normals = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
+    t = training_times(normals, 0.3)
+    assert (t == 1).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    assert torch.equal(t[t < 1], torch.sigmoid(normals[:, 0])[t < 1])
+    assert (training_times(normals, 0.0) < 1).all()
+    assert (training_times(normals, 1.0) == 1).all()
+
+
+def test_distillation_is_onto_the_teachers_sample_from_the_same_noise_and_latent(tiny: SSDD) -> None:
+    teacher = make_teacher(tiny)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    x, noise, z = torch.rand(2, 3, 16, 16), torch.randn(2, 3, 16, 16), torch.randn(2, 4, 4, 4)
+    losses, clean, x_t = distillation_losses(tiny, teacher, z, x, noise, 3)
+    assert torch.equal(x_t, noise)
+    sample = teacher.decode(z, steps=3, noise=noise)
+    assert losses["flow"].item() == pytest.approx(F.mse_loss(clean, sample).item(), rel=1e-5)
+    one_step = tiny.decode(z, steps=1, noise=noise)
+    torch.testing.assert_close(clean.detach(), one_step, atol=1e-5, rtol=1e-5)
+
+
+def test_repa_compares_the_fifth_block_with_features_of_the_real_image(tiny: SSDD) -> None:
+    seen: list[Tensor] = []
+
+    def features(images: Tensor) -> Tensor:
+        seen.append(images)
+        return torch.randn(2, 4, DINO_DIM, generator=torch.Generator().manual_seed(1))
+
+    repa = Repa(TINY.widths[-1], features)
+    real, target = torch.full((2, 3, 16, 16), 1.0), torch.zeros(2, 3, 16, 16)
+    noise, z, t = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 4, 4), torch.ones(2)
+    losses, _, _ = flow_losses(tiny, z, target, noise, t, repa=repa, real=real)
+    losses["repa"].backward()
+    assert seen[0].shape == (2, 3, 28, 28)
+    assert seen[0][0, 0].mean().item() == pytest.approx((1 - 0.485) / 0.229, rel=1e-3)
+    blocks = tiny.decoder.get_submodule("mid_block.transformer_blocks")
+    trained = [any(p.grad is not None for p in block.parameters()) for block in blocks.children()]
+    assert trained == [True, True, True, True, False, False]  # min(4, 6 // 2): the fourth of six, the fifth of eight
+    assert all(p.grad is not None for p in repa.parameters())
+    assert not any("features" in name for name in repa.state_dict())
+
+
+def test_repa_without_its_network_says_how_to_get_it(
+    tiny: SSDD, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def refuse(name: str) -> None:
+        raise OSError(f"cannot reach {name}")
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", refuse)
+    with pytest.raises(InputError, match=r"cannot reach facebook/dinov2-base.*weights\.repa=0"):
+        make_repa(tiny, torch.device("cpu"))
+
+
+def test_noise_cancelling_weights_leave_almost_no_noise_after_one_step() -> None:
+    torch.manual_seed(0)
+    built = SSDD(EncoderConfig(8, 4, 32, 4), replace(SIZES["XS"], groups=4), init="fan-in")
+    noise, z = torch.randn(1, 3, 64, 64), torch.randn(1, 4, 8, 8)
+    before = built.decode(z, steps=1, noise=noise)
+    cancel_noise(built.decoder)
+    after = built.decode(z, steps=1, noise=noise)
+    share = [(image * noise).mean().abs().item() for image in (before, after)]
+    assert share[1] < 0.5 * share[0]
