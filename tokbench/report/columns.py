@@ -79,8 +79,21 @@ def clipped(name: str, limit: int = 32) -> str:
     return name if len(name) <= limit else f"{name[: limit - 13]}…{name[-12:]}"
 
 
-def _count(number: int | None, scale: float = 1) -> Value | None:
+def _count(number: float | None, scale: float = 1) -> Value | None:
     return None if number is None else Value(number / scale)
+
+
+def tokens(result: EvalResult) -> int | None:
+    """Latent positions of an image, or the tokens of a 1-D tokenizer; None for a codec."""
+    info = result.tokenizer
+    if info.tokens_per_image is not None or info.downsample is None:
+        return info.tokens_per_image
+    return (result.dataset.resolution // info.downsample) ** 2
+
+
+def elements_ratio(info: TokenizerInfo) -> float | None:
+    """Latent elements per element of the image, c / (3 f^2)."""
+    return None if info.downsample is None or info.channels is None else info.channels / (3 * info.downsample**2)
 
 
 _FACTS = (
@@ -90,6 +103,15 @@ _FACTS = (
     Column("f", "", "neither", 0, "pixels per latent position along a side", lambda r: _count(r.tokenizer.downsample)),
     Column("c", "", "neither", 0, "channels of the latent", lambda r: _count(r.tokenizer.channels)),
     Column("codebook", "", "neither", 0, "number of codes", lambda r: _count(r.tokenizer.codebook_size)),
+    Column("tokens", "", "neither", 0, "latent positions of an image", lambda r: _count(tokens(r))),
+    Column(
+        "ratio",
+        "",
+        "neither",
+        4,
+        "elements of the latent by those of the image",
+        lambda r: _count(elements_ratio(r.tokenizer)),
+    ),
     Column("steps", "", "neither", 0, "network evaluations of the decoder", lambda r: _count(r.tokenizer.decode_steps)),
     Column(
         "params",

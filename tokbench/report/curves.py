@@ -14,7 +14,7 @@ from matplotlib.ticker import NullLocator
 
 from tokbench.errors import InputError
 from tokbench.report import speed
-from tokbench.report.columns import Entry, clipped, metric_column
+from tokbench.report.columns import Entry, clipped, elements_ratio, metric_column, tokens
 from tokbench.report.leaderboard import UNRANKED_FAMILIES, Block, blocks
 from tokbench.report.plots import (
     Point,
@@ -30,7 +30,7 @@ from tokbench.report.plots import (
     styles,
 )
 from tokbench.report.reported import Reported
-from tokbench.result import SpeedResult, TokenizerInfo
+from tokbench.result import SpeedResult
 
 MOST_BLOCKS = 12  # of whose rows figures are drawn: a figure takes a quarter of a second
 RATE_METRICS = ("psnr", "lpips-alex", "rfid")
@@ -87,16 +87,11 @@ def _plain(text: str) -> str:
 def bits_per_pixel(entry: Entry) -> float | None:
     """Measured bits, or log2 K a token for a discrete latent; None for a continuous one, which has no rate."""
     measured = number(entry.result, "bpp")
-    info, pixels = entry.result.tokenizer, entry.result.dataset.resolution**2
-    if measured is not None or info.codebook_size is None:
+    size, pixels = entry.result.tokenizer.codebook_size, entry.result.dataset.resolution**2
+    if measured is not None or size is None:
         return measured
-    tokens = info.tokens_per_image or (pixels / info.downsample**2 if info.downsample else None)
-    return None if tokens is None else tokens * math.log2(info.codebook_size) / pixels
-
-
-def elements_ratio(info: TokenizerInfo) -> float | None:
-    """Latent elements per element of the image, c / (3 f^2)."""
-    return None if info.downsample is None or info.channels is None else info.channels / (3 * info.downsample**2)
+    count = tokens(entry.result)
+    return None if count is None else count * math.log2(size) / pixels
 
 
 def rate_distortion(entries: Sequence[Entry], metric: str, path: Path) -> Path | None:
