@@ -1,5 +1,6 @@
 """evaluate() as a notebook or a training loop calls it, and the loop's own arithmetic."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,14 @@ def test_an_object_and_its_spec_give_the_same_numbers(photographs: Path, tmp_pat
     assert by_object.metrics == by_spec.metrics
     assert by_object.tokenizer.weights == by_spec.tokenizer.weights
     assert (tmp_path / "adm" / "photographs-32").is_dir()
+
+
+def test_a_name_that_is_no_file_name_is_not_written(photographs: Path, tmp_path: Path) -> None:
+    model = tiny()
+    model.info = replace(model.info, name="../Mine")
+    assert evaluate(model, photographs, 32, ["psnr"], limit=2).tokenizer.name == "../Mine"
+    with pytest.raises(InputError, match="may hold only"):
+        evaluate(model, photographs, 32, ["psnr"], out=tmp_path)
 
 
 def test_a_training_loop_gets_its_model_back_as_it_was(photographs: Path) -> None:

@@ -13,7 +13,7 @@ from tokbench.data import open_source
 from tokbench.device import find_dtype, select_device
 from tokbench.errors import InputError
 from tokbench.kits import Kits
-from tokbench.loader import CropCache, Loader, refuse_small
+from tokbench.loader import CropCache, Loader, refuse_unusable
 from tokbench.metrics import DEFAULT, METRICS
 from tokbench.plan import Plan, check_size
 from tokbench.protocols import PROTOCOLS, Protocol, find_protocol
@@ -33,8 +33,8 @@ def open_plan(
         raise InputError(f"--res {resolution}: must be from 8 to 8192 pixels")
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: must be at least 1, or auto")
-    if not (upscale or skip_bad):
-        refuse_small(source, resolution)
+    if not skip_bad:
+        refuse_unusable(source, resolution, upscale=upscale)
     conditions = Conditions(protocol, resolution, device, find_dtype(dtype), tuple(seeds), batch_size)
     pinned = device.type == "cuda"
 
@@ -52,7 +52,7 @@ def evaluate(
     tokenizer: Tokenizer | str,
     data: str | Path | Source = "samples",
     resolution: int = 256,
-    metrics: Sequence[str] = DEFAULT,
+    metrics: Sequence[str] | None = None,
     *,
     protocol: str = "adm",
     device: str = "auto",
@@ -73,11 +73,14 @@ def evaluate(
     for wrong use or bad images and CellError if the model fails. This process alone measures.
     """
     model = registry.create(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    if out is not None and not registry.ROW_NAME.fullmatch(model.info.name):
+        raise InputError(f'tokenizer "{model.info.name}": a name that is written may hold only a-z 0-9 . _ -')
     spec = registry.parse(tokenizer).text if isinstance(tokenizer, str) else model.info.name
     modules = [module for network in model.networks.values() for module in network.modules()]
     tensor = next((parameter for module in modules for parameter in module.parameters(recurse=False)), None)
     place = tensor.device if device == "auto" and tensor is not None and tokenizer is model else select_device(device)
     check_size(model, resolution)
+    names = tuple(metrics or find_protocol(protocol).metrics or DEFAULT)
     source = data if isinstance(data, Source) else open_source(data, limit=limit)
     plan = open_plan(
         source, resolution, find_protocol(protocol), device=place, dtype=dtype, seeds=seeds, batch_size=batch_size,
@@ -86,7 +89,7 @@ def evaluate(
     training = [module.training for module in modules]
     try:
         with torch.random.fork_rng(devices=[]):  # building networks and loaders draws from the caller's generator
-            return run_cell(model, spec, replace(plan, out=out), kits(tuple(metrics), len(source), place))[0]
+            return run_cell(model, spec, replace(plan, out=out), kits(names, len(source), place))[0]
     finally:
         for module, mode in zip(modules, training, strict=True):
             module.training = mode
