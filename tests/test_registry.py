@@ -128,3 +128,12 @@ def test_a_plugin_that_does_not_load_stops_nobody_else(
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [broken])
     registry._load_plugins.__wrapped__()
     assert "plugin theirs (no_such_package:register) does not load" in caplog.text
+
+
+def test_a_checkout_that_is_not_installed_has_its_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [])
+    monkeypatch.setattr("importlib.metadata.distribution", missing)
+    assert {point.name for point in registry._plugins()} == {"baselines", "ssdd"}

@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import sys
+import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tokbench")
 
+PLUGINS = "tokbench.plugins"
 ROW_NAME = re.compile(r"[a-z0-9._-]+")
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors format allows no longer header
 
@@ -98,9 +100,21 @@ def register(
     _entries[name] = entry
 
 
+def _plugins() -> list[importlib.metadata.EntryPoint]:
+    """Installed plugins; of a checkout that runs without being installed, those that its pyproject.toml names."""
+    found = list(importlib.metadata.entry_points(group=PLUGINS))
+    try:
+        importlib.metadata.distribution("tokbench")
+    except importlib.metadata.PackageNotFoundError:
+        checkout = Path(__file__).parents[1] / "pyproject.toml"
+        named = tomllib.loads(checkout.read_text(encoding="utf-8"))["project"]["entry-points"][PLUGINS]
+        found += [importlib.metadata.EntryPoint(name, value, PLUGINS) for name, value in named.items()]
+    return found
+
+
 @cache
 def _load_plugins() -> None:
-    for point in importlib.metadata.entry_points(group="tokbench.plugins"):
+    for point in _plugins():
         try:
             point.load()()
         except (ImportError, AttributeError) as error:  # somebody else's plugin must not stop the rest
