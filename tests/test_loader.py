@@ -13,7 +13,7 @@ from PIL import Image
 from tokbench.data import SAMPLES, open_source
 from tokbench.errors import InputError
 from tokbench.images import crop
-from tokbench.loader import CropCache, Loader, refuse_small
+from tokbench.loader import CropCache, Loader, refuse_unusable
 from tokbench.protocols import PROTOCOLS
 from tokbench.sources import Source
 
@@ -102,11 +102,19 @@ def test_a_killed_loading_process_is_one_line_and_no_hang(source: Source, monkey
 
 
 def test_small_images_are_refused_with_their_names(source: Source) -> None:
-    refuse_small(source, 90)
+    refuse_unusable(source, 90, upscale=False)
     with pytest.raises(InputError, match=r"9 images are smaller than 91 px: .*0\.png, .*4\.png and 4 more"):
-        refuse_small(source, 91)
+        refuse_unusable(source, 91, upscale=False)
+    refuse_unusable(source, 91, upscale=True)
     with pytest.raises(InputError, match=r"0\.png: 100x90 is smaller than 91"):
         everything(Loader(source, 91, ADM, batch_size=4, workers=0))
+
+
+def test_files_that_are_no_images_are_refused_before_the_start(source: Source) -> None:
+    for name in ("2.png", "7.png"):
+        (source.root / name).write_text("text")
+    with pytest.raises(InputError, match=r"2\.png: not a readable image .* \(and 1 more\)"):
+        refuse_unusable(open_source(source.root), 32, upscale=True)
 
 
 def test_small_images_are_upscaled_and_counted_on_demand(source: Source) -> None:

@@ -183,8 +183,10 @@ def default_workers(num_images: int) -> int:
     return 0 if num_images <= 64 else min(8, len(os.sched_getaffinity(0)))
 
 
-def refuse_small(source: Source, resolution: int) -> None:
-    """InputError naming the images that are smaller than the resolution, before anything is measured."""
-    if names := source.small(resolution):
+def refuse_unusable(source: Source, resolution: int, *, upscale: bool) -> None:
+    """InputError naming files that are no images, or are smaller than the resolution, before anything is measured."""
+    if problems := [fact.problem for fact in source.facts() if fact.problem]:
+        raise InputError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+    if not upscale and (names := source.small(resolution)):
         count = "1 image is" if len(names) == 1 else f"{len(names)} images are"
         raise InputError(f"{count} smaller than {resolution} px: {shown(names)}; use --upscale or --skip-bad")

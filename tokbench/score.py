@@ -15,7 +15,7 @@ from tokbench.data import open_source
 from tokbench.device import release, select_device
 from tokbench.errors import CellError, InputError
 from tokbench.finish import compute, table
-from tokbench.loader import Loader, refuse_small
+from tokbench.loader import Loader, refuse_unusable
 from tokbench.metrics import DEFAULT, Metric, find_metrics
 from tokbench.metrics.scoring import UNCLAMPED, Instruments, instruments
 from tokbench.progress import bar
@@ -72,7 +72,7 @@ def score(options: ScoreOptions) -> EvalResult:
     resolution = common_size(fake)
     if not options.allow_lossy:
         refuse_lossy(fake)
-    refuse_small(real, resolution)
+    refuse_unusable(real, resolution, upscale=False)
     possible = [metric for metric in chosen if not needs_model(metric)]
     unavailable = {m.name: "needs the model, not only its images" for m in chosen if names and needs_model(m)}
     tools = instruments(possible, len(real), resolution, device)
