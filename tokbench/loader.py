@@ -37,10 +37,10 @@ class CropCache:
 
     @staticmethod
     def fits(folder: Path, num_images: int, resolution: int) -> bool:
-        """Whether the crops would take at most half of what is free on the disk."""
+        """Whether the crops would take at most a quarter of what is free on the disk."""
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         status = os.statvfs(existing)
-        return num_images * 3 * resolution**2 <= status.f_bavail * status.f_frsize // 2
+        return num_images * 3 * resolution**2 <= status.f_bavail * status.f_frsize // 4
 
     def get(self, index: int) -> tuple[np.ndarray, int] | None:
         """The crop uint8 [R, R, 3] and its notes, or None."""

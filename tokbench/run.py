@@ -91,10 +91,11 @@ def _run(options: RunOptions, world: World) -> int:
         if world.rank == 0:
             try:
                 check_writable(options.out)
-                source.fingerprint()  # first here: the others then find the files' hashes in the cache
+                source.facts()  # reads every file: once, not in every process
             except InputError as error:
                 failure = error
         world.agree(failure)
+        source.adopt(world.share(source.facts() if world.rank == 0 else None))
         crops = stack.enter_context(crop_folder(options.out, world)) if len(specs) > 1 else None
         plans = [make_plan(options, source, resolution, device, world, crops) for resolution in resolutions]
         if world.rank == 0:

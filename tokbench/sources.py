@@ -84,6 +84,12 @@ class Source:
             self._facts = _survey(self)
         return self._facts
 
+    def adopt(self, facts: list[Facts]) -> None:
+        """Take the facts that another process found. InputError if they are not of these samples."""
+        if len(facts) != len(self):
+            raise InputError(f"{self.root}: {len(self)} images seen from here, {len(facts)} from the first process")
+        self._facts = facts
+
     def fingerprint(self) -> str:
         """sha256 over (id, sha256 of the file's bytes), in id order."""
         digest = hashlib.sha256()
