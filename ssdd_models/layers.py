@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrizations import spectral_norm
 
 Init = Literal["normal", "fan-in"]
 
@@ -179,3 +181,33 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, 2 H, 2 W]"""
         return upsample_conv(x, self.conv)
+
+
+class Discriminator(nn.Module):
+    """SSDD's optional GAN: is x the real image behind x_t at time t? Logits [B].
+
+    Four strided 4x4 convolutions and a fifth without stride, spectrally normalised; each GroupNorm is shifted and
+    scaled by the time. Widths, and that t enters unscaled, are those of public forks: the paper does not say.
+    """
+
+    def __init__(self, width: int = 64, time: int = 128) -> None:
+        super().__init__()
+        self.time = time
+        self.time_embedding = nn.Sequential(nn.Linear(time, time), nn.SiLU(), nn.Linear(time, time))
+        widths = [6, *(width * min(2**i, 8) for i in range(5))]
+        self.convs = nn.ModuleList(
+            spectral_norm(nn.Conv2d(a, b, 4, stride=2 if i < 4 else 1, padding=1))
+            for i, (a, b) in enumerate(pairwise(widths))
+        )
+        self.modulations = nn.ModuleList(nn.Linear(time, 2 * b) for b in widths[1:])
+        self.norms = nn.ModuleList(nn.GroupNorm(min(32, b), b, affine=False) for b in widths[1:])
+        self.head = nn.Linear(widths[-1], 1)
+
+    def forward(self, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """x, x_t [B, 3, H, W], at least 32 pixels a side; t [B] -> [B]"""
+        temb = self.time_embedding(timestep_embedding(t, self.time))
+        h = torch.cat([x, x_t], dim=1).clamp(-1.0, 1.0)
+        for conv, norm, modulation in zip(self.convs, self.norms, self.modulations, strict=True):
+            shift, scale = modulation(temb)[:, :, None, None].chunk(2, dim=1)
+            h = F.leaky_relu(norm(conv(h)) * (1 + scale) + shift, 0.2)
+        return self.head(h.mean((2, 3)))[:, 0]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssdd_models.flow import interpolate, predict_clean, velocity_target
+from ssdd_models.layers import Discriminator
 from ssdd_models.ssdd import SSDD
 
 REPA_BLOCK = 4  # output of the fifth transformer block
@@ -27,7 +28,7 @@ class LossWeights:
     perceptual: float = 0.5
     repa: float = 0.25
     kl: float = 1e-6  # while the encoder trains
-    gan: float = 0.0  # 0.5 in the paper's ablation; the main model has none
+    gan: float = 0.0  # 0.5 where a fork has one; the paper's main model has none
 
 
 class Repa(nn.Module):
@@ -98,3 +99,18 @@ def flow_losses(
     if repa is not None:
         losses["repa"] = repa(tokens[0], target if real is None else real)
     return losses, clean, x_t
+
+
+def critic_loss(critic: Discriminator, real: Tensor, fake: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """What the discriminator learns: binary cross-entropy on the real image and the predicted one, behind one x_t."""
+    judged = [critic(image, x_t, t) for image in (real, fake.detach())]
+    truth = [torch.ones_like(judged[0]), torch.zeros_like(judged[1])]
+    return F.binary_cross_entropy_with_logits(torch.cat(judged), torch.cat(truth))
+
+
+def generator_loss(critic: Discriminator, fake: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """What the decoder gains by being taken for real; the discriminator's own weights get no gradient."""
+    critic.requires_grad_(False)
+    judged = critic(fake, x_t, t)
+    critic.requires_grad_(True)
+    return F.binary_cross_entropy_with_logits(judged, torch.ones_like(judged))

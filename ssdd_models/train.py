@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ssdd_models.distill import distillation_losses, make_teacher
 from ssdd_models.encoder import EncoderConfig, Posterior
-from ssdd_models.layers import AttentionBlock, ResBlock
-from ssdd_models.losses import Repa, flow_losses, training_times
+from ssdd_models.layers import AttentionBlock, Discriminator, ResBlock
+from ssdd_models.losses import Repa, critic_loss, flow_losses, generator_loss, training_times
 from ssdd_models.ssdd import SSDD, SSDDConfig, read_checkpoint
 from ssdd_models.stages import PRESETS, SSDDTraining, Stage
 from ssdd_models.uvit import SIZES, DecoderConfig, UViT
@@ -80,10 +80,12 @@ def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, e
     named = [*model.named_parameters(), *(repa.named_parameters() if repa is not None else ())]
     parameters = [parameter for _, parameter in named if parameter.requires_grad]
     optimizer, ema = make_optimizer(named, config.optim), Ema(model, config.ema)
+    critic = Discriminator().to(machine.device) if config.weights.gan else None
+    critic_parameters = list(critic.parameters()) if critic is not None else []
+    critic_optimizer = make_optimizer(critic.named_parameters(), config.optim) if critic is not None else None
     everything = {"model": model, "ema": ema, "optimizer": optimizer}
-    parts = Parts(
-        everything | ({} if repa is None else {"repa": repa}) | ({} if teacher is None else {"teacher": teacher})
-    )
+    options = {"repa": repa, "teacher": teacher, "critic": critic, "critic_optimizer": critic_optimizer}
+    parts = Parts(everything | {name: part for name, part in options.items() if part is not None})
 
     # Resume.
     checkpoint, first = out / "last.ckpt", 0
@@ -122,7 +124,8 @@ def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, e
                     with torch.set_grad_enabled(not config.freeze_encoder):
                         posterior: Posterior = model.encode(real)
                     if teacher is not None:
-                        losses, clean, _ = distillation_losses(
+                        t = torch.ones(len(real), device=machine.device)
+                        losses, clean, x_t = distillation_losses(
                             model,
                             teacher,
                             posterior.mode(),
@@ -135,15 +138,22 @@ def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, e
                     else:
                         z = posterior.sample(normal(seeds[POSTERIOR], posterior.mean.shape[1:], device=machine.device))
                         t = training_times(normal(seeds[TIME], (2,), device=machine.device), config.share_at_one)
-                        losses, clean, _ = flow_losses(model, z, real, noise, t, perceptual=judge, repa=repa)
+                        losses, clean, x_t = flow_losses(model, z, real, noise, t, perceptual=judge, repa=repa)
                 if not config.freeze_encoder:
                     losses["kl"] = posterior.kl().mean()
+                if critic is not None and step > config.gan_start:
+                    losses["gan"] = generator_loss(critic, clean, x_t, t)
                 loss = torch.stack([getattr(config.weights, name) * value for name, value in losses.items()]).sum()
                 (loss / run.accumulate).backward()
+                if critic is not None and step > config.gan_start:
+                    losses["critic"] = critic_loss(critic, real, clean, x_t, t)
+                    (losses["critic"] / run.accumulate).backward()
                 for name, value in (losses | {"loss": loss}).items():
                     sums[name] = sums.get(name, 0) + value.detach() / run.accumulate
             rate = learning_rate(step - 1, run.steps, config.optim)
             norm = optimizer_step(optimizer, parameters, rate, config.optim.clip, machine)
+            if critic_optimizer is not None and step > config.gan_start:
+                optimizer_step(critic_optimizer, critic_parameters, rate, config.optim.clip, machine)
             means = machine.means(sums | {"stop": torch.tensor(float(len(stop)))}) | {"gradient": norm}
             stopping = means.pop("stop") > 0  # in all processes after the same step
             check_losses(means, step, ids, checkpoint, config.loss_limit)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ssdd_models.distill import distillation_losses, make_teacher
 from ssdd_models.encoder import EncoderConfig
-from ssdd_models.losses import DINO_DIM, Repa, flow_losses, training_times
+from ssdd_models.layers import Discriminator
+from ssdd_models.losses import DINO_DIM, Repa, critic_loss, flow_losses, generator_loss, training_times
 from ssdd_models.ssdd import SSDD
 from ssdd_models.train import cancel_noise, make_repa
 from ssdd_models.uvit import SIZES
@@ -100,6 +101,24 @@ def test_repa_compares_the_fifth_block_with_features_of_the_real_image(tiny: SSD
     assert trained == [True, True, True, True, False, False]  # min(4, 6 // 2): the fourth of six, the fifth of eight
     assert all(p.grad is not None for p in repa.parameters())
     assert not any("features" in name for name in repa.state_dict())
+
+
+def test_the_discriminator_learns_to_tell_and_the_decoder_moves_only_itself() -> None:
+    torch.manual_seed(0)
+    critic = Discriminator(width=8)
+    real, fake = torch.rand(2, 3, 32, 32), torch.zeros(2, 3, 32, 32, requires_grad=True)
+    x_t, t = torch.randn(2, 3, 32, 32), torch.tensor([0.2, 1.0])
+    generator_loss(critic, fake, x_t, t).backward()
+    assert fake.grad is not None
+    assert all(parameter.grad is None for parameter in critic.parameters())
+    optimizer = torch.optim.Adam(critic.parameters(), 1e-3)
+    first = critic_loss(critic, real, fake, x_t, t)
+    for _ in range(20):
+        optimizer.zero_grad()
+        last = critic_loss(critic, real, fake, x_t, t)
+        last.backward()
+        optimizer.step()
+    assert last < 0.9 * first
 
 
 def test_repa_without_its_network_says_how_to_get_it(

@@ -97,7 +97,7 @@ def test_stages_follow_each_other_and_record_their_origin(
         settings = KLVAE_TINY if model == "klvae" else SSDD_TINY[: SSDD_TINY.index("weights.repa=0") + 1]
         extra = ["normalise_latents=true"] if model == "klvae" else []
         result = tokbench(
-            "train", model, "--data", photographs, "--out", tmp_path / name, *more, *settings, *extra,
+            "train", model, "--data", photographs, "--out", tmp_path / name, *settings, *extra, *more,
             "run.steps=1", "run.held_out=2", "run.eval_every=1", "run.eval_resolution=32", "run.best_by=psnr",
         )  # fmt: skip
         assert result.status == 0, result.err
@@ -106,7 +106,18 @@ def test_stages_follow_each_other_and_record_their_origin(
     klvae = stage("klvae", "klvae", "--preset", "small")
     sizes = ("decoder.widths=32,32,32,32", "decoder.layers=1", "decoder.heads=2", "decoder.groups=4")
     teacher = stage("pretrain", "ssdd", "--stage", "pretrain", "--encoder-from", klvae, *sizes)
-    student = stage("distill", "ssdd", "--stage", "distill", "--from", teacher, "teacher_steps=2")
+    student = stage(
+        "distill",
+        "ssdd",
+        "--stage",
+        "distill",
+        "--from",
+        teacher,
+        "teacher_steps=2",
+        "weights.gan=0.5",
+        "gan_start=0",
+        "crops.size=32",
+    )
     encoder = load(klvae)[0].encoder.state_dict()
     state, metadata = read_checkpoint(student)
     assert all(torch.equal(state[f"encoder.{key}"], value) for key, value in encoder.items())
