@@ -92,7 +92,7 @@ def _write(report: Report, options: ReportOptions) -> None:
         console = Console(width=None if sys.stdout.isatty() else tables.WIDTH)
         console.print(_leaderboard(report, options))
         if report.speeds:
-            console.print(speed_table(report.speeds))
+            console.print(speed_table(report.speeds, entries=report.entries))
         if comparisons := compare(report.reported, report.entries):
             console.print(
                 tables.plain_table("paper against ours", COMPARISON_HEADS, map(comparison_cells, comparisons))
@@ -130,7 +130,7 @@ def text(report: Report, options: ReportOptions) -> str:
     parts = ["<!-- written by `tokbench report --format markdown`; edit the results instead -->\n"]
     parts += [tables.markdown(block) for block in measured]
     if report.speeds:
-        parts.append(speed_markdown(report.speeds))
+        parts.append(speed_markdown(report.speeds, report.entries))
     if comparisons:
         parts.append(tables.plain_markdown("Paper against ours", COMPARISON_HEADS, comparisons))
     if published:

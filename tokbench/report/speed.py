@@ -58,6 +58,16 @@ def blocks(results: Sequence[SpeedResult]) -> dict[tuple[str, str, int], list[Sp
     return dict(sorted(found.items()))
 
 
+def qualities(entries: Sequence[Entry]) -> tuple[str, dict[tuple[str, int], str]]:
+    """The headline metric of evaluation records and its text by (name, resolution); ("", {}) without any."""
+    metric = headline_metric(entries)
+    if metric is None:
+        return "", {}
+    column = metric_column(metric)
+    values = {(e.name, e.result.dataset.resolution): number(e.result, metric) for e in entries}
+    return column.heading, {key: f"{v:.{column.digits}f}" for key, v in values.items() if v is not None}
+
+
 def cells(result: SpeedResult, reference: SpeedResult | None) -> list[str]:
     """A row's texts under HEADINGS; a stage that was not reached shows a dash."""
     info, decode = result.tokenizer, result.stages.get("decode")
@@ -106,30 +116,41 @@ def footnotes(rows: Sequence[SpeedResult], reference: SpeedResult | None) -> lis
     return notes + [f"{row.tokenizer.name}: {row.failed}" for row in rows if row.failed]
 
 
-def speed_table(results: Sequence[SpeedResult], reference: str | None = None) -> RenderableType:
-    """What `tokbench speed` prints: one table per hardware, setting and resolution."""
+def speed_table(
+    results: Sequence[SpeedResult], reference: str | None = None, entries: Sequence[Entry] = ()
+) -> RenderableType:
+    """What `tokbench speed` prints: one table per hardware, setting and resolution; with `entries` the quality too."""
     parts: list[RenderableType] = []
+    heading, quality = qualities(entries)
     for (hardware, how, resolution), rows in blocks(results).items():
         base = find_reference(rows, reference)
         title = Text(f"{resolution} px · {hardware} · {how}", style="bold")
         table = Table(title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False)
-        for index, heading in enumerate(HEADINGS):
-            table.add_column(Text(heading), justify="right" if index else "left", no_wrap=True)
+        for index, text in enumerate([*HEADINGS, heading] if heading else HEADINGS):
+            table.add_column(Text(text), justify="right" if index else "left", no_wrap=True)
         for row in rows:
             name, *rest = cells(row, base)
-            table.add_row(Text(clipped(name, 24)), *rest)
+            table.add_row(
+                Text(clipped(name, 24)),
+                *rest,
+                *([quality.get((row.tokenizer.name, resolution), "–")] if heading else []),
+            )
         parts += [table, *(Text(note, style="dim") for note in footnotes(rows, base)), Text("")]
     return Group(*parts)
 
 
-def speed_markdown(results: Sequence[SpeedResult], reference: str | None = None, level: int = 2) -> str:
-    """The same as GitHub Markdown."""
+def speed_markdown(results: Sequence[SpeedResult], entries: Sequence[Entry] = (), level: int = 2) -> str:
+    """The same as GitHub Markdown, speed-ups against the first row."""
     lines: list[str] = []
+    heading, quality = qualities(entries)
     for (hardware, how, resolution), rows in blocks(results).items():
-        base = find_reference(rows, reference)
+        base = find_reference(rows, None)
+        heads = [text.replace("\n", ", ") for text in HEADINGS] + ([heading] if heading else [])
         lines += [f"{'#' * level} {resolution} px · {markdown_escape(hardware)} · {how}", ""]
-        lines += ["| " + " | ".join(h.replace("\n", ", ") for h in HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
-        lines += ["| " + " | ".join(markdown_escape(cell) for cell in cells(row, base)) + " |" for row in rows]
+        lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        for row in rows:
+            texts = [*cells(row, base), *([quality.get((row.tokenizer.name, resolution), "–")] if heading else [])]
+            lines.append("| " + " | ".join(markdown_escape(text) for text in texts) + " |")
         lines += ["", *(f"<sub>{markdown_escape(note)}</sub><br>" for note in footnotes(rows, base)), ""]
     return "\n".join(lines)
 
