@@ -32,7 +32,18 @@ from tokbench.protocols import find_protocol
 from tokbench.registry import Spec, create, parse, parse_all
 from tokbench.result import SpeedResult, TokenizerInfo, to_json
 from tokbench.store import write_whole
-from tokbench.timing import CPU_MAX_BATCH, QUICK, STAGES, STANDARD, Effort, Row, count_flops, measure_stage
+from tokbench.timing import (
+    CPU_MAX_BATCH,
+    QUICK,
+    STAGES,
+    STANDARD,
+    Effort,
+    Row,
+    count_flops,
+    measure_stage,
+    time_block,
+    warm_up,
+)
 from tokbench.tokenizer import Tokenizer
 
 
@@ -257,6 +268,7 @@ def conditions(options: SpeedOptions) -> tuple[dict[str, object], dict[str, obje
         "memory_format": "channels_last",
     }
     about = provenance.collect(device, load_average=os.getloadavg()[0], host=platform.system())
+    about["matmul_flops_per_second"] = matmul_rate(device, options.dtype)
     if device.type != "cuda":
         return settings | {"threads": torch.get_num_threads()}, about
     settings |= {
@@ -273,6 +285,14 @@ def conditions(options: SpeedOptions) -> tuple[dict[str, object], dict[str, obje
     ):
         about[name] = nvidia_smi(query, device)
     return settings, about
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that a large matrix product reaches: the ceiling that decoding is held against."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    warm_up(lambda: a @ b, device)
+    return 2 * size**3 / min(time_block(lambda: a @ b, 10, device))
 
 
 def nvidia_smi(query: str, device: torch.device) -> str | None:

@@ -21,6 +21,7 @@ HEADINGS = (
     "GFLOP\ndecode",
     "encode ↑\nimg/s",
     "decode ↑\nimg/s",
+    "of peak\ndecode",
     "round ↑\nimg/s",
     "decode ↓\nms, batch 1",
     "memory\nGB",
@@ -71,18 +72,22 @@ def qualities(entries: Sequence[Entry]) -> tuple[str, dict[tuple[str, int], str]
 def cells(result: SpeedResult, reference: SpeedResult | None) -> list[str]:
     """A row's texts under HEADINGS; a stage that was not reached shows a dash."""
     info, decode = result.tokenizer, result.stages.get("decode")
-    rates = [
+    encode, rate, both = (
         f"{s.images_per_second:.3g}" if (s := result.stages.get(n)) else "–" for n in ("encode", "decode", "round-trip")
-    ]
+    )
     base = reference.stages.get("decode") if reference else None
     memory = max((s.memory_allocated or 0 for s in result.stages.values()), default=0)
     gate = result.gate.get("passed")
     flops = result.flops.get("decode")
+    peak = result.provenance.get("matmul_flops_per_second")
     return [
         info.name,
         f"{info.encoder_params / 1e6:.1f}+{info.decoder_params / 1e6:.1f}",
         f"{flops / 1e9:.1f}" if flops else "–",
-        *rates,
+        encode,
+        rate,
+        f"{flops * decode.images_per_second / peak:.0%}" if flops and decode and peak else "–",
+        both,
         f"{decode.latency_ms:.3g} ({decode.latency_p10_ms:.3g}-{decode.latency_p90_ms:.3g})" if decode else "–",
         f"{memory / 1e9:.2f}" if memory else "–",
         f"{decode.images_per_second / base.images_per_second:.2f}x" if decode and base else "–",
@@ -105,7 +110,8 @@ def footnotes(rows: Sequence[SpeedResult], reference: SpeedResult | None) -> lis
     first = rows[0].provenance
     notes = [
         f"{first.get('date', '')} · median of at least {rows[0].settings.get('iterations')} iterations "
-        "at the best batch size, models in turns; uint8 to uint8, noise included; FLOP = 2 x MAC"
+        "at the best batch size, models in turns; uint8 to uint8, noise included; FLOP = 2 x MAC; "
+        "peak: a large matrix product, measured in the same run"
     ]
     if reference is not None:
         notes.append(f"speed-up against {reference.tokenizer.name}")
