@@ -237,7 +237,9 @@ def train_klvae(config: KLVAETraining, data: str, out: Path, start: Path | None,
                 save_image(image_grid([real[:8], fake[:8]]), out / "samples" / f"{step:07d}.png")
             if machine.main and held and due(step, run.eval_every, run.steps):
                 with averaged(optimizer), ema.applied():
-                    log.write(step=step, **score(KLVAETokenizer(model, {}), real_held, machine.device))
+                    log.write(
+                        step=step, **score(KLVAETokenizer(model, {}), real_held, run.eval_metrics, machine.device)
+                    )
                     if is_best(log.records(), run.best_by):
                         export(out / "best.safetensors")
                 plot_curves(log.records(), out / "curves.png")

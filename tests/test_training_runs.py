@@ -99,6 +99,7 @@ def test_stages_follow_each_other_and_record_their_origin(
         result = tokbench(
             "train", model, "--data", photographs, "--out", tmp_path / name, *settings, *extra, *more,
             "run.steps=1", "run.held_out=2", "run.eval_every=1", "run.eval_resolution=32", "run.best_by=psnr",
+            "run.eval_metrics=psnr,ssim",
         )  # fmt: skip
         assert result.status == 0, result.err
         return Path(result.out.strip())
@@ -126,6 +127,13 @@ def test_stages_follow_each_other_and_record_their_origin(
     assert SSDD.from_pretrained(student).config.steps == 1
     for name in ("log.jsonl", "best.safetensors", "curves.png", "last.ckpt"):
         assert (student.parent / name).stat().st_size > 0
+
+
+def test_recomputed_activations_change_nothing(photographs: Path, tmp_path: Path, tokbench: Callable[..., Any]) -> None:
+    for name, value in (("kept", "false"), ("again", "true")):
+        settings = [*SSDD_TINY, "run.steps=2", f"run.checkpoint_activations={value}"]
+        assert tokbench(*command("ssdd", photographs, tmp_path / name, *settings)[3:]).status == 0
+    assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "again"), rel=1e-6)
 
 
 def test_a_stage_without_what_it_starts_from_says_so(

@@ -1,6 +1,5 @@
 """Photographs kept out of training: which they are, and how a model in training does on them."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,10 @@ from torch import Tensor
 
 from tokbench.crops import hold_out
 from tokbench.device import precision
+from tokbench.errors import CellError, InputError
 from tokbench.images import crop
+from tokbench.metrics import find_metrics
+from tokbench.metrics.scoring import instruments
 from tokbench.protocols import PROTOCOLS
 from tokbench.reconstruct import quantise
 from tokbench.seeding import image_seeds
@@ -22,6 +24,8 @@ def open_photographs(data: str, run: RunConfig) -> tuple[Any, list[int], list[in
     """The source, and which of its images train and which are held out for scoring, by subject."""
     from tokbench.data import open_source
 
+    if run.held_out and run.best_by not in run.eval_metrics:
+        raise InputError(f"run.best_by={run.best_by} is none of run.eval_metrics={','.join(run.eval_metrics)}")
     source = open_source(data, None, None)
     train, held = hold_out(source.ids, run.held_out) if run.held_out else (list(range(len(source.ids))), [])
     return source, train, held
@@ -33,19 +37,22 @@ def held_out_images(source: Any, indices: Sequence[int], resolution: int) -> Ten
     return torch.from_numpy(np.stack(crops)) if crops else torch.empty(0, 3, resolution, resolution, dtype=torch.uint8)
 
 
-def score(tokenizer: Tokenizer, real: Tensor, device: torch.device) -> dict[str, float]:
-    """Means of the harness's per-image metrics on held-out photographs, uint8 [N, 3, R, R], under its adm protocol."""
-    from tokbench.metrics.perceptual import lpips_network
+def score(tokenizer: Tokenizer, real: Tensor, metrics: Sequence[str], device: torch.device) -> dict[str, float]:
+    """Means of the harness's per-image metrics on held-out photographs, uint8 [N, 3, R, R], under its adm protocol.
 
-    alex = lpips_network("alex", safe=False).to(device)
-    rows: dict[str, list[float]] = {"psnr": [], "lpips-alex": []}
+    Raises CellError if a metric cannot be had, for then no checkpoint could be chosen by it.
+    """
+    tools = instruments(find_metrics(metrics), len(real), real.shape[2], device)
+    for name, reason in tools.unavailable.items():
+        raise CellError(f"held-out photographs cannot be scored: {name}: {reason}; see run.eval_metrics")
+    rows: dict[str, list[float]] = {}
     with precision(device, torch.float32):
         for part in real.split(2):
-            seeds = image_seeds(part, 0)
-            latents = tokenizer.encode(part.to(device), sample=False, seeds=seeds)
-            size = (part.shape[2], part.shape[3])
-            fake = quantise(tokenizer.decode(latents, seeds=seeds, size=size), "nearest").float()
-            part = part.to(device).float()
-            rows["psnr"] += (20 * math.log10(255) - 10 * (fake - part).square().mean((1, 2, 3)).log10()).tolist()
-            rows["lpips-alex"] += alex(part / 127.5 - 1, fake / 127.5 - 1).tolist()
+            seeds, part = image_seeds(part, 0), part.to(device)
+            latents = tokenizer.encode(part, sample=False, seeds=seeds)
+            decoded = tokenizer.decode(latents, seeds=seeds, size=(part.shape[2], part.shape[3]))
+            fake = quantise(decoded, PROTOCOLS["adm"].fake_rounding)
+            for scorer in tools.scorers:
+                for name, values in scorer(part, fake, decoded).items():
+                    rows.setdefault(name, []).extend(values.tolist())
     return {name: sum(values) / len(values) for name, values in rows.items()}

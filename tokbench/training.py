@@ -65,6 +65,7 @@ class RunConfig:
     eval_every: int = 2000
     eval_resolution: int = 256
     held_out: int = 14  # photographs of the data kept for scoring; 0: none
+    eval_metrics: tuple[str, ...] = ("psnr", "lpips-alex")
     best_by: str = "lpips-alex"  # the held-out metric that chooses best.safetensors
 
 
@@ -248,7 +249,10 @@ def perceptual_loss(name: Perceptual, device: torch.device) -> Callable[[Tensor,
 
 # ---- state on disk ------------------------------------------------------------------------------------------------
 
-FREE_SETTINGS = ("device", "workers", "steps", "compile", "log_every", "sample_every", "save_every", "eval_every")
+FREE_SETTINGS = (
+    "device", "workers", "steps", "compile", "log_every", "sample_every", "save_every",
+    "eval_every", "eval_resolution", "eval_metrics", "best_by",
+)  # fmt: skip
 
 
 def save_checkpoint(path: Path, config: Any, state: Mapping[str, Any]) -> None:
