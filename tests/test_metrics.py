@@ -1,5 +1,6 @@
 """Per-image scores against scikit-image, lpips and DISTS's formula; laws of the table of metrics."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -244,6 +245,16 @@ def test_a_missing_network_makes_its_metric_unavailable_with_the_command(
     tools = instruments(find_metrics(["psnr", "lpips-alex", "dreamsim", "pd-mobilenet"]), 29, 64)
     assert set(tools.unavailable) == {"lpips-alex", "dreamsim", "pd-mobilenet"}
     assert "tokbench weights fetch lpips-alex" in tools.unavailable["lpips-alex"]
+    assert tools.columns == ["psnr", "mse"]
+
+
+def test_a_file_of_other_weights_makes_its_metrics_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKBENCH_WEIGHTS", str(tmp_path))
+    monkeypatch.setitem(weights.NETWORKS, "mobilenet", replace(weights.NETWORKS["mobilenet"], sha256=""))
+    torch.save({"x": torch.zeros(1)}, tmp_path / weights.NETWORKS["mobilenet"].file)
+    tools = instruments(find_metrics(["psnr", "pd-mobilenet", "agreement"]), 29, 64)
+    assert set(tools.unavailable) == {"pd-mobilenet", "agreement"}
+    assert "does not hold the weights of mobilenet" in tools.unavailable["agreement"]
     assert tools.columns == ["psnr", "mse"]
 
 

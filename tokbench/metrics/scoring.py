@@ -107,7 +107,7 @@ def instruments(
     A metric that so few images cannot give needs nothing; its value will be null and say so.
     """
     tools = Instruments()
-    wanted: list[str] = []
+    wanted: dict[str, list[Metric]] = {}
     for metric in metrics:
         if num_images < metric.minimum:
             continue
@@ -124,7 +124,11 @@ def instruments(
             tools.unavailable[metric.name] = str(error)
             continue
         tools.columns += new
-        if metric.extractor in EXTRACTORS and metric.extractor not in wanted:
-            wanted.append(metric.extractor)
-    tools.extractors = extractors(wanted, device)
+        if metric.extractor in EXTRACTORS:
+            wanted.setdefault(EXTRACTORS[metric.extractor].network, []).append(metric)
+    for readers in wanted.values():  # together: extractors of one network share it
+        try:
+            tools.extractors |= extractors([metric.extractor or "" for metric in readers], device)
+        except weights.WeightsError as error:
+            tools.unavailable |= {metric.name: str(error) for metric in readers}
     return tools
