@@ -101,7 +101,7 @@ def missing(name: str) -> str:
     by_hand = next((source for source in network.sources if source.kind == "folder"), None)
     if by_hand is not None:
         place = weights_dir() / by_hand.file
-        return f"no weights of {name} in {place}: {by_hand.where} (their hashes are not published: not fetched)"
+        return f"no weights of {name} in {place}: {by_hand.where} (their hashes are not known: not fetched)"
     size = min((source.size for source in network.sources), default=network.size)
     return f"no weights of {name} on this machine; `tokbench weights fetch {name}` gets them ({_megabytes(size)})"
 
@@ -156,7 +156,8 @@ def _fetch(network: Network, folder: Path) -> Path:
                 return kept
             except WeightsError as error:
                 reasons.append(str(error))
-    raise WeightsError(f"{network.name}: {'; '.join(reasons)}")
+    hint = f"; with internet, `tokbench weights fetch {network.name}` gets them" if network.sha256 else ""
+    raise WeightsError("; ".join(dict.fromkeys(reasons)) + hint)
 
 
 def _at_hand(source: Source) -> Path | None:
@@ -226,9 +227,9 @@ def download(url: str, part: Path, sha256: str, size: int, what: str) -> Path:
     except URLError as error:
         if getattr(error, "code", None) == 416:  # asked for more than there is: `part` is whole already, or too long
             return _check_part(part, sha256, what)
-        raise WeightsError(f"cannot download {url} ({error.reason})") from None
+        raise WeightsError(f"{what}: cannot download {url} ({error.reason})") from None
     except (OSError, ValueError) as error:
-        raise WeightsError(f"cannot download {url} ({error}); the next attempt goes on from here") from None
+        raise WeightsError(f"{what}: cannot download {url} ({error})") from None
     return _check_part(part, sha256, what)
 
 
