@@ -278,3 +278,15 @@ def test_our_group_norm_and_its_gradients_equal_pytorchs(shape: tuple[int, ...])
     grads = (torch.autograd.grad(y, given, weight) for y in (ours, expected))
     for one, other in zip(*grads, strict=True):
         assert_equal(one, other, 1e-12)
+
+
+@pytest.mark.parametrize(("side", "rows", "batch"), [(512, 64, 1), (200, 25, 2), (128, 1, 2)])
+def test_group_norm_is_accurate_on_large_images(side: int, rows: int, batch: int) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(batch, 8, side, side) + 1).to(memory_format=torch.channels_last)
+    scale, shift = torch.randn(batch, 8, rows, rows), torch.randn(batch, 8, rows, rows)
+    wide = [F.interpolate(m.double(), size=(side, side)) for m in (scale, shift)]
+    expected = (F.group_norm(x.double(), 4) * wide[0] + wide[1]).float()
+    with torch.no_grad():
+        assert_equal(group_norm(x, 4, scale, shift, 1e-5), expected, 3e-5)
+    assert_equal(group_norm(x, 4, scale, shift, 1e-5), expected, 3e-5)
