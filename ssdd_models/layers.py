@@ -142,8 +142,8 @@ def group_norm(x: Tensor, groups: int, scale: Tensor, shift: Tensor, eps: float)
         elif len(scale) > 1:
             scale, shift = scale.repeat_interleave(parts, 0), shift.repeat_interleave(parts, 0)
         scale, shift = scale * ratio, shift + scale * delta
-    # h is a fresh tensor and may be written over: memory traffic is time.
-    h = spread(lambda h, scale, shift: h.mul_(scale).add_(shift), h, scale, shift)
+    # h is a fresh tensor and may be written over: memory traffic is time, and mixed types are slow.
+    h = spread(lambda h, scale, shift: h.mul_(scale).add_(shift), h, scale.to(h.dtype), shift.to(h.dtype))
     return strips(h, len(x), back=True) if parts > 1 else h
 
 
