@@ -17,7 +17,8 @@ LONGER = ("train", "forward")  # a training loop, a forward pass
 HEAVY = {"lpips", "dreamsim", "torch_fidelity", "diffusers", "transformers"}
 WITHOUT_TORCH = (
     "tokbench.result", "tokbench.store", "tokbench.registry", "tokbench.protocols", "tokbench.metrics",
-    "tokbench.check", "tokbench.compare", "tokbench.report.leaderboard", "tokbench.report.tables", "tokbench.report.plots", "tokbench.cli",
+    "tokbench.check", "tokbench.compare", "tokbench.report.leaderboard",
+    "tokbench.report.tables", "tokbench.report.plots", "tokbench.cli",
 )  # fmt: skip
 MAY_IMPORT = {"tokbench": set(), "ssdd_models": {"tokbench"}, "baselines": {"tokbench", "ssdd_models"}}
 OF_SSDD = {"ssdd_models.layers", "ssdd_models.encoder"}  # what baselines may use
