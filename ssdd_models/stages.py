@@ -59,19 +59,31 @@ _SMALL = SSDDTraining(
     replace(SIZES["XS"], groups=4),
     "fan-in",
     True,
-    CropConfig(64, (192, 320), enlarge=1.1, sample_by="area", flat=8.0, late_size=128),
-    RunConfig(steps=4000, batch_size=16, log_every=20, sample_every=500, save_every=200, eval_every=1000),
+    CropConfig(64, (192, 320), enlarge=1.1, sample_by="area", flat=8.0, late_size=128, late_share=0.03),
+    RunConfig(steps=900, batch_size=16, log_every=20, sample_every=200, save_every=50, eval_every=200),
     OptimConfig("adamw", 1e-3, (0.9, 0.99), clip=1.0, warmup_steps=100, schedule="cosine", final_share=0.05),
     EmaConfig(start_step=0),
     LossWeights(repa=0.0),
-    perceptual_start=1000,
-    share_at_one=0.1,
+    perceptual_start=450,
+    share_at_one=0.2,
+    eval_steps=1,
 )
-# The demo weights: a decoder XS whose norms have 4 groups, on a few hundred photographs, in minutes.
+_SMALL_LAST = replace(
+    _SMALL,
+    cancel_noise=False,
+    crops=replace(_SMALL.crops, late_share=0.06),
+    run=replace(_SMALL.run, steps=250),
+    optim=replace(_SMALL.optim, learning_rate=3e-4, warmup_steps=20),
+    ema=EmaConfig(0.99, 0),
+    perceptual_start=0,
+    share_at_one=1.0,
+)
+# The demo weights: decoder XS with 4 groups in its norms, 128 photographs, half an hour on two cores. In one step,
+# on 14 held-out photographs at 256 px: 24.7 dB and lpips-alex .34 after pretrain, 25.0 and .31 after finetune.
 SMALL_STAGES: dict[Stage, SSDDTraining] = {
     "joint": replace(_SMALL, stage="joint"),
     "pretrain": _SMALL,
-    "finetune": replace(_SMALL, stage="finetune", perceptual_start=0),
-    "distill": replace(_SMALL, stage="distill", perceptual_start=0, eval_steps=1),
+    "finetune": replace(_SMALL_LAST, stage="finetune"),
+    "distill": replace(_SMALL_LAST, stage="distill"),
 }
 PRESETS = {"paper": STAGES, "small": SMALL_STAGES}
