@@ -48,9 +48,12 @@ class SSDDConfig:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "SSDDConfig":
-        """The inverse of `dataclasses.asdict`; TypeError or ValueError for anything else."""
-        rest = {k: v for k, v in record.items() if k not in ("encoder", "decoder")}
-        return cls(EncoderConfig(**record["encoder"]), DecoderConfig(**record["decoder"]), **rest)
+        """The inverse of `dataclasses.asdict`; ValueError for anything else."""
+        try:
+            rest = {k: v for k, v in record.items() if k not in ("encoder", "decoder")}
+            return cls(EncoderConfig(**record["encoder"]), DecoderConfig(**record["decoder"]), **rest)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a configuration of an SSDD: {error}") from error
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> "SSDDConfig":

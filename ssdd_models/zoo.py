@@ -74,7 +74,9 @@ def ssdd(
     if metadata.get("model", "ssdd") != "ssdd":
         raise InputError(f"{path}: holds {metadata['model']}, not ssdd")
     if random_weights:
-        config = SSDDConfig.from_json(metadata["config"]) if metadata else SSDDConfig.from_shapes(shapes(state))
+        config = (
+            SSDDConfig.from_json(metadata["config"]) if "config" in metadata else SSDDConfig.from_shapes(shapes(state))
+        )
         return SSDDTokenizer(SSDD.from_config(config), steps, time_shift, {"note": "random weights: for speed only"})
     return SSDDTokenizer(SSDD.from_pretrained(path), steps, time_shift, metadata.get("info", {}))
 
