@@ -18,7 +18,7 @@ from ssdd_models.zoo import SSDDTokenizer
 from tokbench.config import describe, from_dict, override
 from tokbench.crops import PhotoCrops, batches
 from tokbench.errors import InputError
-from tokbench.held_out import held_out_images, open_photographs, score
+from tokbench.held_out import open_photographs, score
 from tokbench.progress import bar, say
 from tokbench.seeding import normal
 from tokbench.trainers import TrainOptions, choose
@@ -62,9 +62,8 @@ def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, e
     """
     # Set up: processes, data, model, what judges it.
     run, machine = config.run, Machine(config.run)
-    source, train, held = open_photographs(data, run)
+    source, train, real_held = open_photographs(data, run)
     crops = PhotoCrops(source, train, config.crops, run.seed)
-    real_held = held_out_images(source, held, run.eval_resolution)
     torch.manual_seed(run.seed)
     model, origin = build(config, start, encoder_from)
     model.to(machine.device).to(memory_format=torch.channels_last)
@@ -167,7 +166,7 @@ def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, e
                 log.write(step=step, rate=rate, **meter.take())
             if machine.main and due(step, run.sample_every, run.steps):
                 save_image(image_grid([real[:8], clean[:8]]), out / "samples" / f"{step:07d}.png")
-            if machine.main and held and due(step, run.eval_every, run.steps):
+            if machine.main and len(real_held) and due(step, run.eval_every, run.steps):
                 with averaged(optimizer), ema.applied():
                     log.write(
                         step=step,

@@ -93,6 +93,7 @@ def test_held_out_subjects_are_not_in_training() -> None:
     train, held = hold_out(ids, 4)
     assert len(held) == 4
     assert not {ids[i].split("-")[0] for i in train} & {ids[i].split("-")[0] for i in held}
+    assert len(hold_out([f"n0144/n0144_{i}" for i in range(50)], 4)[1]) == 4
     with pytest.raises(InputError, match="cannot hold out"):
         hold_out(ids, 12)
 

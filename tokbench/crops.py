@@ -55,6 +55,8 @@ def hold_out(ids: Sequence[str], num_images: int) -> tuple[list[int], list[int]]
     subjects: dict[str, list[int]] = {}
     for index in sorted(range(len(ids)), key=lambda i: ids[i]):
         subjects.setdefault(re.sub(r"[-_ ]*\d*(-[ab])?$", "", ids[index]), []).append(index)
+    if min(len(members) for members in subjects.values()) > num_images:  # classes, not subjects: take single images
+        subjects = {ids[index]: [index] for index in range(len(ids))}
     held: list[int] = []
     names = list(subjects)
     stride = max(1, len(names) // max(1, num_images))

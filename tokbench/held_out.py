@@ -20,21 +20,25 @@ from tokbench.tokenizer import Tokenizer
 from tokbench.training import RunConfig
 
 
-def open_photographs(data: str, run: RunConfig) -> tuple[Any, list[int], list[int]]:
-    """The source, and which of its images train and which are held out for scoring, by subject."""
+def open_photographs(data: str, run: RunConfig) -> tuple[Any, list[int], Tensor]:
+    """The source, which of its images train, and the adm crops that are held out, uint8 [N, 3, R, R].
+
+    Held out are run.held_out images of run.held_out_data or, without it, whole subjects of the source itself.
+    """
     from tokbench.data import open_source
 
     if run.held_out and run.best_by not in run.eval_metrics:
         raise InputError(f"run.best_by={run.best_by} is none of run.eval_metrics={','.join(run.eval_metrics)}")
-    source = open_source(data, None, None)
-    train, held = hold_out(source.ids, run.held_out) if run.held_out else (list(range(len(source.ids))), [])
-    return source, train, held
-
-
-def held_out_images(source: Any, indices: Sequence[int], resolution: int) -> Tensor:
-    """The adm crops of these photographs, uint8 [N, 3, R, R]."""
-    crops = [crop(source.read(index), resolution, PROTOCOLS["adm"]).transpose(2, 0, 1) for index in indices]
-    return torch.from_numpy(np.stack(crops)) if crops else torch.empty(0, 3, resolution, resolution, dtype=torch.uint8)
+    source = judged = open_source(data)
+    train, held = list(range(len(source))), []
+    if run.held_out and run.held_out_data:
+        judged = open_source(run.held_out_data, None, run.held_out)
+        held = list(range(len(judged)))
+    elif run.held_out:
+        train, held = hold_out(source.ids, run.held_out)
+    size = run.eval_resolution
+    crops = [crop(judged.read(index), size, PROTOCOLS["adm"]).transpose(2, 0, 1) for index in held]
+    return source, train, torch.from_numpy(np.stack(crops)) if crops else torch.empty(0, 3, size, size)
 
 
 def score(tokenizer: Tokenizer, real: Tensor, metrics: Sequence[str], device: torch.device) -> dict[str, float]:

@@ -64,7 +64,8 @@ class RunConfig:
     save_every: int = 500
     eval_every: int = 2000
     eval_resolution: int = 256
-    held_out: int = 14  # photographs of the data kept for scoring; 0: none
+    held_out: int = 14  # photographs kept for scoring, of the data itself or of held_out_data; 0: none
+    held_out_data: str | None = None  # a folder, as --data
     eval_metrics: tuple[str, ...] = ("psnr", "lpips-alex")
     best_by: str = "lpips-alex"  # the held-out metric that chooses best.safetensors
 
