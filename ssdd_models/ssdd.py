@@ -129,8 +129,7 @@ class SSDD(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, z: Tensor, tap: Tap | None = None) -> Tensor:
         """Velocity [B, 3, H, W] at x_t [B, 3, H, W], t [B] in [0, 1], for encoder latents z [B, c, h, w]."""
-        size = (x_t.shape[2], x_t.shape[3])
-        return self.decoder(x_t, t, self.decoder.condition(self.normalise(z), size), tap)
+        return self.decoder(x_t, t, self.normalise(z), tap)
 
     @torch.no_grad()
     def decode(
@@ -151,11 +150,13 @@ class SSDD(nn.Module):
             noise = torch.randn(len(z), 3, *size, device=z.device, generator=generator)
         if noise.shape != (len(z), 3, *size):
             raise ValueError(f"noise {tuple(noise.shape)}: latents {tuple(z.shape)} need {(len(z), 3, *size)}")
-        condition = self.decoder.condition(self.normalise(z), size)
+        steps = self.config.steps if steps is None else steps
+        z = self.normalise(z)
+        given = z if steps == 1 else self.decoder.condition(z, size)  # one call may be compiled as a whole
         return flow.euler(
-            lambda x, t: self.decoder(x, t, condition),
+            lambda x, t: self.decoder(x, t, given),
             noise.float().contiguous(memory_format=torch.channels_last),
-            self.config.steps if steps is None else steps,
+            steps,
             self.config.time_shift if time_shift is None else time_shift,
         )
 

@@ -291,11 +291,13 @@ class UViT(nn.Module):
     def residual_blocks(levels: Iterable[Any]) -> Iterator[Any]:
         return (block for level in levels for block in level.resnets)
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Condition, tap: Tap | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, given: Condition | Tensor, tap: Tap | None = None) -> Tensor:
         """Velocity [B, 3, H, W] at x_t [B, 3, H, W] and t [B] in [0, 1].
 
-        `tap(i, tokens [B, N, dim])` is called with the output of each transformer block (REPA).
+        `given` are the latents, or `condition` of them where several steps share it. `tap(i, tokens [B, N, dim])` is
+        called with the output of each transformer block (REPA).
         """
+        condition = given if isinstance(given, Condition) else self.condition(given, (x_t.shape[2], x_t.shape[3]))
         modulations = iter(condition.modulations)
         temb = timestep_embedding(1000.0 * t, self.config.widths[0]).to(x_t.dtype)
         temb = self.time_embedding["linear_2"](F.silu(self.time_embedding["linear_1"](temb)))
