@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from tokbench.data import open_source
 from tokbench.errors import InputError
 from tokbench.images import crop
 from tokbench.metrics import METRICS as TABLE
+from tokbench.metrics import kernel_of
 from tokbench.protocols import find_protocol
 from tokbench.reconstruct import quantise
-from tokbench.result import read_result, to_json
+from tokbench.result import Value, read_result, to_json
 from tokbench.store import SampleStore, per_image_path, read_per_image, write_per_image
 
 METRICS = "psnr,psnr-global,ssim"
@@ -141,6 +143,46 @@ def test_compare_says_better_worse_same_and_inconclusive(tmp_path: Path) -> None
         assert d.low <= d.difference <= d.high
         assert d.how == "paired by image"
         assert (d.needed is not None and d.needed >= d.n) == (d.verdict == "inconclusive")
+
+
+def test_compare_gives_no_metric_the_interval_of_another(tmp_path: Path) -> None:
+    paths = results(tmp_path, 0.0, 0.5)
+    for path, spread in zip(paths, (1.0, 2.0), strict=True):
+        base = read_result(path)
+        metrics = {"latent-std": Value(spread, n=200), "kid": kernel_of("net", Noise(spread))}
+        path.write_text(to_json(replace(base, metrics=metrics)))
+        columns = {"latent-mean": np.arange(200.0), "latent-square": np.arange(200.0)}
+        write_per_image(per_image_path(path), [f"{i:04d}" for i in range(200)], columns)
+    assert {(d.metric, d.verdict, d.how) for d in compare(*paths)} == {
+        ("latent-std", "inconclusive", "no error known"),
+        ("kid", "inconclusive", "no error known"),  # one subset of all images has no spread, which is not none
+    }
+
+
+class Noise:
+    """Features of two sides, the fakes' wider."""
+
+    def __init__(self, spread: float) -> None:
+        self.ids, self.spread = [str(i) for i in range(20)], spread
+
+    def features(self, side: str, extractor: str) -> np.ndarray:
+        return np.random.default_rng(0).standard_normal((20, 3)) * (1 if side == "real" else self.spread)
+
+    def column(self, name: str) -> np.ndarray:
+        raise KeyError(name)
+
+
+def test_the_interval_of_the_global_psnr_is_that_of_many_redrawn_sets(tmp_path: Path) -> None:
+    generator, n, paths = np.random.default_rng(0), 300, results(tmp_path, 0.0, 0.0)
+    errors = generator.gamma(2, 1e-3, (2, n))
+    for path, own in zip(paths, errors, strict=True):
+        value = Value(float(-10 * np.log10(own.mean())), n=n)
+        path.write_text(to_json(replace(read_result(path), metrics={"psnr-global": value})))
+        write_per_image(per_image_path(path), [f"{i:04d}" for i in range(n)], {"mse": own})
+    (d,) = compare(*paths)
+    redrawn = [errors[:, rows].mean(1) for rows in generator.integers(n, size=(4000, n))]
+    expected = np.quantile([-10 * np.log10(b / a) for a, b in redrawn], [0.025, 0.975])
+    assert (d.low, d.high) == pytest.approx(expected, abs=0.05)
 
 
 def test_compare_without_rows_is_wider(tmp_path: Path) -> None:

@@ -33,13 +33,6 @@ def test_pairing_takes_the_spread_between_images_out() -> None:
     assert 0.4 < low < 0.5 < high < 0.6
 
 
-def test_a_bootstrap_interval_equals_students_for_a_mean() -> None:
-    values = np.random.default_rng(0).standard_normal(200)
-    low, high = statistics.bootstrap_interval(lambda rows: float(values[rows].mean()), 200)
-    expected = statistics.mean_and_error(values)
-    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.02)
-
-
 def test_half_samples_are_complementary_and_the_same_for_everyone() -> None:
     halves = statistics.half_samples(11, 3)
     assert len(halves) == 6

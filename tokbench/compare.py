@@ -11,9 +11,9 @@ from tokbench.metrics import METRICS, Metric, frechet
 from tokbench.result import EvalResult, read_result
 from tokbench.statistics import (
     Verdict,
-    bootstrap_interval,
     half_sample_error,
     images_needed,
+    mean_and_error,
     paired_interval,
     t_quantile,
     verdict,
@@ -99,9 +99,9 @@ def _interval(
     """A paired 95 % interval from per-image rows or kept features; (None, None, "") without them."""
     first, second = rows
     if first and second and first[0] == second[0] and len(first[0]) > 1:
-        column = metric.columns[0] if metric.columns else metric.name
+        column = "mse" if metric.name == "psnr-global" else metric.name
         if column in first[1] and column in second[1]:
-            return _of_columns(metric, first[1][column], second[1][column])
+            return _of_columns(metric, difference, first[1][column], second[1][column])
     if metric.extractor is None or None in stores or metric.sides != ("real", "fake"):
         return None, None, ""
     try:
@@ -116,15 +116,17 @@ def _interval(
     return None, None, ""
 
 
-def _of_columns(metric: Metric, a: np.ndarray, b: np.ndarray) -> tuple[float, float, str]:
-    if metric.name == "psnr-global":
-
-        def drawn(indices: np.ndarray) -> float:
-            errors = [max(float(side[indices].mean()), 1e-10) for side in (a, b)]
-            return -10 * float(np.log10(errors[1] / errors[0]))
-
-        return *bootstrap_interval(drawn, len(a)), "paired bootstrap"
-    return *paired_interval(b, a), "paired by image"
+def _of_columns(
+    metric: Metric, difference: float, a: np.ndarray, b: np.ndarray
+) -> tuple[float | None, float | None, str]:
+    if metric.name != "psnr-global":
+        return *paired_interval(b, a), "paired by image"
+    if not (a.any() and b.any()):
+        return None, None, ""
+    # Delta method: what each image's squared error adds to the difference of the two logarithms.
+    slopes = mean_and_error(-10 / np.log(10) * (b / b.mean() - a / a.mean()))
+    half = slopes.high - slopes.value if slopes.high is not None and slopes.value is not None else 0.0
+    return difference - half, difference + half, "paired by image"
 
 
 def run_compare(path_a: Path, path_b: Path) -> int:
@@ -140,14 +142,13 @@ def run_compare(path_a: Path, path_b: Path) -> int:
     title = f"{b.tokenizer.name} against {a.tokenizer.name}: {a.dataset.name} at {a.dataset.resolution} px"
     table = Table(title=Text(title, style="bold"), title_justify="left", box=None, padding=(0, 1), pad_edge=False)
     for index, heading in enumerate(("metric", a.tokenizer.name, b.tokenizer.name, "difference", "95 %", "verdict")):
-        table.add_column(heading, justify="right" if 0 < index < 5 else "left", overflow="fold")
+        table.add_column(Text(heading), justify="right" if 0 < index < 5 else "left", overflow="fold")
     colours = {"better": "green", "worse": "bold red", "inconclusive": "yellow", "same": ""}
     for d in differences:
         table.add_row(*(Text(text, style=colours[d.verdict]) for text in describe(d)))
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table)
-    console.print(f"N = {a.dataset.num_images} · protocol {a.protocol} · same: within the metric's tolerance",
-                  highlight=False)  # fmt: skip
+    console.print(Text(f"N = {a.dataset.num_images} · protocol {a.protocol} · same: within the metric's tolerance"))
     return 0
 
 

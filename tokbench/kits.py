@@ -14,14 +14,11 @@ class Kits:
 
     def __init__(self, names: Sequence[str], num_images: int, device: torch.device) -> None:
         """InputError for an unknown metric. `networks` {name: sha256} leaves out what so few images do not need."""
-        self.metrics = find_metrics(names)
+        self.metrics = find_metrics(names, "reconstruction")
         self.num_images, self.device = num_images, device
         needed = [metric for metric in self.metrics if metric.minimum <= num_images]
         self.networks = {
-            name: weights.digest(name)
-            for metric in needed
-            for name in metric.networks
-            if name in weights.NETWORKS
+            name: weights.digest(name) for metric in needed for name in metric.networks if name in weights.NETWORKS
         }
         self._loaded: dict[int, Instruments] = {}
 

@@ -66,7 +66,7 @@ def score(options: ScoreOptions) -> EvalResult:
     """
     protocol, device = find_protocol(options.protocol), select_device(options.device)
     names = [name.strip() for name in (options.metrics or "").split(",") if name.strip()]
-    chosen = find_metrics(names or protocol.metrics or DEFAULT)
+    chosen = find_metrics(names or protocol.metrics or DEFAULT, "reconstruction")
     real, fake = open_source(options.real), open_source(options.fake)
     match(real, fake)
     resolution = common_size(fake)
@@ -85,8 +85,9 @@ def score(options: ScoreOptions) -> EvalResult:
     empty = EvalResult(protocol.name, protocol.fingerprint(), info, dataset, {}, unavailable)
     path = result_path(options.out, empty)
     work = path.with_name(f".{path.stem}-score")
-    shutil.rmtree(work, ignore_errors=True)
     with hold(work):
+        for old in work.glob("*-*"):  # of a run that was killed
+            old.unlink()
         batch = max(1, PIXELS_PER_BATCH[device.type] // resolution**2)
         loaders = [
             Loader(side, resolution, protocol, batch_size=batch, workers=options.workers) for side in (real, fake)
@@ -103,7 +104,7 @@ def score(options: ScoreOptions) -> EvalResult:
         result = EvalResult(protocol.name, protocol.fingerprint(), info, dataset, values, unavailable, settings, made)
         write_per_image(per_image_path(path), store.ids, table(list(values), store, (0,)))
         write_whole(path, to_json(result))
-    shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     return result
 
 

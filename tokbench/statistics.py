@@ -6,7 +6,6 @@ distribution): its error comes from half-samples without replacement, the same f
 """
 
 import math
-from collections.abc import Callable
 from statistics import NormalDist
 from typing import Literal
 
@@ -54,16 +53,6 @@ def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     assert difference.low is not None
     assert difference.high is not None
     return difference.low, difference.high
-
-
-def bootstrap_interval(
-    statistic: Callable[[np.ndarray], float], num_images: int, *, repeats: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile interval of a statistic of image indices [N], redrawn with replacement. Not for Fréchet."""
-    generator = np.random.default_rng(seed)
-    values = [statistic(generator.integers(num_images, size=num_images)) for _ in range(repeats)]
-    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
 
 
 def half_samples(num_images: int, repeats: int = 8, seed: int = 0) -> list[np.ndarray]:

@@ -92,7 +92,8 @@ def kernel_of(extractor: str, samples: Samples) -> Value:
     """Kernel distance (KID) of both sides, its error over subsets."""
     real, fake = samples.features("real", extractor), samples.features("fake", extractor)
     value, spread = distribution.kernel_distance(real, fake)
-    return Value(value, spread, n=len(fake), note=f"subsets of {min(len(real), len(fake), distribution.KID_SUBSET)}")
+    note = f"error: spread over subsets of {distribution.KID_SUBSET}" if spread else "one subset of all images"
+    return Value(value, spread or None, n=len(fake), note=note)
 
 
 def paired_rows(extractor: str, samples: Samples) -> np.ndarray:
@@ -234,8 +235,11 @@ DEFAULT = ("psnr", "psnr-global", "ssim", "ssim-gauss", "lpips-alex", "lpips-vgg
            "bpp", "perplexity", "codebook-use", "latent-mean", "latent-std")  # fmt: skip
 
 
-def find_metrics(names: Sequence[str]) -> list[Metric]:
-    """The metrics of these names, in the table's order, each once; InputError with close matches for another."""
+def find_metrics(names: Sequence[str], scope: Literal["reconstruction", "both"] = "both") -> list[Metric]:
+    """The metrics of these names, in the table's order, each once; InputError with close matches for another.
+
+    `scope` "reconstruction" refuses gfid, which would not be against the reference that its name promises.
+    """
     from difflib import get_close_matches
 
     for name in names:
@@ -243,4 +247,6 @@ def find_metrics(names: Sequence[str]) -> list[Metric]:
             close = get_close_matches(name, METRICS, 3, 0.5)
             hint = f"did you mean {' or '.join(close)}? " if close else ""
             raise InputError(f"unknown metric {name!r}: {hint}known are {', '.join(METRICS)}")
+        if scope == "reconstruction" and name == "gfid":
+            raise InputError("gfid is a generator's: `tokbench generate`; of reconstructions the name is rfid")
     return [metric for metric in METRICS.values() if metric.name in names]
