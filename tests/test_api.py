@@ -56,6 +56,15 @@ def test_a_changed_weight_changes_the_numbers_of_an_object(photographs: Path, tm
     assert before.metrics["psnr"] != after.metrics["psnr"]
 
 
+def test_a_changed_attribute_changes_the_numbers_of_an_object(photographs: Path, tmp_path: Path) -> None:
+    model = tiny()
+    before = evaluate(model, photographs, 32, ["psnr"], out=tmp_path)
+    model.noise = 0.5
+    after = evaluate(model, photographs, 32, ["psnr"], out=tmp_path)
+    assert before.metrics["psnr"] != after.metrics["psnr"]
+    assert evaluate(model, photographs, 32, ["psnr"], out=tmp_path) == after
+
+
 def test_state_outside_of_the_networks_is_never_cached(photographs: Path, tmp_path: Path) -> None:
     class Hiding(Tiny):
         gain: torch.Tensor

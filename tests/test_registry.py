@@ -91,6 +91,18 @@ def test_a_model_that_does_not_load_fails_alone() -> None:
         create(f"{TINY}@fault=load")
 
 
+def test_a_file_that_gives_no_tokenizer_fails_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text("def load():\n    return 3\ndef typo():\n    return None.weights\n")
+    with pytest.raises(CellError, match="gives a int, a tokenizer has info, networks, encode, decode"):
+        create(f"{file}:load")
+    with pytest.raises(CellError, match="no attribute 'weights'"):
+        create(f"{file}:typo")
+    file.write_text("{}['x']")
+    with pytest.raises(InputError, match="does not run"):
+        create(f"{file}:load")
+
+
 def test_joined_tokenizers_encode_with_the_first_and_decode_with_the_second() -> None:
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     seeds = torch.zeros(2, dtype=torch.int64)

@@ -13,10 +13,11 @@ from PIL import Image
 
 from tests.conftest import TINY, Ran
 from tokbench import kits
+from tokbench.finish import clear
 from tokbench.metrics.scoring import Instruments, instruments
 from tokbench.reconstruct import Conditions
 from tokbench.result import EvalResult, read_result
-from tokbench.store import read_per_image
+from tokbench.store import SampleStore, read_per_image
 
 Command = Callable[..., Ran]
 FAST = ("--metrics", "psnr,psnr-global,ssim", "--res", "32", "--batch-size", "5")
@@ -286,6 +287,33 @@ def test_features_are_dropped_unless_they_are_wanted(tokbench: Command, photogra
     assert not list(tmp_path.rglob("*.bin"))
     assert tokbench(*command, "--models", f"codes={TINY}@codes=true", "--fresh", "--keep-features").status == 0
     assert list(tmp_path.glob("adm/photographs-32/codes.features/fake-codes-*.bin"))
+
+
+def test_kept_features_are_those_of_both_sides(tmp_path: Path) -> None:
+    ids, values = ["a", "b"], np.ones((2, 3))
+    for name in ("first", "second"):  # the second finds the real images' features in the cache
+        real = SampleStore(tmp_path / "real")
+        with SampleStore(tmp_path / f".{name}", real=real) as store:
+            sides = {("fake", "net"): values} | ({("real", "net"): values} if name == "first" else {})
+            store.append(ids, {"psnr": np.zeros(2)}, sides)
+        real.close()
+        clear(tmp_path / f"{name}.json", store, keep_features=True)
+        assert SampleStore(tmp_path / f"{name}.features").features("real", "net").shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--workers", "-1"), "--workers"),
+        (("--save-images", "-1"), "--save-images"),
+        (("--metrics", "gfid"), "gfid is a generator's"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    options: tuple[str, str], words: str, tokbench: Command, photographs: Path, tmp_path: Path
+) -> None:
+    ran = tokbench("run", "--models", "identity", "--data", photographs, "--out", tmp_path, "--res", "32", *options)
+    assert (ran.status, words in ran.reason) == (2, True)
 
 
 def test_known_models_metrics_and_protocols_are_listed(tokbench: Command) -> None:

@@ -35,7 +35,7 @@ def open_plan(
         raise InputError(f"--batch-size {batch_size}: must be at least 1, or auto")
     if not skip_bad:
         refuse_unusable(source, resolution, upscale=upscale)
-    conditions = Conditions(protocol, resolution, device, find_dtype(dtype), tuple(seeds), batch_size)
+    conditions = Conditions(protocol, resolution, device, find_dtype(dtype), tuple(dict.fromkeys(seeds)), batch_size)
     pinned = device.type == "cuda"
 
     def batches(indices: Sequence[int]) -> Loader:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tokbench import features, images
 from tokbench.cache import cache_folder
 from tokbench.device import prepare
 from tokbench.errors import CellError, InputError
@@ -112,7 +113,7 @@ def run_cell(tokenizer: Tokenizer, spec: str, plan: Plan, kits: Kits) -> tuple[E
         raise outcome
     assert outcome is not None
     if path is not None and world.rank == 0:
-        clear(path, work, plan.keep_features)
+        clear(path, measured.cell.store, plan.keep_features)
     return outcome, False
 
 
@@ -171,13 +172,14 @@ def measure_cell(tokenizer: Tokenizer, plan: Plan, work: Path, kits: Kits) -> Me
 
 
 def real_folder(plan: Plan, tools: Instruments) -> Path | None:
-    """Where features of the real images are shared between models: in the cache, keyed by images, crop and networks.
+    """Where models share features of the real images: in the cache, keyed by images, crop, networks and code.
 
     None if the cache cannot be written.
     """
     protocol = plan.conditions.protocol
     record = [plan.fingerprint, plan.conditions.resolution, protocol.crop, protocol.real_rounding]
-    record += sorted(extractor.identity for extractor in tools.extractors.values())
+    record += [plan.conditions.device.type, *sorted(extractor.identity for extractor in tools.extractors.values())]
+    record += [hashlib.sha256(Path(str(code.__file__)).read_bytes()).hexdigest() for code in (images, features)]
     folder = cache_folder() / "real" / hashlib.sha256(json.dumps(record).encode()).hexdigest()[:24]
     try:
         folder.mkdir(parents=True, exist_ok=True)

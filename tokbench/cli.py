@@ -32,7 +32,7 @@ def run(
     protocol: Annotated[str, typer.Option(help="Evaluation protocol; see `tokbench list protocols`.")] = "adm",
     metrics: Annotated[str | None, typer.Option(help="Metrics, comma-separated; see `tokbench list metrics`.")] = None,
     batch_size: BatchSize = "auto",
-    workers: Annotated[int | None, typer.Option(help="Processes that load images.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that load images.")] = None,
     device: Device = "auto",
     dtype: DataType = "float32",
     seeds: Annotated[str, typer.Option(help="Seeds of a stochastic decoder, comma-separated.")] = "0",
@@ -44,7 +44,7 @@ def run(
         bool, typer.Option("--upscale", help="Enlarge images below the resolution, and count them.")
     ] = False,
     keep_features: Annotated[bool, typer.Option("--keep-features", help="Keep features beside the result.")] = False,
-    save_images: Annotated[int, typer.Option(help="First N and worst N images in the picture of a cell.")] = 8,
+    save_images: Annotated[int, typer.Option(min=0, help="First N and worst N images in the picture of a cell.")] = 8,
 ) -> None:
     """Reconstruct images with tokenizers and measure what is lost."""
     from tokbench.run import RunOptions
@@ -216,7 +216,7 @@ def score(
     protocol: Annotated[str, typer.Option(help="How real images are cropped to that size.")] = "adm",
     name: Annotated[str | None, typer.Option(help="Name of the row; default: the folder's.")] = None,
     allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Take JPEG and lossy WebP.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes that load images.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that load images.")] = None,
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs"),
 ) -> None:

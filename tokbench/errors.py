@@ -1,5 +1,8 @@
 """The two ways things go wrong that a user can do something about."""
 
+# What a model's own code may raise: its cell fails and the run goes on.
+MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError)
+
 
 class InputError(Exception):
     """Wrong use or bad input: the message is one line that names the offending thing and what to do. Exit status 2."""

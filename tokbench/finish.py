@@ -26,7 +26,7 @@ from tokbench.reconstruct import (
 )
 from tokbench.result import EvalResult, TokenizerInfo, Value, to_json
 from tokbench.statistics import CONFIDENCE, t_quantile
-from tokbench.store import SampleStore, hold, per_image_path, write_per_image, write_whole
+from tokbench.store import SampleStore, hold, per_image_path, writable, write_per_image, write_whole
 
 
 class SeedView:
@@ -153,10 +153,10 @@ def draw(cell: Cell, store: SampleStore, plan: Plan, path: Path) -> bytes:
     worst = [store.ids[i] for i in np.argsort(-bad, kind="stable")[: plan.save_images] if store.ids[i] not in first]
     pairs = cell.album.pairs
     missing = [index for index, sample in enumerate(plan.source.ids) if sample in {*first, *worst} - pairs.keys()]
-    for ids, real in plan.batches(missing) if missing else ():
-        decoded, _ = reconstruct(cell, ids, real.to(cell.conditions.device))
-        fake = quantise(decoded[0], cell.conditions.protocol.fake_rounding).cpu()
-        pairs |= {sample: (real[i], fake[i]) for i, sample in enumerate(ids)}
+    for ids, batch in plan.batches(missing) if missing else ():
+        for sample, real in zip(ids, batch, strict=True):  # one by one: the batch may be more than memory holds
+            decoded, _ = reconstruct(cell, [sample], real[None].to(cell.conditions.device))
+            pairs[sample] = real, quantise(decoded[0], cell.conditions.protocol.fake_rounding)[0].cpu()
     picture.save_pairs(path, {sample: pairs[sample] for sample in (*first, *worst) if sample in pairs})
     psnr = dict(zip(store.ids, columns["psnr"], strict=True)) if "psnr" in columns else {}
     labels = {sample: f"{sample} {psnr[sample]:.2f} dB" if psnr else sample for sample in (*first, *worst)}
@@ -164,12 +164,19 @@ def draw(cell: Cell, store: SampleStore, plan: Plan, path: Path) -> bytes:
     return picture.draw(rows + [("worst: " + labels[sample], *pairs[sample]) for sample in worst if sample in pairs])
 
 
-def clear(path: Path, work: Path, keep_features: bool) -> None:
-    """Remove the finished cell's working folder, and those that older code or other settings left unfinished."""
+def clear(path: Path, store: SampleStore, keep_features: bool) -> None:
+    """Remove the finished cell's working folder, and those that older code or other settings left unfinished.
+
+    Kept features are those of both sides, so that `compare` can pair them: the real ones are copied from their folder.
+    """
     kept = path.with_suffix(".features")
     if keep_features:
-        shutil.rmtree(kept, ignore_errors=True)
-        work.rename(kept)
+        with writable(kept):
+            if store.real is not None and store.real.folder != store.folder:
+                for file in store.real.folder.glob("real-*.bin"):
+                    shutil.copyfile(file, store.folder / file.name)
+            shutil.rmtree(kept, ignore_errors=True)
+            store.folder.rename(kept)
     for folder in path.parent.glob(f".{path.stem}-*"):
         if re.fullmatch(re.escape(f".{path.stem}-") + "[0-9a-f]{12}", folder.name):
             with suppress(InputError), hold(folder):

@@ -3,9 +3,11 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tokbench import provenance, registry
 from tokbench.device import count_parameters, hash_state
@@ -76,8 +78,8 @@ def cell_key(
              if part is not None]  # fmt: skip
     inside = {type(m).__module__ for network in tokenizer.networks.values() for m in network.modules()}
     known = registry.packages()
-    modules = [type(part).__module__ for part in parts] + [m for m in inside if m.partition(".")[0] in known]
-    source = provenance.source_hash(modules)
+    own = [m for m in inside if m.partition(".")[0] in known or not provenance.installed(m)]
+    source = provenance.source_hash([type(part).__module__ for part in parts] + own)
     if info.weights is None or source is None:
         return None
     record = {
@@ -86,11 +88,20 @@ def cell_key(
         "resolution": plan.conditions.resolution,
         "device": plan.conditions.device.type,
         "weights": info.weights,
+        "attributes": [attributes(part) for part in parts]
+        + [attributes(m) for name in sorted(tokenizer.networks) for m in tokenizer.networks[name].modules()],
         "settings": dict(chosen),
         "metrics": {m.name: [kits.networks.get(name, name) for name in m.networks] for m in kits.metrics},
         "source": source,
     }
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def attributes(owner: object) -> list[str]:
+    """What a part of a model holds besides tensors and other parts: two objects may differ in nothing else."""
+    kinds = (bool, int, float, str, tuple, torch.dtype)
+    found = [f"{k}={v!r}" for k, v in getattr(owner, "__dict__", {}).items() if isinstance(v, kinds) or is_dataclass(v)]
+    return sorted(text for text in found if " at 0x" not in text and not text.startswith(("training=", "_")))
 
 
 def cell_path(out: Path, plan: Plan, name: str) -> Path:

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -84,10 +85,17 @@ def source_hash(modules: Iterable[str]) -> str | None:
     return digest.hexdigest()
 
 
+def installed(module: str) -> bool:
+    """Whether a module's package lies where Python or pip put it, so that only its version says what it is."""
+    places = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    file = getattr(sys.modules.get(module.partition(".")[0]), "__file__", None)
+    return file is not None and any(Path(file).is_relative_to(place) for place in places)
+
+
 def _sources(package: str) -> list[Path]:
     module = sys.modules.get(package) or importlib.util.find_spec(package)
     file = getattr(module, "__file__", None) or getattr(module, "origin", None)
-    if file is None or not Path(file).is_file():
-        return []
+    if file is None or not Path(file).is_file():  # a folder without __init__.py, or a notebook
+        return sorted(path for folder in getattr(module, "__path__", ()) for path in Path(folder).rglob("*.py"))
     path = Path(file)
     return sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]

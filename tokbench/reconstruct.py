@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokbench.device import is_out_of_memory, precision, release
-from tokbench.errors import CellError
+from tokbench.errors import MODEL_ERRORS, CellError
 from tokbench.metrics.scoring import Instruments
 from tokbench.protocols import Protocol, Rounding
 from tokbench.seeding import image_seeds
@@ -23,7 +23,6 @@ from tokbench.tokenizer import Tokenizer
 
 PIXELS_PER_BATCH = {"cpu": 8 * 256 * 256, "cuda": 64 * 256 * 256}
 LARGEST_BATCH = {"cpu": 16, "cuda": 256}
-MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError)
 CODES = "codes"  # the feature that holds a discrete tokenizer's codes
 LATENT_COLUMNS = frozenset(("bpp", "latent-mean", "latent-square"))  # of the latents, so the same for all seeds
 

@@ -15,6 +15,7 @@ import sys
 import tomllib
 import types
 import typing
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from tokbench.errors import CellError, InputError
+from tokbench.errors import MODEL_ERRORS, CellError, InputError
 
 if TYPE_CHECKING:
     from tokbench.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ log = logging.getLogger("tokbench")
 
 PLUGINS = "tokbench.plugins"
 ROW_NAME = re.compile(r"[a-z0-9._-]+")
+LOAD_ERRORS = (OSError, ImportError, SafetensorError, *MODEL_ERRORS)
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors format allows no longer header
 
 
@@ -189,10 +191,13 @@ def _build(part: Part, random_weights: bool) -> Any:
     if random_weights and "random_weights" in part.entry.options:
         options["random_weights"] = True
     try:
-        return part.entry.factory(**options)
-    except (OSError, RuntimeError, KeyError, ValueError, ImportError, SafetensorError) as error:
+        made = part.entry.factory(**options)
+    except LOAD_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CellError(f"{part.text}: does not load: {reason}") from error
+    if missing := [name for name in ("info", "networks", "encode", "decode") if not hasattr(made, name)]:
+        raise CellError(f"{part.text}: gives a {type(made).__name__}, a tokenizer has {', '.join(missing)}")
+    return made
 
 
 def _parse_part(text: str) -> Part:
@@ -250,14 +255,15 @@ def _entry_from_source(head: str, text: str) -> Entry:
     path = Path(file)
     if not path.is_file():
         raise InputError(f'model "{text}": no such file: {file}')
-    module_spec = importlib.util.spec_from_file_location(f"tokbench_model_{path.stem}", path)
+    own = zlib.crc32(str(path.resolve()).encode())  # two files may have one name
+    module_spec = importlib.util.spec_from_file_location(f"tokbench_model_{path.stem}_{own:08x}", path)
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # found again when its source is hashed
     try:
         module_spec.loader.exec_module(module)
-    except (ImportError, SyntaxError, NameError, OSError) as error:
+    except (SyntaxError, NameError, *LOAD_ERRORS) as error:
         raise InputError(f'model "{text}": {file} does not run: {error}') from error
     factory = getattr(module, attribute, None)
     if not callable(factory):

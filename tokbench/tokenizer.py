@@ -71,6 +71,7 @@ class Joined:
             losses=tuple(dict.fromkeys((*first.losses, *second.losses))),
             licence="; ".join(dict.fromkeys(filter(None, (first.licence, second.licence)))),
             verified=first.verified and second.verified,
+            note="; ".join(dict.fromkeys(filter(None, (first.note, second.note)))),
         )
         if hasattr(encoding, "bits"):
             self.bits = encoding.bits
