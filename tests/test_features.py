@@ -90,7 +90,7 @@ def test_mobilenet_equals_torchvisions_and_knows_its_classes() -> None:
 
 @here("mobilenet")
 def test_features_do_not_depend_on_the_batch() -> None:
-    extract = features.extractor("mobilenet")
+    extract = features.extractors(["mobilenet"])["mobilenet"]
     images = photographs(64, 3)
     alone = torch.cat([extract(image[None]) for image in images])
     torch.testing.assert_close(extract(images), alone, atol=1e-5, rtol=1e-5)
@@ -159,7 +159,7 @@ def test_wrong_images_and_names_are_refused() -> None:
     with pytest.raises(InputError, match="expected uint8"):
         extract(torch.zeros(3, 8, 8, dtype=torch.uint8))
     with pytest.raises(InputError, match="unknown feature extractor"):
-        features.extractor("vgg19")
+        features.extractors(["vgg19"])
 
 
 def test_a_file_of_other_tensors_is_refused(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Frozen feature extractors behind one signature: uint8 [B, 3, H, W] -> float32 [B, D], on the images' device.
 
-    extract = extractor("mobilenet", device)      # fetches the weights if they are not here
-    extract(images)                               # [B, 1280]
-    extract.name, extract.dim, extract.identity   # identity: weights' sha256 and preprocessing, for cache keys
+    extract = extractors(["mobilenet"], device)["mobilenet"]  # fetches the weights if they are not here
+    extract(images)                                           # [B, 1280]
+    extract.name, extract.dim, extract.identity               # identity: weights' sha256 and preprocessing
 
 | name | network | features | preprocessing |
 |---|---|---|---|
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tokbench import weights
+from tokbench.device import precision
 from tokbench.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -157,11 +158,9 @@ class Shared:
         self.images: Tensor | None = None
         self.answer: dict[str, Tensor] = {}
 
-    @torch.inference_mode()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         if images is not self.images:
-            # Whatever the model ran under, features are float32.
-            with torch.autocast(images.device.type, enabled=False):
+            with precision(images.device, torch.float32):  # whatever the model ran under
                 self.answer = self.network(images)
             self.images = images
         return self.answer
@@ -197,11 +196,6 @@ def extractors(names: Iterable[str], device: torch.device | str = "cpu") -> dict
         shared, sha256 = made[kind.network]
         found[name] = Extractor(name, kind.dim, sha256, f"{name}-{kind.preprocessing}-{sha256[:16]}", shared)
     return found
-
-
-def extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
-    """One extractor; see `extractors`."""
-    return extractors([name], device)[name]
 
 
 def _build(kind: Kind, path: Path) -> nn.Module:

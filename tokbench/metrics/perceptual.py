@@ -110,17 +110,14 @@ class LPIPS(nn.Module):
         return self.distance(self.features(real), self.features(fake))
 
 
-def lpips_network(net: str, *, safe: bool = True, fetch: bool = True) -> LPIPS:
+def lpips_network(net: str, *, safe: bool = True) -> LPIPS:
     """LPIPS of "alex" or "vgg" with its weights, frozen, on the CPU: (real, fake) in [-1, 1] -> [B].
 
     `safe` normalises with a finite gradient everywhere, for use as a loss (values differ by less than 1e-4). Raises
     WeightsError if the weights are not here and cannot be fetched.
     """
     name = f"lpips-{net}"
-    path = weights.fetch(name) if fetch else weights.locate(name)
-    if path is None:
-        raise weights.WeightsError(weights.missing(name))
-    return _filled(LPIPS(net, safe=safe), name, path)
+    return _filled(LPIPS(net, safe=safe), name, weights.fetch(name))
 
 
 def _filled(network: LPIPS, name: str, path: Path) -> LPIPS:

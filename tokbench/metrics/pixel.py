@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokbench.device import precision
 from tokbench.metrics import IDENTICAL
 
 C1, C2 = 0.01**2, 0.03**2  # Wang et al. 2004, for data_range 1
@@ -88,5 +89,6 @@ def _filter(maps: Sequence[Tensor], window: Tensor) -> tuple[Tensor, ...]:
     stacked = torch.cat(list(maps), 1).contiguous(memory_format=torch.channels_last)
     channels = stacked.shape[1]
     kernel = window.to(stacked.device, stacked.dtype, non_blocking=True).repeat(channels, 1, 1, 1)
-    stacked = F.conv2d(stacked, kernel.transpose(2, 3), groups=channels)
-    return F.conv2d(stacked, kernel, groups=channels).chunk(len(maps), 1)
+    with precision(stacked.device, torch.float32):
+        stacked = F.conv2d(stacked, kernel.transpose(2, 3), groups=channels)
+        return F.conv2d(stacked, kernel, groups=channels).chunk(len(maps), 1)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tokbench import weights
+from tokbench.device import precision
 from tokbench.errors import InputError
 from tokbench.features import EXTRACTORS, Extractor, extractors
 from tokbench.metrics import Metric, dreamsim, perceptual, pixel
@@ -54,7 +55,7 @@ class NetworkScorer:
         self.kept: list[Tensor] = []
 
     def __call__(self, real: Tensor, fake: Tensor, decoded: Tensor | None = None) -> dict[str, Tensor]:
-        with torch.autocast(real.device.type, enabled=False):
+        with precision(real.device, torch.float32):
             if real is not self.real:
                 self.real, self.kept = real, self.network.features(perceptual.signed(real))
             if not self.unclamped:
