@@ -16,7 +16,7 @@ from tokbench.report.build import Report, ReportOptions, build, text
 from tokbench.report.collect import frame, gather, where
 from tokbench.report.columns import Entry, column, compression
 from tokbench.report.leaderboard import blocks, ranking
-from tokbench.report.tables import WIDTH, latex, latex_document, leaderboard_table, markdown, plain_latex
+from tokbench.report.tables import LATEX_PACKAGES, WIDTH, latex, leaderboard_table, markdown, plain_latex
 from tokbench.result import EvalResult, TokenizerInfo, Value
 
 
@@ -285,8 +285,9 @@ def test_latex_compiles_with_booktabs(tmp_path: Path) -> None:
         for i, n in enumerate("abcd")
     ]
     papers = plain_latex(NASTY, ["a", "b"], [[NASTY, "1"]])
-    document = latex_document([*(latex(block) for block in blocks(entries)), papers])
-    (tmp_path / "t.tex").write_text(document, encoding="utf-8")
+    tables = [*(latex(block) for block in blocks(entries)), papers]
+    document = [r"\documentclass{article}", LATEX_PACKAGES, r"\begin{document}", *tables, r"\end{document}"]
+    (tmp_path / "t.tex").write_text("\n".join(document), encoding="utf-8")
     command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "t.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]

@@ -22,6 +22,7 @@ from tokbench.report.curves import (
 )
 from tokbench.report.plots import Point, label_points, pareto, quality_vs_time, save, scatter
 from tokbench.report.reported import compare, comparison_cells, ordered, read_reported
+from tokbench.report.speed import of_one_place
 from tokbench.result import TokenizerInfo, Value
 
 REPORTED = Path(__file__).parents[1] / "results" / "reported.csv"
@@ -137,6 +138,12 @@ def ours(**change: object) -> Entry:
     data = dataclasses.replace(result.dataset, **{"name": "imagenet", "split": "val", **change})  # type: ignore[arg-type]
     metrics = {**result.metrics, "rfid": Value(0.7, n=50_000)}
     return Entry(dataclasses.replace(result, dataset=data, metrics=metrics))
+
+
+def test_quality_beside_speed_comes_from_one_data_set(tmp_path: Path) -> None:
+    entries = [ours(name=name, split=None) for name in ("samples", "samples", "other")]
+    assert [e.result.dataset.name for e in of_one_place(entries)] == ["samples", "samples"]
+    assert of_one_place([]) == []
 
 
 def test_papers_are_compared_on_the_same_images_only() -> None:

@@ -160,6 +160,11 @@ def metric_column(name: str) -> Column:
     return Column(name, metric.unit, metric.better, metric.digits, metric.description, read, per_image)
 
 
+def place_of(entry: Entry) -> tuple[str, str]:
+    """Data set and protocol: only numbers of one place belong into one line or column."""
+    return entry.result.dataset.name, entry.result.protocol
+
+
 def device(result: EvalResult) -> str:
     return str(result.provenance.get("device") or "unknown device")
 

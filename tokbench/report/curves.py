@@ -14,7 +14,7 @@ from matplotlib.ticker import NullLocator
 
 from tokbench.errors import InputError
 from tokbench.report import speed
-from tokbench.report.columns import Entry, clipped, elements_ratio, metric_column, tokens
+from tokbench.report.columns import Entry, clipped, elements_ratio, metric_column, place_of, tokens
 from tokbench.report.leaderboard import UNRANKED_FAMILIES, Block, blocks
 from tokbench.report.plots import (
     Point,
@@ -203,11 +203,11 @@ def against_steps(entries: Sequence[Entry], metric: str, path: Path) -> Path | N
 def against_resolution(entries: Sequence[Entry], metric: str, path: Path) -> Path | None:
     """A metric against resolution on the same data and protocol, a line per tokenizer. None without two resolutions."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    places = {(e.result.protocol, e.result.dataset.name) for e in entries}
+    places = {place_of(e) for e in entries}
     for entry in entries:
         data, value = entry.result.dataset, number(entry.result, metric)
         if value is not None and entry.result.tokenizer.family not in UNRANKED_FAMILIES:
-            where = f" ({data.name})" if len(places) > 1 else ""
+            where = f" ({', '.join(place_of(entry))})" if len(places) > 1 else ""
             lines.setdefault(entry.name + where, []).append((data.resolution, value))
     return _curves(lines, "resolution (px)", metric, path)
 
@@ -298,7 +298,7 @@ def _records(log: Path) -> Iterator[dict[str, float]]:
     try:
         for line in log.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            if isinstance(record, dict) and "step" in record:
+            if isinstance(record, dict) and finite(record.get("step")):
                 yield {key: value for key, value in record.items() if finite(value) and not isinstance(value, bool)}
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{log}: not a training log ({error})") from error

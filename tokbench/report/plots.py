@@ -1,5 +1,6 @@
 """Figures from result records: readable at column width, colour-blind-safe, labels that do not overlap."""
 
+import io
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tokbench.errors import InputError
 from tokbench.report.columns import Column, Entry, clipped, metric_column, milliseconds
 from tokbench.report.leaderboard import UNRANKED_FAMILIES
 from tokbench.result import EvalResult, Value
+from tokbench.store import write_whole
 
 # Okabe and Ito (2008): told apart with any common colour blindness; yellow left out, too light on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -48,12 +50,10 @@ def save(fig: Figure, path: Path) -> Path:
     stamp = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}
     if kind not in stamp:
         raise InputError(f"{path}: plots are written as png, svg or pdf")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with rc_context({"svg.hashsalt": "tokbench"}):
-            fig.savefig(path, metadata=stamp[kind])
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "tokbench"}):
+        fig.savefig(buffer, format=kind, metadata=stamp[kind])
+    write_whole(path, buffer.getvalue())
     return path
 
 

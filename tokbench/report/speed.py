@@ -1,6 +1,7 @@
 """Tables and plots of speed records, one block per hardware, setting and resolution."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tokbench.errors import InputError
-from tokbench.report.columns import Entry, metric_column
+from tokbench.report.columns import Entry, metric_column, place_of
 from tokbench.report.plots import Point, figure, headline_metric, label_points, log_axis, number, save, scatter, styles
 from tokbench.report.tables import clipped, markdown_escape
 from tokbench.result import SpeedResult, read_speed
@@ -59,8 +60,15 @@ def blocks(results: Sequence[SpeedResult]) -> dict[tuple[str, str, int], list[Sp
     return dict(sorted(found.items()))
 
 
+def of_one_place(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries of the data set and protocol that most of them have: the others' numbers are not comparable."""
+    places = Counter(map(place_of, entries)).most_common(1)
+    return [entry for entry in entries if place_of(entry) == places[0][0]]
+
+
 def qualities(entries: Sequence[Entry]) -> tuple[str, dict[tuple[str, int], str]]:
     """The headline metric of evaluation records and its text by (name, resolution); ("", {}) without any."""
+    entries = of_one_place(entries)
     metric = headline_metric(entries)
     if metric is None:
         return "", {}
@@ -152,7 +160,7 @@ def speed_markdown(results: Sequence[SpeedResult], entries: Sequence[Entry] = ()
     for (hardware, how, resolution), rows in blocks(results).items():
         base = find_reference(rows, None)
         heads = [text.replace("\n", ", ") for text in HEADINGS] + ([heading] if heading else [])
-        lines += [f"{'#' * level} {resolution} px · {markdown_escape(hardware)} · {how}", ""]
+        lines += [f"{'#' * level} {resolution} px · {markdown_escape(f'{hardware} · {how}')}", ""]
         lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for row in rows:
             texts = [*cells(row, base), *([quality.get((row.tokenizer.name, resolution), "–")] if heading else [])]
@@ -185,8 +193,10 @@ def memory_against_resolution(results: Sequence[SpeedResult], path: Path) -> Pat
 
 def _by_model(results: Sequence[SpeedResult]) -> dict[str, list[SpeedResult]]:
     found: dict[str, list[SpeedResult]] = {}
+    several = len({(r.hardware, setting(r)) for r in results}) > 1
     for result in sorted(results, key=lambda r: r.resolution):
-        found.setdefault(result.tokenizer.name, []).append(result)
+        where = f" ({result.hardware}, {setting(result)})" if several else ""
+        found.setdefault(result.tokenizer.name + where, []).append(result)
     return found
 
 
@@ -217,6 +227,7 @@ def quality_against_rate(
 
     Quality comes from evaluation records of the same name and resolution. None without two such tokenizers.
     """
+    entries = of_one_place(entries)
     metric = metric or headline_metric(entries)
     quality = {(e.name, e.result.dataset.resolution): number(e.result, metric or "") for e in entries}
     points = []

@@ -125,7 +125,7 @@ def markdown(block: Block, level: int = 2) -> str:
         text = {1: f"**{text}**", 2: f"<ins>{text}</ins>"}.get(c.rank, text)
         return text + ("†" if c.dagger else "") + (f" <sub>{c.error}</sub>" if c.error else "")
 
-    heads = [c.heading + (f" ({c.unit})" if c.unit else "") for c in block.columns]
+    heads = [markdown_escape(c.heading + (f" ({c.unit})" if c.unit else "")) for c in block.columns]
     rule = ["---", *(":--" if c.key == "latent" else "--:" for c in block.columns)]
     lines = [f"{'#' * level} {markdown_escape(block.title)}", "", _piped(["tokenizer", *heads]), _piped(rule)]
     for heading, rows in _grid(block, lambda row: markdown_escape(row.entry.name), cell):
@@ -200,11 +200,6 @@ def _latex_table(align: str, lines: Sequence[str], caption: str) -> str:
     start = [r"\begin{table}[t]", r"\centering\small\setlength{\tabcolsep}{4pt}", LATEX_SHRINK]
     end = [r"\bottomrule", r"\end{tabular}}", rf"\caption{{{latex_escape(caption)}}}", r"\end{table}", ""]
     return "\n".join([*start, rf"\begin{{tabular}}{{{align}}}", r"\toprule", *lines, *end])
-
-
-def latex_document(tables: Sequence[str]) -> str:
-    """A whole document around the tables, to look at or to compile as it is."""
-    return "\n".join([r"\documentclass{article}", LATEX_PACKAGES, r"\begin{document}", *tables, r"\end{document}", ""])
 
 
 def plain_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

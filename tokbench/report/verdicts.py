@@ -1,5 +1,6 @@
 """What a check found, for people (terminal, pull request, picture) and for machines (JUnit XML, JSON)."""
 
+import io
 import json
 import os
 import sys
@@ -16,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 
 from tokbench.check import CheckResult, Comparison, check, check_speed, parse_tolerances, update
-from tokbench.errors import InputError
 from tokbench.metrics import METRICS
 from tokbench.report.tables import markdown_escape
 from tokbench.store import image_folders, image_name, per_image_path, read_per_image, writable, write_whole
@@ -118,11 +118,9 @@ def strip(rows: Sequence[Sequence[Path]], path: Path) -> Path | None:
     images = [image for image in images if image.shape == images[0].shape]
     if not images:
         return None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.concatenate(images)).save(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate(images)).save(buffer, "PNG")
+    write_whole(path, buffer.getvalue())
     return path
 
 
