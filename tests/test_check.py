@@ -84,8 +84,8 @@ def test_exact_fails_on_any_change(tmp_path):
 
 def test_what_cannot_be_compared_is_an_error(tmp_path):
     base = lay(tmp_path / "base")
+    lay(tmp_path / "other", res=128)
     with pytest.raises(InputError, match="no such cell"):
-        lay(tmp_path / "other", res=128)
         check(tmp_path / "other", tmp_path / "base")
     for field, value, words in (
         ("protocol_fingerprint", "e" * 16, "protocol"),
@@ -128,6 +128,13 @@ def test_update_keeps_a_better_baseline_unless_told(tmp_path):
     lay(tmp_path / "more", res=128)
     assert update(tmp_path / "more", tmp_path / "base") == ["klvae at 128 px: new"]
     check(tmp_path / "new", tmp_path / "base", exact=True)
+
+
+def test_a_file_of_this_folder_updates_the_baseline(tmp_path, monkeypatch):
+    path = lay(tmp_path / "new")
+    monkeypatch.chdir(path.parent)
+    assert update(Path(path.name), tmp_path / "base") == ["klvae at 256 px: new"]
+    assert not check(tmp_path / "new", tmp_path / "base", exact=True).failures
 
 
 def test_outputs_say_what_failed(tmp_path):

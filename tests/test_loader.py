@@ -143,8 +143,6 @@ def test_cached_crops_are_equal_and_not_decoded_again(
     again = everything(Loader(source, 64, ADM, batch_size=3, workers=0, cache=cache))
     assert first[0] == again[0]
     assert torch.equal(first[1], again[1])
-    cache.drop()
-    assert list((tmp_path / "crops").iterdir()) == []
 
 
 def test_a_damaged_crop_is_decoded_again(source: Source, tmp_path: Path) -> None:

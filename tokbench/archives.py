@@ -100,8 +100,11 @@ def _list_zip(path: Path) -> Iterable[Member]:
 
 def unpacked(path: Path) -> Path:
     """A tar itself; of a compressed one, which cannot be read in place, a plain copy in the cache."""
-    with open(path, "rb") as file:
-        magic = file.read(6)
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(6)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     openers = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
     opener: Any = next((opener for start, opener in openers.items() if magic.startswith(start)), None)
     if opener is None:
@@ -110,9 +113,9 @@ def unpacked(path: Path) -> Path:
     plain = cache_folder() / "archives" / f"{key}.tar"
     if not plain.exists():
         log.warning("%s: compressed, unpacked once to %s", path, plain)
-        plain.parent.mkdir(parents=True, exist_ok=True)
         partial = plain.with_suffix(f".{os.getpid()}")
         try:
+            plain.parent.mkdir(parents=True, exist_ok=True)
             with opener(path, "rb") as packed, open(partial, "wb") as file:
                 shutil.copyfileobj(packed, file, 1 << 20)
             os.replace(partial, plain)

@@ -12,7 +12,7 @@ from tokbench.errors import InputError
 from tokbench.metrics import METRICS
 from tokbench.result import EvalResult, SpeedResult, Value, read_speed
 from tokbench.statistics import paired_interval
-from tokbench.store import per_image_path, read_per_image, read_results, write_whole
+from tokbench.store import per_image_path, read_per_image, read_results, result_path, write_whole
 
 Verdict = Literal["worse", "same", "better", "inconclusive"]
 SPEED_TOLERANCE = 0.3  # share of the baseline's rate; clocks and neighbours move a machine by a tenth or more
@@ -80,6 +80,7 @@ def cell_key(result: EvalResult) -> tuple[Any, ...]:
         result.protocol,
         result.protocol_fingerprint,
         data.fingerprint,
+        data.num_images,  # --skip-bad may have left some out
         data.resolution,
         info.name,
         info.decode_steps,
@@ -145,7 +146,7 @@ def _why_missing(result: EvalResult, baselines: Sequence[EvalResult], against: P
         if base.protocol_fingerprint != result.protocol_fingerprint:
             ours, theirs = (f"{r.protocol} {r.protocol_fingerprint}" for r in (result, base))
             return f"protocol {ours}, the baseline's is {theirs}"
-        if base.dataset.fingerprint != result.dataset.fingerprint:
+        if base.dataset != result.dataset:
             ours, theirs = (f"{r.dataset.name}, {r.dataset.num_images}" for r in (result, base))
             return f"measured on other images ({ours}) than the baseline ({theirs})"
         return f"{result.tokenizer.decode_steps} decode steps, the baseline has {base.tokenizer.decode_steps}"
@@ -296,8 +297,9 @@ def update(new: Path, against: Path, *, accept: bool = False, **rules: Any) -> l
             ]
         else:
             lines.append(f"{cell_name(result)}: new")
-    root = new if new.is_dir() else new.parents[2]
-    for path, _ in candidates:
-        for file in filter(Path.exists, (per_image_path(path), path)):  # the record last: it vouches for its table
-            write_whole(against / file.relative_to(root), file.read_bytes())
+    for path, result in candidates:
+        target = result_path(against, result)
+        if per_image_path(path).exists():  # the record last: it vouches for its table
+            write_whole(per_image_path(target), per_image_path(path).read_bytes())
+        write_whole(target, path.read_bytes())
     return lines or ["nothing changed"]

@@ -1,6 +1,7 @@
 """Sources to batches of crops with sample ids, decoded by worker processes ahead of their use."""
 
 import os
+import shutil
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -39,8 +40,7 @@ class CropCache:
     def fits(folder: Path, num_images: int, resolution: int) -> bool:
         """Whether the crops would take at most a quarter of what is free on the disk."""
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        status = os.statvfs(existing)
-        return num_images * 3 * resolution**2 <= status.f_bavail * status.f_frsize // 4
+        return num_images * 3 * resolution**2 <= shutil.disk_usage(existing).free // 4
 
     def get(self, index: int) -> tuple[np.ndarray, int] | None:
         """The crop uint8 [R, R, 3] and its notes, or None."""
@@ -61,11 +61,6 @@ class CropCache:
             _write_at(self.records, index * self.RECORD, record)
         except OSError:
             return
-
-    def drop(self) -> None:
-        """Delete the files."""
-        self.pixels.unlink(missing_ok=True)
-        self.records.unlink(missing_ok=True)
 
 
 def _read_at(path: Path, offset: int, size: int) -> bytes:
@@ -180,7 +175,8 @@ class Loader:
 
 def default_workers(num_images: int) -> int:
     """None for so few images that starting processes costs more than it saves; else one a core, at most 8."""
-    return 0 if num_images <= 64 else min(8, len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if num_images <= 64 else min(8, cores)
 
 
 def refuse_unusable(source: Source, resolution: int, *, upscale: bool) -> None:

@@ -141,11 +141,6 @@ class SampleStore:
             ids = {sample for sample in ids if _key(sample) in found}
         return ids
 
-    def done_real(self, extractor: str, ids: Iterable[str]) -> bool:
-        """Whether the real images' features of all these samples are there."""
-        found = self._holder("real")._index("real", extractor)
-        return all(_key(sample) in found for sample in ids)
-
     def append(
         self,
         ids: Sequence[str],
@@ -182,13 +177,6 @@ class SampleStore:
                     file.write(paths[path][offset + 16 : offset + 16 + 4 * dim].tobytes())
             file.flush()
             return np.memmap(file, dtype="<f4", mode="r", shape=(len(ids), dim))
-
-    def drop_features(self) -> None:
-        """Delete the features of this folder (never those of `real`)."""
-        self.close()
-        self._found.clear()
-        for path in [*self.folder.glob("real-*.bin"), *self.folder.glob("fake-*.bin")]:
-            path.unlink(missing_ok=True)
 
     def _holder(self, side: str) -> "SampleStore":
         return self.real if side == "real" and self.real is not None else self
