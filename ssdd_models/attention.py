@@ -100,7 +100,7 @@ class Layout:
     width: int
     pieces: tuple[Piece, ...]
     inverse: Tensor  # int64 [N]: where each token's result lies among the results of all pieces
-    flex: Any = None  # (token order, its inverse, block mask, coordinates) of the FlexAttention form
+    flex: Any = None  # what flex_layout returns, for the FlexAttention form
 
 
 def tokens(rows: Tensor, columns: Tensor, width: int) -> Tensor:
@@ -168,29 +168,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, heads: int, batch: int
 TILE = (8, 16)  # 128 positions, one block of the kernel; a window reaches into the neighbouring tiles and no farther
 
 
-def flex_layout(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Any, Tensor, Tensor]:
-    """Token order by tiles, its inverse, the block mask, and (row, column) of each place in that order."""
+def tile_position(place: Tensor, across: int) -> tuple[Tensor, Tensor]:
+    """(row, column) of a place in the order by tiles, `across` of them side by side."""
+    tile, inner = place // 128, place % 128
+    return tile // across * TILE[0] + inner // TILE[1], tile % across * TILE[1] + inner % TILE[1]
+
+
+def flex_layout(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Any, int]:
+    """Token order by tiles, its inverse, the block mask, and the number of tiles side by side."""
     from torch.nn.attention.flex_attention import BlockMask
 
     down, across = -(-height // TILE[0]), -(-width // TILE[1])
-    place = torch.arange(down * across * 128, device=device)
-    tile, inner = place // 128, place % 128
-    row, column = tile // across * TILE[0] + inner // TILE[1], tile % across * TILE[1] + inner % TILE[1]
+    row, column = tile_position(torch.arange(down * across * 128, device=device), across)
     order = row.clamp(max=height - 1) * width + column.clamp(max=width - 1)
     y, x = (torch.arange(n, device=device) for n in (height, width))
     tiles = (y // TILE[0] * across)[:, None] + x // TILE[1]
     inverse = (tiles * 128 + (y % TILE[0] * TILE[1])[:, None] + x % TILE[1]).flatten()
 
     def inside(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        window = ((row[query] - row[key]).abs() <= RADIUS) & ((column[query] - column[key]).abs() <= RADIUS)
-        return window & (row[key] < height) & (column[key] < width)
+        (y, x), (key_y, key_x) = tile_position(query, across), tile_position(key, across)
+        window = ((y - key_y).abs() <= RADIUS) & ((x - key_x).abs() <= RADIUS)
+        return window & (key_y < height) & (key_x < width)
 
     t = torch.arange(down * across, device=device)
     near = ((t[:, None] // across - t // across).abs() <= 1) & ((t[:, None] % across - t % across).abs() <= 1)
     number = near.sum(dim=1, dtype=torch.int32)[None, None]
     which = near.to(torch.int32).argsort(dim=1, descending=True, stable=True).to(torch.int32)[None, None]
-    mask = BlockMask.from_kv_blocks(number, which, BLOCK_SIZE=128, mask_mod=inside)
-    return order, inverse, mask, row, column
+    return order, inverse, BlockMask.from_kv_blocks(number, which, BLOCK_SIZE=128, mask_mod=inside), across
 
 
 @cache
@@ -204,13 +208,13 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: Layou
     """The FlexAttention form of `windowed_attention`; compiled, except on a CPU, where it serves the tests alone."""
     from torch.nn.attention.flex_attention import flex_attention as kernel
 
-    order, inverse, mask, row, column = layout.flex
+    order, inverse, mask, across = layout.flex
     heads = table.shape[-1]
     q, k, v = (x.index_select(1, order).unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
 
     def biased(score: Tensor, b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        down = (row[query] - row[key] + RADIUS).clamp(0, SIDE - 1)
-        right = (column[query] - column[key] + RADIUS).clamp(0, SIDE - 1)
+        (y, x), (key_y, key_x) = tile_position(query, across), tile_position(key, across)
+        down, right = ((d + RADIUS).clamp(0, SIDE - 1) for d in (y - key_y, x - key_x))
         return score + table[down, right, head]
 
     run = kernel if torch.compiler.is_compiling() or q.device.type == "cpu" else compiled_flex_attention()
