@@ -139,8 +139,8 @@ def train(config: DiTTraining, data: str, out: Path) -> Path:
     Continues from `out` where an interrupted run stopped. Under torchrun or accelerate every process encodes and
     trains its share. Raises InputError for settings that do not fit and CellError when the loss is no number.
     """
-    for name in ("eval_every", "eval_resolution", "held_out", "best_by"):
-        if getattr(config.run, name) != getattr(RunConfig(), name):
+    for name, default in vars(RunConfig()).items():
+        if name.startswith(("eval_", "held_out", "best_by")) and getattr(config.run, name) != default:
             raise InputError(f"run.{name} is of tokenizers: a generator has no photographs held out")
     run, machine = config.run, Machine(config.run)
 
