@@ -29,13 +29,19 @@ def collect(device: torch.device, world_size: int = 1, **more: Any) -> dict[str,
         "commit": commit,
         "dirty": dirty,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv[0] else "",
+        "command": command(),
         "versions": versions(),
         "device": describe(device),
         "device_type": device.type,
         "world_size": world_size,
         **more,
     }
+
+
+def command() -> str:
+    """What was typed, without the folder of the program; `python -m tokbench` is tokbench."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["tokbench" if program == "__main__.py" else program, *sys.argv[1:]]) if program else ""
 
 
 def versions() -> dict[str, str]:
