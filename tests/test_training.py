@@ -2,6 +2,7 @@
 
 import json
 import math
+import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from torch import nn
 
 from tokbench.config import describe, from_dict, override, to_dict
 from tokbench.crops import CropConfig, PhotoCrops, batches, hold_out
+from tokbench.data import open_source
 from tokbench.errors import CellError, InputError
 from tokbench.training import Ema, EmaConfig, OptimConfig, RunConfig, learning_rate, load_checkpoint, save_checkpoint
 from tokbench.training_log import Log, check_losses, is_best
@@ -167,3 +169,26 @@ def test_resumed_log_drops_what_is_trained_again_and_knows_the_best(tmp_path: Pa
     log = Log(tmp_path / "log.jsonl", 2)
     assert [record["step"] for record in log.records()] == [1, 2]
     assert is_best(log.records(), "psnr")
+
+
+def test_a_tar_shard_gives_the_crops_of_its_folder(photographs: Path, tmp_path: Path) -> None:
+    shard = tmp_path / "shard.tar"
+    with tarfile.open(shard, "w") as archive:
+        for path in sorted(photographs.iterdir()):
+            archive.add(path, path.name)
+    both = [open_source(str(place)) for place in (photographs, shard)]
+    assert both[0].ids == both[1].ids
+    config = CropConfig(16, (24, 40))
+    folder, tar = (PhotoCrops(source, range(len(source.ids)), config, seed=0) for source in both)
+    for number in range(4):
+        assert torch.equal(folder[number, 16][0], tar[number, 16][0])
+
+
+def test_photographs_that_do_not_fit_into_memory_give_the_same_crops(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [crops(CONFIG)[number, 16][0] for number in range(4)]
+    monkeypatch.setattr("tokbench.crops.KEEP_BYTES", 1)
+    streamed = crops(CONFIG)
+    assert not streamed.kept
+    assert all(torch.equal(streamed[number, 16][0], kept[number]) for number in range(4))
+    with pytest.raises(InputError, match="sample_by=area"):
+        crops(CropConfig(16, (24, 40), sample_by="area"))
