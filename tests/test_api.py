@@ -65,16 +65,20 @@ def test_a_changed_attribute_changes_the_numbers_of_an_object(photographs: Path,
     assert evaluate(model, photographs, 32, ["psnr"], out=tmp_path) == after
 
 
-def test_state_outside_of_the_networks_is_never_cached(photographs: Path, tmp_path: Path) -> None:
+def test_state_outside_of_the_networks_is_hashed_where_it_is(photographs: Path, tmp_path: Path) -> None:
     class Hiding(Tiny):
-        gain: torch.Tensor
+        gain: torch.Tensor | torch.nn.Module
 
     model = Hiding(0.0, "", 0.0, 4, False, 0.0)
-    assert hash_state(model) is not None
-    model.gain = torch.ones(3)
-    assert hash_state(model) is None
-    dates = [evaluate(model, photographs, 32, ["psnr"], out=tmp_path).provenance["cell"] for _ in range(2)]
-    assert dates == [None, None]
+    hashes = [hash_state(model)]
+    for gain in (torch.ones(3), torch.zeros(3), torch.nn.Linear(3, 3)):
+        model.gain = gain
+        hashes += [hash_state(model)]
+    model.gain.weight.data += 1
+    hashes += [hash_state(model)]
+    assert len(set(hashes) - {None}) == 5
+    cells = [evaluate(model, photographs, 32, ["psnr"], out=tmp_path).provenance["cell"] for _ in range(2)]
+    assert cells[0] == cells[1] is not None
 
 
 def test_the_hash_of_a_state_sees_names_shapes_and_values() -> None:
@@ -146,7 +150,7 @@ def test_an_album_keeps_the_first_and_the_worst() -> None:
 @pytest.mark.parametrize(
     ("model", "resolution", "metrics", "error"),
     [("identity", 32, ["nothing"], InputError), ("bicubic-f8", 36, ["psnr"], InputError),
-     (f"{TINY}@fault=nan", 32, ["psnr"], CellError)],
+     (f"{TINY}@fault=nan", 32, ["psnr"], CellError), (f"{TINY}@fault=latents", 32, ["psnr"], CellError)],
 )  # fmt: skip
 def test_errors_are_of_the_two_kinds(
     model: str, resolution: int, metrics: list[str], error: type[Exception], photographs: Path

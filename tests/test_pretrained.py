@@ -15,6 +15,7 @@ from torch import Tensor
 
 from baselines.pretrained import code_bits, latent_shape, nearest_codes
 from baselines.published import PUBLISHED
+from tokbench.device import hash_state
 from tokbench.errors import CellError, InputError
 from tokbench.registry import create
 from tokbench.seeding import normal
@@ -144,6 +145,7 @@ def test_every_parameter_belongs_to_one_direction(kind: str, saved: Callable[[st
     assert list(networks) == ["encoder", "decoder"]
     assert sum(counts) == sum(parameter.numel() for parameter in model.parameters())
     assert all(counts)
+    assert hash_state(create(str(saved(kind)))) is not None  # else nothing of it would be cached or resumed
 
 
 @torch.no_grad()

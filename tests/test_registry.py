@@ -94,7 +94,7 @@ def test_a_model_that_does_not_load_fails_alone() -> None:
 def test_a_file_that_gives_no_tokenizer_fails_in_one_line(tmp_path: Path) -> None:
     file = tmp_path / "broken.py"
     file.write_text("def load():\n    return 3\ndef typo():\n    return None.weights\n")
-    with pytest.raises(CellError, match="gives a int, a tokenizer has info, networks, encode, decode"):
+    with pytest.raises(CellError, match="int is no tokenizer, it lacks info, networks, encode, decode"):
         create(f"{file}:load")
     with pytest.raises(CellError, match="no attribute 'weights'"):
         create(f"{file}:typo")

@@ -75,16 +75,19 @@ def count_parameters(network: nn.Module | None) -> int:
 
 
 def hash_state(tokenizer: Tokenizer) -> str | None:
-    """sha256 over names, types, shapes and bytes of all parameters and buffers.
+    """sha256 over names, types, shapes and bytes of all parameters and buffers, in `networks` or in attributes.
 
-    None if state hides outside of `networks`, where a hash would promise too much.
+    None without `networks`, or where a state holds other things than tensors: a hash would promise too much.
     """
     networks = getattr(tokenizer, "networks", None)
-    if networks is None or _hidden_state(tokenizer, networks):
+    if networks is None:
         return None
+    known = {id(t) for network in networks.values() for t in [*network.parameters(), *network.buffers()]}
+    states: dict[str, dict[str, Any]] = {part: network.state_dict() for part, network in networks.items()}
+    states[""] = dict(_outside(tokenizer, known))
     digest = hashlib.sha256()
-    for part in sorted(networks):
-        for name, tensor in sorted(networks[part].state_dict().items()):
+    for part, state in sorted(states.items()):
+        for name, tensor in sorted(state.items()):
             if not isinstance(tensor, torch.Tensor):
                 return None
             digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -92,20 +95,20 @@ def hash_state(tokenizer: Tokenizer) -> str | None:
     return digest.hexdigest()
 
 
-def _hidden_state(owner: Any, networks: Any, depth: int = 2) -> bool:
-    """Whether an attribute of the tokenizer (or of a part of it) holds tensors that `networks` does not."""
-    known = {id(module) for network in networks.values() for module in network.modules()}
-    known |= {id(tensor) for network in networks.values() for tensor in [*network.parameters(), *network.buffers()]}
-    values = list(vars(owner).values()) if hasattr(owner, "__dict__") else []
+def _outside(owner: Any, known: set[int], depth: int = 2) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors in attributes of the tokenizer (or of a part of it) and of their modules that are not `known`."""
+    values = dict(getattr(owner, "__dict__", {}))
     if isinstance(owner, nn.Module):
-        values += [*owner.children(), *owner.parameters(recurse=False), *owner.buffers(recurse=False)]
-    for value in values:
-        if isinstance(value, nn.Module | torch.Tensor):
+        values |= owner._modules | owner._parameters | owner._buffers
+    for name, value in values.items():
+        if isinstance(value, nn.Module):
+            tensors = [*value.named_parameters(), *value.named_buffers()]
+            yield from ((f"{name}.{inner}", tensor) for inner, tensor in tensors if id(tensor) not in known)
+        elif isinstance(value, torch.Tensor):
             if id(value) not in known:
-                return True
-        elif depth > 1 and hasattr(value, "networks") and _hidden_state(value, networks, depth - 1):
-            return True
-    return False
+                yield name, value
+        elif depth > 1 and hasattr(value, "networks"):
+            yield from ((f"{name}.{inner}", found) for inner, found in _outside(value, known, depth - 1))
 
 
 @contextlib.contextmanager

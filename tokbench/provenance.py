@@ -18,6 +18,7 @@ import torch
 import tokbench
 from tokbench.device import describe
 
+STANDARD = sysconfig.get_path("stdlib")
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "diffusers")
 
 
@@ -93,9 +94,8 @@ def source_hash(modules: Iterable[str]) -> str | None:
 
 def installed(module: str) -> bool:
     """Whether a module's package lies where Python or pip put it, so that only its version says what it is."""
-    places = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
-    file = getattr(sys.modules.get(module.partition(".")[0]), "__file__", None)
-    return file is not None and any(Path(file).is_relative_to(place) for place in places)
+    path = Path(getattr(sys.modules.get(module.partition(".")[0]), "__file__", None) or ".")
+    return not {"site-packages", "dist-packages"}.isdisjoint(path.parts) or path.is_relative_to(STANDARD)
 
 
 def _sources(package: str) -> list[Path]:

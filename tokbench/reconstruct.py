@@ -5,7 +5,8 @@ the protocol, the check for NaN. What is measured is stored per sample; metrics 
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -151,6 +152,18 @@ def decode(cell: Cell, latents: Tensor, seeds: Tensor, ids: Sequence[str]) -> Te
     return images
 
 
+@contextmanager
+def blaming(tokenizer: Tokenizer) -> Iterator[None]:
+    """Whatever its code raises, except for want of memory, becomes a CellError that names the tokenizer."""
+    try:
+        yield
+    except MODEL_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CellError(f"{tokenizer.info.name}: {reason}") from error
+
+
 def reconstruct(cell: Cell, ids: Sequence[str], real: Tensor) -> tuple[list[Tensor], Tensor]:
     """uint8 [B, 3, H, W] on the device -> (one float reconstruction per seed, the latents of the first seed).
 
@@ -161,19 +174,13 @@ def reconstruct(cell: Cell, ids: Sequence[str], real: Tensor) -> tuple[list[Tens
     sample = conditions.protocol.posterior == "sample"
     decoded: list[Tensor] = []
     latents: list[Tensor] = []
-    try:
-        with precision(conditions.device, conditions.autocast):
-            for seed in conditions.seeds:
-                seeds = image_seeds(real, seed)
-                if sample or not latents:
-                    encode = partial(tokenizer.encode, real, sample=sample, seeds=seeds)
-                    latents.append(cell.watch.time("encode", len(ids), encode))
-                decoded.append(decode(cell, latents[-1], seeds, ids))
-    except MODEL_ERRORS as error:
-        if is_out_of_memory(error):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CellError(f"{tokenizer.info.name}: {reason}") from error
+    with blaming(tokenizer), precision(conditions.device, conditions.autocast):
+        for seed in conditions.seeds:
+            seeds = image_seeds(real, seed)
+            if sample or not latents:
+                encode = partial(tokenizer.encode, real, sample=sample, seeds=seeds)
+                latents.append(cell.watch.time("encode", len(ids), encode))
+            decoded.append(decode(cell, latents[-1], seeds, ids))
     return decoded, latents[0]
 
 
@@ -209,13 +216,14 @@ def measure_batch(cell: Cell, ids: Sequence[str], real: Tensor) -> None:
                 columns |= {seeded(name, seed): values for name, values in score.items()}
             for name, extractor in tools.extractors.items():
                 features["fake", seeded(name, seed) if several else name] = _numpy(extractor(fake))
-        if hasattr(cell.tokenizer, "bits"):
-            columns["bpp"] = _numpy(cell.tokenizer.bits(latents)) / cell.conditions.resolution**2
-        if cell.tokenizer.info.channels is not None and latents.is_floating_point():
-            values = latents.double().flatten(1)
-            columns |= {"latent-mean": _numpy(values.mean(1)), "latent-square": _numpy(values.square().mean(1))}
-        if cell.codes:
-            features["fake", CODES] = _numpy(latents.flatten(1))
+        with blaming(cell.tokenizer):
+            if hasattr(cell.tokenizer, "bits"):
+                columns["bpp"] = _numpy(cell.tokenizer.bits(latents).reshape(len(ids))) / cell.conditions.resolution**2
+            if cell.tokenizer.info.channels is not None and latents.is_floating_point():
+                values = latents.double().reshape(len(ids), -1)
+                columns |= {"latent-mean": _numpy(values.mean(1)), "latent-square": _numpy(values.square().mean(1))}
+            if cell.codes:
+                features["fake", CODES] = _numpy(latents.reshape(len(ids), -1))
     cell.store.append(ids, columns, features)
     cell.album.add(ids, badness(columns, len(ids)).tolist(), real, fakes[0])
 

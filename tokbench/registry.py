@@ -196,7 +196,7 @@ def _build(part: Part, random_weights: bool) -> Any:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CellError(f"{part.text}: does not load: {reason}") from error
     if missing := [name for name in ("info", "networks", "encode", "decode") if not hasattr(made, name)]:
-        raise CellError(f"{part.text}: gives a {type(made).__name__}, a tokenizer has {', '.join(missing)}")
+        raise CellError(f"{part.text}: {type(made).__name__} is no tokenizer, it lacks {', '.join(missing)}")
     return made
 
 
