@@ -45,9 +45,9 @@ def test_options_get_the_types_that_the_factory_declares() -> None:
     [
         ("jpg-q50", "did you mean jpeg-q{quality}"),
         ("toy-q7@scal=2", "did you mean scale"),
-        ("toy-q7.5", 'option quality is "7.5", must be int'),
-        ("toy-q7@exact=yes", "must be true or false"),
-        ("toy-q7@mode=c", "known: a, b"),
+        ("toy-q7.5", "option quality=7.5: expected int"),
+        ("toy-q7@exact=yes", "expected true or false"),
+        ("toy-q7@mode=c", "expected one of a, b"),
         ("toy-q7@scale=1@scale=2", "given twice"),
         ("toy-q7@quality=8", "given twice"),
         ("toy-q7@file=/nowhere/x.bin", "no such file"),

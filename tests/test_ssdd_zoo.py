@@ -131,7 +131,7 @@ def test_options_of_a_spec_and_of_a_file(tmp_path: Path) -> None:
     assert create(spec).info.losses == ("lpips-vgg",)
     assert create(f"{spec}@steps=3").info.decode_steps == 3
     assert not torch.equal(through(create(f"{spec}@steps=3")), through(create(f"{spec}@steps=3@time_shift=1.0")))
-    for wrong, reason in (("@steps=0", "positive"), ("@steps=x", "must be int"), ("@stps=1", "unknown option")):
+    for wrong, reason in (("@steps=0", "positive"), ("@steps=x", "expected int"), ("@stps=1", "unknown option")):
         with pytest.raises(InputError, match=reason):
             create(spec + wrong)
     assert create(f"{spec}@random_weights=true").info.note.startswith("random weights")

@@ -24,9 +24,9 @@ def parse_value(text: str, annotation: Any, key: str) -> Any:
             return None
         return parse_value(text, next(arg for arg in args if arg is not type(None)), key)
     if origin is typing.Literal:
-        if text in args:
-            return text
-        raise InputError(f"{key}={text}: expected one of {', '.join(map(str, args))}")
+        if text in (by_text := {str(arg): arg for arg in args}):
+            return by_text[text]
+        raise InputError(f"{key}={text}: expected one of {', '.join(by_text)}")
     if origin is tuple:
         return tuple(parse_value(part, args[0], key) for part in text.split(",") if part)
     if annotation is bool:

