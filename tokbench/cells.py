@@ -92,7 +92,8 @@ def run_cell(tokenizer: Tokenizer, spec: str, plan: Plan, kits: Kits) -> tuple[E
     key = cell_key(info, tokenizer, plan, chosen, kits)
     path = cell_path(plan.out, plan, name) if plan.out is not None else None
     found = None
-    if path is not None and key is not None and not plan.fresh and world.rank == 0:
+    kept = path is None or not plan.keep_features or path.with_suffix(".features").is_dir()
+    if path is not None and key is not None and kept and not plan.fresh and world.rank == 0:
         found = finished(path, key, lambda: kits.load(plan.conditions.resolution).unavailable)
     if (found := world.share(found)) is not None:
         return found, True
