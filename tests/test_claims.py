@@ -18,7 +18,8 @@ from tokbench import registry
 CLAIMS = (Path(__file__).parents[1] / "results" / "CLAIMS.md").read_text()
 COMMANDS = re.findall(r"`(?:torchrun --nproc-per-node 8 -m )?(tokbench (?:run|speed|train|generate) [^`]+)`", CLAIMS)
 PUBLISHED = [command for command in COMMANDS if "hf:facebook" in command]  # dry-run in test_generation_published
-RUN = "run.steps=2 run.batch_size=2 run.device=cpu run.dtype=float32 run.compile=false run.held_out=1 run.log_every=1"
+RUN = "run.steps=2 run.batch_size=2 run.device=cpu run.dtype=float32 run.compile=false run.log_every=1"
+SCORED = f"{RUN} run.held_out=1 run.eval_metrics=psnr run.best_by=psnr"
 SSDD = (
     "encoder.width=32 encoder.groups=4 decoder.widths=32,32,32,32 decoder.layers=1 decoder.heads=4 decoder.groups=4 "
     "crops.size=64 crops.short_side=64,64 run.eval_resolution=64 weights.repa=0 weights.perceptual=0 teacher_steps=2"
@@ -27,12 +28,12 @@ SMALL = {  # what makes a command small; later options and overrides win
     "run": "--res 32 --limit 8 --device cpu",
     "speed": "--res 32 --device cpu --dtype float32 --batch-size 1 --quick",
     "generate": "--num-images 8 --steps 2 --device cpu",
-    "train ssdd": f"{RUN} {SSDD}",
+    "train ssdd": f"{SCORED} {SSDD}",
     "train klvae": (
-        f"{RUN} model.encoder.width=32 model.decoder.width=32 model.decoder.blocks=1 crops.size=32 gan.width=4 "
+        f"{SCORED} model.encoder.width=32 model.decoder.width=32 model.decoder.blocks=1 crops.size=32 gan.width=4 "
         "crops.short_side=32,32 run.eval_resolution=32 perceptual_weight=0"
     ),
-    "train dit": f"{RUN} size=tiny latents.resolution=32 grid_steps=2".replace(" run.held_out=1", ""),
+    "train dit": f"{RUN} size=tiny latents.resolution=32 grid_steps=2",
 }
 
 
