@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,13 @@ def test_a_file_that_gives_no_tokenizer_fails_in_one_line(tmp_path: Path) -> Non
     file.write_text("{}['x']")
     with pytest.raises(InputError, match="does not run"):
         create(f"{file}:load")
+
+
+def test_a_file_may_import_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    shutil.copy(TINY.partition(":")[0], tmp_path / "beside_it.py")
+    (tmp_path / "mine.py").write_text("from beside_it import tiny\n")
+    assert create(f"{tmp_path}/mine.py:tiny@bias=0.1").info.family == "tiny"
 
 
 def test_joined_tokenizers_encode_with_the_first_and_decode_with_the_second() -> None:

@@ -261,6 +261,7 @@ def _entry_from_source(head: str, text: str) -> Entry:
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # found again when its source is hashed
+    sys.path += [folder for folder in [str(path.resolve().parent)] if folder not in sys.path]  # what lies beside it
     try:
         module_spec.loader.exec_module(module)
     except (SyntaxError, NameError, *LOAD_ERRORS) as error:

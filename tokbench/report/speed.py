@@ -81,7 +81,10 @@ def cells(result: SpeedResult, reference: SpeedResult | None) -> list[str]:
     """A row's texts under HEADINGS; a stage that was not reached shows a dash."""
     info, decode = result.tokenizer, result.stages.get("decode")
     encode, rate, both = (
-        f"{s.images_per_second:.3g}" if (s := result.stages.get(n)) else "–" for n in ("encode", "decode", "round-trip")
+        f"{s.images_per_second:{'.3g' if s.images_per_second < 999 else ',.0f'}}"
+        if (s := result.stages.get(n))
+        else "–"
+        for n in ("encode", "decode", "round-trip")
     )
     base = reference.stages.get("decode") if reference else None
     memory = max((s.memory_allocated or 0 for s in result.stages.values()), default=0)
