@@ -160,8 +160,8 @@ def blaming(tokenizer: Tokenizer) -> Iterator[None]:
     except MODEL_ERRORS as error:
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CellError(f"{tokenizer.info.name}: {reason}") from error
+        reason = repr(error) if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
+        raise CellError(f"{tokenizer.info.name}: {reason.splitlines()[0]}") from error
 
 
 def reconstruct(cell: Cell, ids: Sequence[str], real: Tensor) -> tuple[list[Tensor], Tensor]:

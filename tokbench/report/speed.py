@@ -80,12 +80,8 @@ def qualities(entries: Sequence[Entry]) -> tuple[str, dict[tuple[str, int], str]
 def cells(result: SpeedResult, reference: SpeedResult | None) -> list[str]:
     """A row's texts under HEADINGS; a stage that was not reached shows a dash."""
     info, decode = result.tokenizer, result.stages.get("decode")
-    encode, rate, both = (
-        f"{s.images_per_second:{'.3g' if s.images_per_second < 999 else ',.0f'}}"
-        if (s := result.stages.get(n))
-        else "–"
-        for n in ("encode", "decode", "round-trip")
-    )
+    rates = [s.images_per_second if (s := result.stages.get(n)) else None for n in ("encode", "decode", "round-trip")]
+    encode, rate, both = ("–" if r is None else f"{r:.3g}" if r < 999 else f"{r:,.0f}" for r in rates)
     base = reference.stages.get("decode") if reference else None
     memory = max((s.memory_allocated or 0 for s in result.stages.values()), default=0)
     gate = result.gate.get("passed")
