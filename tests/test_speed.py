@@ -66,7 +66,16 @@ def test_models_take_turns():
 
     seconds = interleave([step("a"), step("b")], torch.device("cpu"), QUICK)
     assert "".join(calls) == "ababab"
-    assert [len(times) for times in seconds] == [3, 3]
+    assert [len(times or []) for times in seconds] == [3, 3]
+
+
+def test_a_model_that_runs_out_of_memory_stops_nobody_else():
+    def full():
+        raise RuntimeError("CUDA out of memory. Tried to allocate 1 bytes")
+
+    seconds = interleave([full, lambda: torch.zeros(1)], torch.device("cpu"), QUICK)
+    assert seconds[0] is None
+    assert len(seconds[1] or []) == 3
 
 
 def test_gate_tells_equal_from_unequal():
@@ -98,11 +107,11 @@ def test_quick_run_writes_records_that_read_back(tmp_path):
 def test_table_fits_and_keeps_failed_rows(tmp_path):
     options = SpeedOptions("bicubic-f8,small=bicubic-f16", (24,), torch.device("cpu"), tmp_path, effort=QUICK)
     results = measure(options)
-    console = Console(width=120, record=True, file=io.StringIO())
+    console = Console(width=report.WIDTH, record=True, file=io.StringIO())
     console.print(report.speed_table(results))
     text = console.export_text()
     assert "small: 24 px is not divisible by 16" in text
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= report.WIDTH
     assert "1.00x" in report.speed_markdown(results)
     with pytest.raises(InputError, match="no speed row is called 'nobody'"):
         report.speed_table(results, "nobody")

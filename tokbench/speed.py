@@ -115,7 +115,7 @@ def show(results: Sequence[SpeedResult], reference: str | None, plots: Path | No
 
     from tokbench.report import speed as report
 
-    Console(width=None if sys.stdout.isatty() else 120).print(report.speed_table(results, reference))
+    Console(width=None if sys.stdout.isatty() else report.WIDTH).print(report.speed_table(results, reference))
     if plots is not None:
         report.rate_against_resolution(results, plots / "speed.png")
         report.memory_against_resolution(results, plots / "memory.png")
@@ -148,7 +148,9 @@ def load(specs: Sequence[Spec], options: SpeedOptions) -> tuple[list[tuple[str, 
     """(spec, tokenizer on the device) of all that load, diffusion decoders at several steps; records of failures."""
     loaded: list[tuple[str, Tokenizer]] = []
     failures = []
-    for spec in specs:
+    waiting = list(specs)
+    while waiting:
+        spec = waiting.pop(0)
         try:
             tokenizer = create(spec, random_weights=options.random_weights)
             prepare(tokenizer, options.device)
@@ -156,16 +158,12 @@ def load(specs: Sequence[Spec], options: SpeedOptions) -> tuple[list[tuple[str, 
             info = TokenizerInfo(name=spec.row, family="unknown")
             failures.append(SpeedResult(info, 0, "", {}, failed=str(error)))
             continue
-        variants = [(spec.text, tokenizer)]
-        for steps in () if options.quick else other_steps(spec, tokenizer):
-            more = parse(f"{spec.row}-steps{steps}={spec.text}@steps={steps}")
-            variants.append((more.text, create(more, random_weights=options.random_weights)))
-        for text, variant in variants:
-            prepare(variant, options.device)
-            for network in variant.networks.values():
-                network.requires_grad_(False)  # the FLOP counter stumbles over parameters that want gradients
-            variant.info = describe(variant)
-            loaded.append((text, variant))
+        for network in tokenizer.networks.values():
+            network.requires_grad_(False)  # the FLOP counter stumbles over parameters that want gradients
+        tokenizer.info = describe(tokenizer)
+        loaded.append((spec.text, tokenizer))
+        more = () if options.quick else other_steps(spec, tokenizer)
+        waiting[:0] = [parse(f"{spec.row}-steps{steps}={spec.text}@steps={steps}") for steps in more]
     return loaded, failures
 
 
@@ -297,7 +295,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def nvidia_smi(query: str, device: torch.device) -> str | None:
     """One answer of nvidia-smi about the device; None where the program is missing or fails."""
-    command = ["nvidia-smi", f"--id={device.index or 0}", query, "--format=csv,noheader,nounits"]
+    command = [
+        "nvidia-smi",
+        f"--id={torch.cuda.get_device_properties(device).uuid}",
+        query,
+        "--format=csv,noheader,nounits",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -117,21 +118,19 @@ def warm_up(step: Callable[[], Tensor], device: torch.device, limit: int = 10) -
 
 def rate_at(row: Row, stage: str, batch_size: int, effort: Effort) -> float | None:
     """Images/s at a batch size, None if it does not fit. Raises what is not a lack of memory."""
-    full = False
-    try:
+
+    def measure() -> list[float]:
         step = row.step(stage, batch_size)
         if effort == QUICK:
-            return batch_size / time_block(step, 1, row.device)[0]
+            return time_block(step, 1, row.device)
         last = warm_up(step, row.device)
-        iterations = max(2, min(50, math.ceil(effort.search_seconds / max(last, 1e-6))))
-        return batch_size / statistics.median(time_block(step, iterations, row.device))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        full = True
-    if full:  # outside the handler: the traceback would keep the tensors alive
+        return time_block(step, max(2, min(50, math.ceil(effort.search_seconds / max(last, 1e-6)))), row.device)
+
+    seconds = _unless_full(measure)
+    if seconds is None:
         release(row.device)
-    return None
+        return None
+    return batch_size / statistics.median(seconds)
 
 
 def find_batch(row: Row, stage: str, batch_sizes: Sequence[int], effort: Effort) -> int:
@@ -165,20 +164,37 @@ def peak_memory(step: Callable[[], Tensor], device: torch.device) -> tuple[int, 
     return torch.cuda.max_memory_allocated(device) - before, reserved
 
 
-def interleave(steps: Sequence[Callable[[], Tensor]], device: torch.device, effort: Effort) -> list[list[float]]:
-    """Seconds per iteration of every step, the steps taking turns until each has had its time."""
-    singles = [warm_up(step, device) if effort != QUICK else math.inf for step in steps]
-    block = [max(1, min(10, int(0.2 / max(single, 1e-6)))) for single in singles]
-    seconds: list[list[float]] = [[] for _ in steps]
+def interleave(steps: Sequence[Callable[[], Tensor]], device: torch.device, effort: Effort) -> list[list[float] | None]:
+    """Seconds per iteration of every step, the steps taking turns until each has had its time; None: out of memory."""
+    quick = effort == QUICK
+    singles = [[math.inf] if quick else _unless_full(partial(_warm, step, device)) for step in steps]
+    seconds: list[list[float] | None] = [None if single is None else [] for single in singles]
+    blocks = [max(1, min(10, int(0.2 / max(single[0], 1e-6)))) if single else 0 for single in singles]
+    while True:
+        waiting = [
+            index
+            for index, times in enumerate(seconds)
+            if times is not None and (len(times) < effort.iterations or sum(times) < effort.seconds)
+        ]
+        if not waiting:
+            return seconds
+        for index in waiting:
+            more = _unless_full(partial(time_block, steps[index], blocks[index], device))
+            seconds[index] = None if more is None else [*(seconds[index] or []), *more]
 
-    def finished(times: list[float]) -> bool:
-        return len(times) >= effort.iterations and sum(times) >= effort.seconds
 
-    while not all(finished(times) for times in seconds):
-        for step, iterations, times in zip(steps, block, seconds, strict=True):
-            if not finished(times):
-                times += time_block(step, iterations, device)
-    return seconds
+def _warm(step: Callable[[], Tensor], device: torch.device) -> list[float]:
+    return [warm_up(step, device)]
+
+
+def _unless_full(measure: Callable[[], list[float]]) -> list[float] | None:
+    """What `measure` gives, None if memory does not suffice; the traceback, which keeps tensors alive, ends here."""
+    try:
+        return measure()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 def count_flops(row: Row) -> dict[str, int]:
@@ -229,4 +245,7 @@ def measure_stage(rows: Sequence[Row], stage: str, batch_sizes: Sequence[int], e
     seconds = interleave([row.step(stage, size) for row, size in chosen], device, effort)
     singles = interleave([row.step(stage, 1) for row, _ in chosen], device, effort)
     for (row, size), times, single in zip(chosen, seconds, singles, strict=True):
-        row.stages[stage] = summarise(row, stage, size, times, single)
+        if times is None or single is None:
+            row.failed = f"{stage}: out of memory beside the other models; measure it by itself"
+        else:
+            row.stages[stage] = summarise(row, stage, size, times, single)

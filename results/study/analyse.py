@@ -282,12 +282,10 @@ def limits(results: dict[str, EvalResult], seeds: list[int], preset: str) -> lis
     few = f"{len(seeds)} seeds bound the spread between trainings loosely. " if len(seeds) < 5 else ""
     return [
         f"- {few}{num_images} photographs resolve differences of about 0.02 {PRIMARY} and 0.4 dB.",
-        "- Networks of about five million parameters on 128 photographs: nothing here carries over to ImageNet by itself.",
+        "- Networks of about five million parameters on 128 photographs: nothing here carries over by itself.",
         "- The encoder comes from KL-VAE training, which may favour the convolutional arms.",
         *(
-            [
-                "- A few minutes of training an arm: all are far from converged; how fast they learn at first is compared."
-            ]
+            ["- A few minutes of training an arm: all are far from converged; how fast they learn is compared."]
             if preset == "cpu"
             else []
         ),

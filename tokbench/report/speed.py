@@ -16,6 +16,7 @@ from tokbench.report.plots import Point, figure, headline_metric, label_points, 
 from tokbench.report.tables import clipped, markdown_escape
 from tokbench.result import SpeedResult, read_speed
 
+WIDTH = 130  # of the terminal table where the terminal has none
 HEADINGS = (
     "tokenizer",
     "params\nM enc+dec",
