@@ -25,6 +25,7 @@ class LossWeights:
     """Defaults are those seen in public forks; the paper's numbers are not known to us."""
 
     flow: float = 1.0
+    l1: float = 0.0  # of the clean image; with share_at_one=1 and flow=0 plain regression
     perceptual: float = 0.5
     repa: float = 0.25
     kl: float = 1e-6  # while the encoder trains
@@ -93,7 +94,7 @@ def flow_losses(
     x_t = interpolate(target, noise, t)
     v = model(x_t, t, z, tap if repa is not None else None).float()
     clean = predict_clean(x_t, v, t)
-    losses = {"flow": F.mse_loss(v, velocity_target(target, noise))}
+    losses = {"flow": F.mse_loss(v, velocity_target(target, noise)), "l1": F.l1_loss(clean, target)}
     if perceptual is not None:
         losses["perceptual"] = perceptual(target, clean).mean()
     if repa is not None:

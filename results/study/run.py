@@ -71,9 +71,8 @@ def main() -> None:
 def split(folder: Path, out: Path) -> Path:
     """Write the list of training photographs: all of the folder but the development ids of PLAN.md."""
     plan = (HERE / "PLAN.md").read_text()
-    development = set(
-        plan.split("on both sides); all others (128) train.")[1].split("- Test:")[0].replace("`", "").split()
-    )
+    listed = plan.split("on both sides); all others (128) train.")[1].split("`")[1]
+    development = set(listed.split())
     if not folder.is_dir():
         sys.exit(f"study: no such folder: {folder}")
     paths = [path.resolve() for path in sorted(folder.glob("*.jpg")) if path.stem not in development]
