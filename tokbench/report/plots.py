@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatterSciNotation, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, NullFormatter
 
 from tokbench.errors import InputError
 from tokbench.report.columns import Column, Entry, clipped, metric_column, milliseconds
@@ -153,12 +153,16 @@ def number(result: EvalResult, metric: str) -> float | None:
     return result.metrics.get(metric, Value(None)).value
 
 
+def _plain(value: float, _: int) -> str:
+    return f"{value:g}"
+
+
 def log_axis(axis: Any, values: Sequence[float]) -> None:
     """A log scale with plain numbers where they span little, powers of ten where they span much."""
     axis.axes.set_xscale("log") if axis.axis_name == "x" else axis.axes.set_yscale("log")
     span = max(values) / min(values) if values else 1
-    axis.set_major_formatter(ScalarFormatter() if span < 1e4 else LogFormatterSciNotation())
-    axis.set_minor_formatter(ScalarFormatter() if span < 8 else NullFormatter())
+    axis.set_major_formatter(FuncFormatter(_plain) if span < 1e5 else LogFormatterSciNotation())
+    axis.set_minor_formatter(FuncFormatter(_plain) if span < 8 else NullFormatter())
     axis.set_tick_params(which="both", labelsize=8)
 
 
