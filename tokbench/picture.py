@@ -41,7 +41,9 @@ def save_pairs(result: Path, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None
     for sample, images in pairs.items():
         for folder, pixels in zip(folders, images, strict=True):
             buffer = io.BytesIO()
-            Image.fromarray(np.ascontiguousarray(pixels.numpy().transpose(1, 2, 0))).save(buffer, "PNG")
+            Image.fromarray(np.ascontiguousarray(pixels.numpy().transpose(1, 2, 0))).save(
+                buffer, "PNG", compress_level=1
+            )
             write_whole(folder / image_name(sample), buffer.getvalue())
 
 
