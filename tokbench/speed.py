@@ -266,7 +266,7 @@ def conditions(options: SpeedOptions) -> tuple[dict[str, object], dict[str, obje
         "memory_format": "channels_last",
     }
     about = provenance.collect(device, load_average=os.getloadavg()[0], host=platform.system())
-    about["matmul_flops_per_second"] = matmul_rate(device, options.dtype)
+    about["peak_flops_per_second"] = peak_rate(device, options.dtype)
     if device.type != "cuda":
         return settings | {"threads": torch.get_num_threads()}, about
     settings |= {
@@ -285,12 +285,23 @@ def conditions(options: SpeedOptions) -> tuple[dict[str, object], dict[str, obje
     return settings, about
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that a large matrix product reaches: the ceiling that decoding is held against."""
+def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that a large matrix product or a wide 3x3 convolution reaches, the better of them: decoding's ceiling.
+
+    Both, because libraries differ: on AMD CPUs matrix products may reach less than convolutions.
+    """
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    warm_up(lambda: a @ b, device)
-    return 2 * size**3 / min(time_block(lambda: a @ b, 10, device))
+    x, w = (torch.randn(n, 256, side, side, device=device, dtype=dtype) for n, side in ((4, 64), (256, 3)))
+    x, w = x.contiguous(memory_format=torch.channels_last), w.contiguous(memory_format=torch.channels_last)
+    rates = []
+    for step, flops in (
+        (lambda: a @ b, 2 * size**3),
+        (lambda: torch.nn.functional.conv2d(x, w, padding=1), 2 * 4 * 64**2 * 256**2 * 9),
+    ):
+        warm_up(step, device)
+        rates.append(flops / min(time_block(step, 10, device)))
+    return max(rates)
 
 
 def nvidia_smi(query: str, device: torch.device) -> str | None:
