@@ -8,7 +8,7 @@
 |---|---|---|---|
 | inception | FID's Inception, torch-fidelity's port | pool3, 2048 | TF1 bilinear resize to 299, (x - 128) / 128 |
 | inception-logits | the same | 1008 logits without bias | the same |
-| mobilenet | torchvision's MobileNetV2 | pooled, 1280 | antialiased bilinear to 224, ImageNet's mean and deviation |
+| mobilenet | MobileNetV2, torchvision's weights | pooled, 1280 | antialiased bilinear to 224, ImageNet's mean, deviation |
 | mobilenet-class | the same | index of the top class, 1 | the same |
 | dinov2 | DINOv2 ViT-L/14 | normalised class token, 1024 | antialiased bicubic to 224, ImageNet's mean and deviation |
 
@@ -78,20 +78,49 @@ class Inception(nn.Module):
         return {"inception": pooled, "inception-logits": pooled @ self.network.fc.weight.T}
 
 
+def _conv(width: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(width, out, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(out)]
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block: widen, filter each channel, narrow; a residual where the shape stays."""
+
+    def __init__(self, width: int, out: int, stride: int, widening: int) -> None:
+        super().__init__()
+        inner = width * widening
+        wide = [nn.Sequential(*_conv(width, inner, 1), nn.ReLU6())] if widening > 1 else []
+        depthwise = nn.Sequential(*_conv(inner, inner, 3, stride, inner), nn.ReLU6())
+        self.conv = nn.Sequential(*wide, depthwise, *_conv(inner, out, 1))
+        self.residual = stride == 1 and width == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) if self.residual else self.conv(x)
+
+
 class MobileNet(nn.Module):
-    """torchvision's MobileNetV2. -> {"mobilenet", "mobilenet-class"}"""
+    """MobileNetV2 (Sandler et al. 2018) with the keys of torchvision, whose import takes longer than its work here.
+
+    -> {"mobilenet", "mobilenet-class"}
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        from torchvision.models import mobilenet_v2
-
-        network = mobilenet_v2()
-        network.load_state_dict(weights.load(path))
-        self.network: Any = fold_norms(network.eval()).to(memory_format=torch.channels_last)
+        blocks: list[nn.Module] = [nn.Sequential(*_conv(3, 32, 3, 2), nn.ReLU6())]
+        width = 32
+        for widening, out, count, stride in (
+            (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
+        ):  # fmt: skip
+            for index in range(count):
+                blocks.append(InvertedResidual(width, out, stride if index == 0 else 1, widening))
+                width = out
+        self.features = nn.Sequential(*blocks, nn.Sequential(*_conv(320, 1280, 1), nn.ReLU6()))
+        self.classifier = nn.Sequential(nn.Identity(), nn.Linear(1280, 1000))  # torchvision has its dropout first
+        self.load_state_dict(weights.load(path))
+        fold_norms(self.eval()).to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        pooled = self.network.features(normalised(images, 224, "bilinear")).mean((2, 3))
-        return {"mobilenet": pooled, "mobilenet-class": self.network.classifier(pooled).argmax(1, True).float()}
+        pooled = self.features(normalised(images, 224, "bilinear")).mean((2, 3))
+        return {"mobilenet": pooled, "mobilenet-class": self.classifier(pooled).argmax(1, True).float()}
 
 
 class DINOv2(nn.Module):
