@@ -8,7 +8,7 @@
 |---|---|---|---|
 | inception | FID's Inception, torch-fidelity's port | pool3, 2048 | TF1 bilinear resize to 299, (x - 128) / 128 |
 | inception-logits | the same | 1008 logits without bias | the same |
-| mobilenet | MobileNetV2, torchvision's weights | pooled, 1280 | antialiased bilinear to 224, ImageNet's mean, deviation |
+| mobilenet | MobileNetV2, torchvision's weights | pooled, 1280 | antialiased bilinear to 224, ImageNet's mean and std |
 | mobilenet-class | the same | index of the top class, 1 | the same |
 | dinov2 | DINOv2 ViT-L/14 | normalised class token, 1024 | antialiased bicubic to 224, ImageNet's mean and deviation |
 
