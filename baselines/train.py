@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from baselines.kl_vae import KLVAE, SMALL, ConvDecoderConfig, KLVAEConfig, KLVAETokenizer, PatchGAN, load
 from ssdd_models.encoder import EncoderConfig
 from ssdd_models.layers import AttentionBlock, ResBlock
+from ssdd_models.train import load_part, sizes
 from tokbench.checkpoints import load_strictly, write_model
 from tokbench.config import describe, override, to_dict
 from tokbench.crops import CropConfig, PhotoCrops, batches
@@ -118,8 +119,8 @@ def train_klvae(config: KLVAETraining, data: str, out: Path, start: Path | None,
     """Train until config.run.steps, or go on from where `out` stopped; returns out/model.safetensors.
 
     Writes into `out`: last.ckpt, model.safetensors, best.safetensors, log.jsonl, curves.png, samples/. `start` gives
-    all weights, `encoder_from` those of the encoder. Raises InputError for data or files that cannot be used, CellError
-    for a loss that is no number, KeyboardInterrupt after saving when asked to stop.
+    all weights, `encoder_from` (a KL-VAE or an SSDD) those of the encoder. Raises InputError for data or files that
+    cannot be used, CellError for a loss that is no number, KeyboardInterrupt after saving when asked to stop.
     """
     # Set up: processes, data, model, what judges it.
     run, machine = config.run, Machine(config.run)
@@ -261,10 +262,10 @@ def run_command(options: TrainOptions) -> Path:
     if options.stage or options.decoder:
         raise InputError("klvae has no --stage and no --decoder; see --preset, freeze_encoder and model.decoder.*")
     config = PRESETS[choose(list(PRESETS), options.preset, "preset", DEFAULT)]
-    for path in filter(None, (options.encoder_from, options.start)):
-        given = load(path)[0].config
-        encoder_only = replace(config.model, encoder=given.encoder)
-        config = replace(config, model=given if path == options.start else encoder_only)
+    if options.encoder_from:
+        config = replace(config, model=replace(config.model, encoder=sizes(options.encoder_from)[0]))
+    if options.start:
+        config = replace(config, model=load(options.start)[0].config)
     if options.encoder:
         config = replace(config, model=replace(config.model, encoder=parse_encoder(options.encoder)))
     config = override(config, options.settings)
@@ -286,12 +287,12 @@ def parse_encoder(name: str) -> EncoderConfig:
 def build(config: KLVAETraining, start: Path | None, encoder_from: Path | None) -> tuple[KLVAE, dict[str, str]]:
     """The model to train and which files it was started from."""
     model, origin = KLVAE(config.model), {}
-    for path, part in ((start, model), (encoder_from, model.encoder)):
-        if path is not None:
-            given, _ = load(path)
-            source = given if part is model else given.encoder
-            load_strictly(part, source.state_dict(), path)
-            origin["model" if part is model else "encoder"] = f"{path.name} {file_sha256(path)[:16]}"
+    if start is not None:
+        load_strictly(model, load(start)[0].state_dict(), start)
+        origin["model"] = f"{start.name} {file_sha256(start)[:16]}"
+    if encoder_from is not None:
+        load_part(model.encoder, encoder_from, "encoder.")
+        origin["encoder"] = f"{encoder_from.name} {file_sha256(encoder_from)[:16]}"
     model.encoder.requires_grad_(not config.freeze_encoder)
     return model, origin
 

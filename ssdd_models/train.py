@@ -218,12 +218,18 @@ def settings(stage: str | None, preset: str | None) -> list[str]:
 
 
 def sizes(path: Path) -> tuple[EncoderConfig, DecoderConfig | None]:
-    """Encoder and decoder of a file: SSDD (ours or released) or KL-VAE, which has no such decoder."""
-    state, metadata = read_checkpoint(path)
-    if metadata.get("model") == "klvae":
-        return from_dict(EncoderConfig, metadata["config"]["encoder"]), None
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    config = SSDDConfig.from_json(metadata["config"]) if metadata else SSDDConfig.from_shapes(shapes)
+    """Encoder and decoder of a file: SSDD (ours or released) or KL-VAE, which has no such decoder.
+
+    Raises InputError for any other file.
+    """
+    try:
+        state, metadata = read_checkpoint(path)
+        if metadata.get("model") == "klvae":
+            return from_dict(EncoderConfig, metadata["config"]["encoder"]), None
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        config = SSDDConfig.from_json(metadata["config"]) if metadata else SSDDConfig.from_shapes(shapes)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path}: neither an SSDD nor a KL-VAE: {error}") from error
     return config.encoder, config.decoder
 
 

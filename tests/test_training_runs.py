@@ -116,7 +116,10 @@ def test_stages_follow_each_other_and_record_their_origin(
         "gan_start=0",
         "crops.size=32",
     )
+    again = stage("klvae-on-ssdd", "klvae", "--preset", "small", "--encoder-from", teacher, "freeze_encoder=true")
     encoder = load(klvae)[0].encoder.state_dict()
+    frozen = load(again)[0].encoder.state_dict()  # normalised anew, in its last layer alone
+    assert all(torch.equal(frozen[key], value) for key, value in encoder.items() if "out_proj" not in key)
     state, metadata = read_checkpoint(student)
     assert all(torch.equal(state[f"encoder.{key}"], value) for key, value in encoder.items())
     assert metadata["training"]["stage"] == "distill"

@@ -16,7 +16,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ARMS = ("a", "b", "c-teacher", "c-student", "c-control", "d")
+FRONT = ("a", "c-teacher", "c-student")  # once more, on an encoder trained by SSDD
 STEPS = (1, 2, 4, 8)
+METRICS = "psnr,ssim,lpips-alex,lpips-vgg,pd-mobilenet"
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Preset:
     crop: int
     late_crop: int
     seeds: tuple[int, ...]
-    encoder_steps: int
+    encoder_steps: int  # of KL-VAE training, for the encoder of all arms
+    front_steps: int  # of SSDD training, for the front's encoder
     device: str
     encoder: str | None = None  # a finished encoder instead of a trained one
 
@@ -37,16 +40,17 @@ class Preset:
         """Overrides that all arms share: data, optimiser, budget."""
         return [
             f"run.batch_size={self.batch_size}", f"crops.size={self.crop}", f"crops.late_size={self.late_crop}",
-            f"run.device={self.device}", "run.held_out=0", "run.eval_every=1000000", "run.sample_every=1000000",
-            f"run.save_every={max(50, self.steps // 20)}", "optim.name=adamw", "optim.learning_rate=1e-3",
+            "crops.late_share=0.15", f"run.device={self.device}", "run.held_out=0", "run.eval_every=1000000",
+            "run.sample_every=1000000", f"run.save_every={max(50, self.steps // 20)}", "optim.name=adamw",
+            "optim.learning_rate=1e-3", f"optim.warmup_steps={max(20, self.steps // 50)}", "ema.decay=0.99",
         ]  # fmt: skip
 
 
 PRESETS = {
     # Exploratory: 4,000 crops an arm; the encoder is the demo's, trained on the same photographs but 14 others.
-    "cpu": Preset(250, 16, 64, 0, (0, 1), 0, "cpu", "baselines/weights/klvae.safetensors"),
+    "cpu": Preset(250, 16, 64, 0, (0, 1), 0, 500, "cpu", "baselines/weights/klvae.safetensors"),
     # One H100, 25 minutes for everything.
-    "gpu": Preset(3000, 64, 96, 160, (0, 1, 2), 6000, "cuda"),
+    "gpu": Preset(3000, 64, 96, 160, (0, 1, 2), 6000, 6000, "cuda"),
 }
 
 
@@ -60,119 +64,89 @@ def main() -> None:
     preset, out = PRESETS[arguments.preset], arguments.out / arguments.preset
     out.mkdir(parents=True, exist_ok=True)
     train = split(arguments.train, out)
-    encoder = preset.encoder or str(train_encoder(preset, train, out))
+    encoder = preset.encoder or train_encoder("klvae", preset.encoder_steps, preset, train, out)
     for seed in preset.seeds:
         for arm in ARMS:
             train_arm(arm, seed, preset, train, encoder, out)
+    encoder = train_encoder("ssdd", preset.front_steps, preset, train, out / "front")
+    for arm in FRONT:
+        train_arm(arm, preset.seeds[0], preset, train, encoder, out / "front")
     evaluate(preset, out)
     tokbench(sys.executable, str(HERE / "analyse.py"), str(out))
 
 
 def split(folder: Path, out: Path) -> Path:
-    """Write the list of training photographs: all of the folder but the development ids of PLAN.md."""
+    """Write the lists train.txt, which is returned, and development.txt: the ids that PLAN.md names."""
     plan = (HERE / "PLAN.md").read_text()
     listed = plan.split("on both sides); all others (128) train.")[1].split("`")[1]
-    development = set(listed.split())
     if not folder.is_dir():
         sys.exit(f"study: no such folder: {folder}")
-    paths = [path.resolve() for path in sorted(folder.glob("*.jpg")) if path.stem not in development]
-    if len(paths) + len(development) != len(list(folder.glob("*.jpg"))):
-        sys.exit(f"study: {folder} lacks development photographs of PLAN.md")
-    listing = out / "train.txt"
-    listing.write_text("".join(f"{path}\n" for path in paths))
-    return listing
+    paths = {path.stem: path.resolve() for path in sorted(folder.glob("*.jpg"))}
+    development = set(listed.split())
+    if missing := development - paths.keys():
+        sys.exit(f"study: {folder} lacks development photographs of PLAN.md: {' '.join(sorted(missing))}")
+    for name, ids in (("train", paths.keys() - development), ("development", development)):
+        (out / f"{name}.txt").write_text("".join(f"{paths[key]}\n" for key in sorted(ids)))
+    return out / "train.txt"
 
 
-def train_encoder(preset: Preset, train: Path, out: Path) -> Path:
-    """The frozen encoder of all arms, from KL-VAE training."""
-    folder = out / "encoder"
-    steps = [f"run.steps={preset.encoder_steps}", "run.seed=0"]
-    step(
-        folder,
-        "train",
-        "klvae",
-        "--preset",
-        "small",
-        "--data",
-        str(train),
-        "--out",
-        str(folder),
-        *preset.settings,
-        *steps,
-    )
-    return folder / "model.safetensors"
+def train_encoder(model: str, steps: int, preset: Preset, train: Path, out: Path) -> str:
+    """A frozen encoder with normalised latents, of KL-VAE or SSDD training."""
+    shared = ["--preset", "small", "--data", str(train), *preset.settings, "run.seed=0"]
+    first, normalised = out / "encoder", out / "encoder-normalised"
+    step(first, "train", model, *shared, "--out", str(first), f"run.steps={steps}", f"perceptual_start={steps // 4}")
+    if model == "klvae":
+        return str(first / "model.safetensors")  # normalises its latents itself
+    taken = ["--encoder-from", str(first / "model.safetensors"), "freeze_encoder=true", "run.steps=1"]
+    step(normalised, "train", "klvae", *shared, "--out", str(normalised), *taken)
+    return str(normalised / "model.safetensors")
 
 
 def train_arm(arm: str, seed: int, preset: Preset, train: Path, encoder: str, out: Path) -> None:
     """One arm and seed, in the folder <arm>-<seed>."""
     folder = out / f"{arm}-{seed}"
     half = preset.steps // 2
-    shared = ["--data", str(train), "--out", str(folder), *preset.settings, f"run.seed={seed}"]
-    late = ["perceptual_start=0"]
-    if arm in ("a", "d"):
-        gan = ["gan.weight=0.5", f"gan.start_step={half}", "gan.learning_rate=2e-4"] if arm == "d" else []
-        command = ["klvae", "--preset", "small", "--encoder-from", encoder, "freeze_encoder=true"]
-        step(folder, "train", *command, *shared, f"run.steps={preset.steps}", *late, *gan)
-        return
-    ssdd = ["ssdd", "--preset", "small"]
-    if arm == "b":
-        regression = ["share_at_one=1", "weights.flow=0", "weights.l1=1", "eval_steps=1"]
-        command = [*ssdd, "--stage", "pretrain", "--encoder-from", encoder]
-        step(folder, "train", *command, *shared, f"run.steps={preset.steps}", *late, *regression)
-    elif arm == "c-teacher":
-        command = [*ssdd, "--stage", "pretrain", "--encoder-from", encoder]
-        step(folder, "train", *command, *shared, f"run.steps={half}", *late)
-    else:
-        teacher = str(out / f"c-teacher-{seed}" / "model.safetensors")
-        kind = ["--stage", "distill"] if arm == "c-student" else ["--stage", "finetune"]
-        control = [] if arm == "c-student" else ["share_at_one=1", "eval_steps=1"]
-        step(folder, "train", *ssdd, *kind, "--from", teacher, *shared, f"run.steps={half}", *control)
+    shared = ["--preset", "small", "--data", str(train), "--out", str(folder), *preset.settings, f"run.seed={seed}"]
+    shared += ["perceptual_start=0"]
+    whole, part, taken = f"run.steps={preset.steps}", f"run.steps={half}", ["--encoder-from", encoder]
+    teacher = ["--from", str(out / f"c-teacher-{seed}" / "model.safetensors")]
+    at_one = ["share_at_one=1", "eval_steps=1"]
+    gan = ["gan.weight=0.5", f"gan.start_step={half}", "gan.learning_rate=2e-4"]
+    convolutional = ["klvae", *taken, "freeze_encoder=true", "normalise_latents=false", whole]
+    pretrain = ["ssdd", *taken, "--stage", "pretrain"]
+    command = {
+        "a": convolutional,
+        "d": [*convolutional, *gan],
+        "b": [*pretrain, whole, *at_one, "weights.flow=0", "weights.l1=1"],
+        "c-teacher": [*pretrain, part, "share_at_one=0"],
+        "c-student": ["ssdd", *teacher, "--stage", "distill", part],
+        "c-control": ["ssdd", *teacher, "--stage", "finetune", part, *at_one],
+    }[arm]
+    step(folder, "train", *command, *shared)
 
 
 def evaluate(preset: Preset, out: Path) -> None:
-    """Quality of every arm and seed on the test photographs, the teacher's curve over steps, decode speed."""
-    models = []
-    for seed in preset.seeds:
-        models += [f"{arm}-{seed}={spec(arm, seed, out)}" for arm in ARMS]
-        models += [
-            f"c-teacher-{seed}-steps{n}=ssdd:{out}/c-teacher-{seed}/model.safetensors@steps={n}" for n in STEPS[1:]
-        ]
-    metrics = "psnr,ssim,lpips-alex,lpips-vgg,pd-mobilenet"
-    what = [
-        "--res",
-        "256",
-        "--metrics",
-        metrics,
-        "--seeds",
-        "0,1,2",
-        "--out",
-        str(out / "eval"),
-        "--device",
-        preset.device,
-    ]
-    tokbench("tokbench", "run", "--models", ",".join(models), *what)
-    seed = preset.seeds[0]
-    timed = f"a={spec('a', seed, out)},c-student={spec('c-student', seed, out)}"
+    """Quality on the test and the development photographs, the teacher's curve over steps, decode speed."""
+    arms = [named(arm, seed, out) for seed in preset.seeds for arm in ARMS]
+    longer = [named("c-teacher", seed, out, steps) for seed in preset.seeds for steps in STEPS[1:]]
+    front = ["front-" + named(arm, preset.seeds[0], out / "front") for arm in FRONT]
+    demo = ["demo-klvae=klvae", "demo-ssdd=ssdd"]
+    where = ["--res", "256", "--out", str(out / "eval"), "--device", preset.device]
+    noise = ["--seeds", "0,1,2", "--metrics", METRICS]
+    tokbench("tokbench", "run", "--models", ",".join([*arms, *longer, *front]), *where, *noise)
+    development = ["--data", str(out / "development.txt"), "--metrics", "psnr,lpips-alex"]
+    tokbench("tokbench", "run", "--models", ",".join([*arms, *demo]), *where, *development)
+    timed = ",".join(named(arm, preset.seeds[0], out) for arm in ("a", "c-student"))
     quick = ["--quick"] if preset.device == "cpu" else []
-    tokbench(
-        "tokbench",
-        "speed",
-        "--models",
-        timed,
-        "--res",
-        "256",
-        "--device",
-        preset.device,
-        "--out",
-        str(out / "speed"),
-        *quick,
-    )
+    where = ["--res", "256", "--out", str(out / "speed"), "--device", preset.device]
+    tokbench("tokbench", "speed", "--models", timed, *where, *quick)
 
 
-def spec(arm: str, seed: int, out: Path) -> str:
-    """The model spec of a trained arm, one decode step."""
-    family = "klvae" if arm in ("a", "d") else "ssdd"
-    return f"{family}:{out}/{arm}-{seed}/model.safetensors" + ("@steps=1" if family == "ssdd" else "")
+def named(arm: str, seed: int, out: Path, steps: int = 1) -> str:
+    """NAME=SPEC of a trained arm."""
+    name = f"{arm}-{seed}" + (f"-steps{steps}" if steps > 1 else "")
+    family, options = ("klvae", "") if arm in ("a", "d") else ("ssdd", f"@steps={steps}")
+    return f"{name}={family}:{out}/{arm}-{seed}/model.safetensors{options}"
 
 
 def step(folder: Path, *arguments: str) -> None:
