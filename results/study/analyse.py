@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from tokbench.metrics import METRICS
-from tokbench.report.leaderboard import metric_column
-from tokbench.report.plots import Point, axis_label, figure, label_points, log_axis, save, styles
+from tokbench.report.columns import metric_column
+from tokbench.report.plots import Point, axis_label, figure, label_points, log_axis, quality_vs_time, save, styles
 from tokbench.result import EvalResult, read_result, read_speed
 from tokbench.store import per_image_path, read_per_image, write_whole
 
@@ -24,6 +24,7 @@ SHOWN = ("lpips-alex", "psnr", "ssim", "pd-mobilenet", "lpips-vgg")
 CONTRASTS = (("c-student", "a"), ("c-student", "b"), ("c-student", "c-teacher"))
 EXPLORATORY = (("c-student", "c-control"), ("d", "a"))
 ARMS = ("a", "b", "c-teacher", "c-student", "c-control", "d")
+FRONT = ("a", "c-teacher", "c-student")
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,10 @@ class Contrast:
 def main() -> None:
     """Read <folder>/eval and write the figures beside this file and REPORT.md."""
     folder = Path(sys.argv[1])
-    results = {path.stem: read_result(path) for path in sorted((folder / "eval").glob("*/*/*.json"))}
-    tables = {path.stem: read_per_image(per_image_path(path)) for path in sorted((folder / "eval").glob("*/*/*.json"))}
+    results, tables = read(folder / "eval" / "adm" / "samples-256")
+    development, _ = read(folder / "eval" / "adm" / "development-256")
     seeds = sorted({int(name.rpartition("-")[2]) for name in results if name.startswith("a-")})
     preset = folder.name
-    contrasts = [contrast(tables, seeds, arm, base, PRIMARY) for arm, base in CONTRASTS]
     report = [
         f"# The controlled study, preset `{preset}` (toy scale)",
         "",
@@ -61,11 +61,19 @@ def main() -> None:
         *arms_table(results, tables, seeds, folder),
         "## Contrasts",
         "",
-        *contrasts_table(contrasts, tables, seeds),
-        "## Decode steps",
+        *contrasts_table(tables, seeds),
+        "## Decode steps and time",
         "",
         *steps_section(results, seeds, preset),
-        *strips_section(folder, seeds, preset),
+        "## On an encoder trained by SSDD",
+        "",
+        *front_section(results, tables, seeds, folder),
+        "## Pictures",
+        "",
+        *strips_section(folder / "eval" / "adm" / "samples-256", seeds, preset),
+        "## Against the bundled weights",
+        "",
+        *development_section(development, seeds),
         "## Limits",
         "",
         *limits(results, seeds, preset),
@@ -74,9 +82,21 @@ def main() -> None:
     print(HERE / "REPORT.md")
 
 
+def read(folder: Path) -> tuple[dict[str, EvalResult], dict[str, dict[str, np.ndarray]]]:
+    """Results and per-image columns by name; a stochastic decoder's are averaged over its noise seeds already."""
+    paths = sorted(folder.glob("*.json"))
+    return {p.stem: read_result(p) for p in paths}, {p.stem: read_per_image(per_image_path(p))[1] for p in paths}
+
+
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table, first column left, and an empty line."""
+    lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *rows]
+    return [*("| " + " | ".join(line) + " |" for line in lines), ""]
+
+
 def values(tables: dict, arm: str, seeds: list[int], metric: str) -> np.ndarray:
     """float64 [S, N]: per training seed and image."""
-    return np.stack([tables[f"{arm}-{seed}"][1][metric] for seed in seeds])
+    return np.stack([tables[f"{arm}-{seed}"][metric] for seed in seeds])
 
 
 def crossed_bootstrap(matrix: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -130,93 +150,80 @@ def arms_table(results: dict[str, EvalResult], tables: dict, seeds: list[int], f
     """Means over seeds with their intervals, and the cost of each arm."""
     generator = np.random.default_rng(0)
     speeds = {r.tokenizer.name: r for r in map(read_speed, sorted((folder / "speed").glob("*/*.json")))}
-    heads = [
-        "arm",
-        "decoder, M",
-        "images",
-        "training, s",
-        *(metric_column(m).heading for m in SHOWN),
-        "decode, GFLOP",
-        "decode, img/s",
-    ]
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
+    shown = [metric_column(m).heading for m in SHOWN]
+    heads = ["arm", "decoder, M", "images", "training, s", *shown, "decode, GFLOP", "decode, img/s"]
+    rows = []
     for arm in ARMS:
         info = results[f"{arm}-{seeds[0]}"].tokenizer
-        seconds = [json.loads((folder / f"{arm}-{seed}" / "seconds.json").read_text())["seconds"] for seed in seeds]
-        cells = [
-            arm,
-            f"{info.decoder_params / 1e6:.2f}",
-            f"{images_seen(folder, arm, seeds[0]):,}",
-            f"{np.mean(seconds):,.0f}",
+        records = [
+            json.loads((folder / f"{name}-{seed}" / "seconds.json").read_text())
+            for seed in seeds
+            for name in parts(arm)
         ]
+        spent = sum(record["seconds"] for record in records) / len(seeds)
+        cells = [arm, f"{info.decoder_params / 1e6:.2f}", f"{images_seen(records) // len(seeds):,}", f"{spent:,.0f}"]
         for metric in SHOWN:
             digits, dagger = METRICS[metric].digits, "†" if metric in info.losses else ""
-            if metric in tables[f"{arm}-{seeds[0]}"][1]:
+            if metric in tables[f"{arm}-{seeds[0]}"]:
                 matrix = values(tables, arm, seeds, metric)
                 low, high = np.quantile(crossed_bootstrap(matrix, generator), [0.025, 0.975])
                 cells.append(f"{matrix.mean():.{digits}f}{dagger} [{low:.{digits}f}, {high:.{digits}f}]")
             else:
-                means = [results[f"{arm}-{seed}"].metrics[metric].value for seed in seeds]
-                cells.append(f"{np.mean([m for m in means if m is not None]):.{digits}f}{dagger}")
-        speed = speeds.get(
-            arm
-            if arm in speeds
-            else {"d": "a", "b": "c-student", "c-teacher": "c-student", "c-control": "c-student"}.get(arm, "")
-        )
-        stage = speed.stages.get("decode") if speed else None
-        cells += [
-            f"{speed.flops['decode'] / 1e9:.1f}" if speed else "–",
-            f"{stage.images_per_second:.2f}" if stage else "–",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+                cells.append(f"{over_seeds(results, arm, seeds, metric):.{digits}f}{dagger}")
+        speed = speeds["a" if arm in ("a", "d") else "c-student"]
+        rows.append([*cells, f"{speed.flops['decode'] / 1e9:.1f}", f"{speed.stages['decode'].images_per_second:.2f}"])
     return [
-        *lines,
-        "",
+        *table(heads, rows),
         "† trained on this network. Brackets: crossed bootstrap over images and seeds, 95 %. One decode step.",
-        "Student and control",
-        "include the teacher's images. FLOP = 2 x MAC; arms of one network share its speed.",
+        "Images and seconds of student and control include the teacher's. FLOP = 2 x MAC; arms of one network share",
+        "its speed. Training seconds are wall time on a machine that had other work too: no comparison of speed.",
         "",
     ]
 
 
-def images_seen(folder: Path, arm: str, seed: int) -> int:
-    """Training images of an arm, its teacher's included."""
+def parts(arm: str) -> list[str]:
+    """The arms whose training went into this one."""
+    return ["c-teacher", arm] if arm in ("c-student", "c-control") else [arm]
+
+
+def over_seeds(results: dict[str, EvalResult], arm: str, seeds: list[int], metric: str, suffix: str = "") -> float:
+    """A metric's mean over training seeds."""
+    return float(np.mean([results[f"{arm}-{seed}{suffix}"].metrics[metric].value for seed in seeds]))
+
+
+def images_seen(records: list[dict]) -> int:
+    """Training images of these commands."""
     counted = 0
-    for name in {arm, "c-teacher"} if arm.startswith("c-") else {arm}:
-        command = json.loads((folder / f"{name}-{seed}" / "seconds.json").read_text())["command"]
-        settings = dict(part.split("=", 1) for part in command.split() if "=" in part)
+    for record in records:
+        settings = dict(part.split("=", 1) for part in record["command"].split() if "=" in part)
         counted += int(settings["run.steps"]) * int(settings["run.batch_size"])
     return counted
 
 
-def contrasts_table(contrasts: list[Contrast], tables: dict, seeds: list[int]) -> list[str]:
+def contrasts_table(tables: dict, seeds: list[int]) -> list[str]:
     """The three planned contrasts with Holm's correction and verdicts, then the exploratory ones."""
-    adjusted = holm([c.p for c in contrasts])
-    lines = [
-        f"| contrast | Δ {PRIMARY} | 95 % interval | p (Holm) | seeds | Δ psnr, dB [95 %] | verdict |",
-        "|---|--:|--:|--:|---|--:|---|",
-    ]
-    for c, p in zip(contrasts, adjusted, strict=True):
+    planned = [contrast(tables, seeds, arm, base, PRIMARY) for arm, base in CONTRASTS]
+    rows = []
+    for c, p in zip(planned, holm([c.p for c in planned]), strict=True):
         quality = contrast(tables, seeds, c.arm, c.base, "psnr")
-        lines.append(_contrast_row(c, f"{p:.4f}", quality, verdict(c, p, quality)))
+        rows.append(contrast_row(c, f"{p:.4f}", quality, verdict(c, p, quality)))
     for arm, base in EXPLORATORY:
         c, quality = (contrast(tables, seeds, arm, base, metric) for metric in (PRIMARY, "psnr"))
-        lines.append(_contrast_row(c, f"{c.p:.4f}, not corrected", quality, "exploratory"))
+        rows.append(contrast_row(c, "–", quality, "exploratory"))
+    heads = ["contrast", f"Δ {PRIMARY}", "95 % interval", "p (Holm)", "signs of the seeds", "Δ psnr, dB", "verdict"]
     return [
-        *lines,
-        "",
-        f"Lower {PRIMARY} is better: a negative difference favours the first arm.",
-        f"PSNR is non-inferior when its interval stays above -{MARGIN} dB.",
+        *table(heads, rows),
+        f"Lower {PRIMARY} is better: a negative difference favours the first arm. PSNR is non-inferior when its",
+        f"interval stays above -{MARGIN} dB. Intervals: 95 % of {DRAWS:,} draws of the crossed bootstrap, uncorrected;",
+        "p: from the same draws, Holm-corrected over the three planned contrasts.",
         "",
     ]
 
 
-def _contrast_row(c: Contrast, p: str, quality: Contrast, text: str) -> str:
-    agree = "agree" if c.seeds_agree else "disagree"
-    return (
-        f"| {c.arm} - {c.base} | {c.mean:+.4f} | [{c.low:+.4f}, {c.high:+.4f}] | {p} | {agree} "
-        f"| {quality.mean:+.2f} [{quality.low:+.2f}, {quality.high:+.2f}] | {text} |"
-    )
+def contrast_row(c: Contrast, p: str, quality: Contrast, text: str) -> list[str]:
+    interval, signs = f"[{c.low:+.4f}, {c.high:+.4f}]", "agree" if c.seeds_agree else "disagree"
+    psnr = f"{quality.mean:+.2f} [{quality.low:+.2f}, {quality.high:+.2f}]"
+    return [f"{c.arm} - {c.base}", f"{c.mean:+.4f}", interval, p, signs, psnr, text]
 
 
 def verdict(c: Contrast, p: float, quality: Contrast) -> str:
@@ -229,20 +236,19 @@ def verdict(c: Contrast, p: float, quality: Contrast) -> str:
 
 
 def steps_section(results: dict[str, EvalResult], seeds: list[int], preset: str) -> list[str]:
-    """The teacher over its steps beside student and control at one."""
-    curve = {}
-    for steps in (1, 2, 4, 8):
-        names = [f"c-teacher-{seed}" + (f"-steps{steps}" if steps > 1 else "") for seed in seeds]
-        curve[steps] = [np.mean([results[name].metrics[m].value for name in names]) for m in (PRIMARY, "psnr")]
-    lines = [f"| steps | teacher {PRIMARY} | teacher psnr, dB |", "|--:|--:|--:|"]
-    lines += [f"| {steps} | {lpips:.4f} | {psnr:.2f} |" for steps, (lpips, psnr) in curve.items()]
+    """The teacher over its steps beside the other arms at one; quality against decoding time."""
+    suffixes = {steps: f"-steps{steps}" if steps > 1 else "" for steps in (1, 2, 4, 8)}
+    curve = {
+        steps: [over_seeds(results, "c-teacher", seeds, metric, suffix) for metric in (PRIMARY, "psnr")]
+        for steps, suffix in suffixes.items()
+    }
     fig, ax = figure()
     log_axis(ax.xaxis, list(curve))
-    colours = styles(["c-teacher", "c-student", "c-control", "a", "b"])
+    colours = styles(ARMS)
     ax.plot(list(curve), [pair[0] for pair in curve.values()], color=colours["c-teacher"][0], marker="o", markersize=4)
     points = [Point("c-teacher", "", 8, curve[8][0])]
     for arm in ("c-student", "c-control", "a", "b"):
-        value = float(np.mean([results[f"{arm}-{seed}"].metrics[PRIMARY].value for seed in seeds]))
+        value = over_seeds(results, arm, seeds, PRIMARY)
         ax.plot([1], [value], color=colours[arm][0], marker=colours[arm][1], markersize=5, linestyle="none")
         points.append(Point(arm, "", 1, value))
     ax.set_xlabel("decode steps", fontsize=9)
@@ -250,28 +256,77 @@ def steps_section(results: dict[str, EvalResult], seeds: list[int], preset: str)
     ax.margins(x=0.25, y=0.15)
     label_points(ax, points)
     save(fig, HERE / f"steps-{preset}.png")
-    return [*lines, "", f"![quality against decode steps](steps-{preset}.png)", ""]
+    first = [results[f"{arm}-{seeds[0]}"] for arm in ARMS]
+    first += [results[f"c-teacher-{seeds[0]}{suffix}"] for suffix in suffixes.values() if suffix]
+    quality_vs_time(first, HERE / f"quality-time-{preset}.png", PRIMARY)
+    rows = [[str(steps), f"{lpips:.4f}", f"{psnr:.2f}"] for steps, (lpips, psnr) in curve.items()]
+    return [
+        *table(["steps of c-teacher", PRIMARY, "psnr, dB"], rows),
+        f"![quality against decode steps](steps-{preset}.png)",
+        "",
+        f"Quality against the time of a decode as measured by `tokbench run`, seed {seeds[0]}:",
+        "",
+        f"![quality against decode time](quality-time-{preset}.png)",
+        "",
+    ]
+
+
+def front_section(results: dict[str, EvalResult], tables: dict, seeds: list[int], folder: Path) -> list[str]:
+    """One seed of (a) and (c) on an encoder that SSDD trained: does the encoder's origin matter?"""
+    seed, trained = seeds[0], json.loads((folder / "front" / "encoder" / "seconds.json").read_text())
+    rows = []
+    for arm in FRONT:
+        cells = []
+        for name in (f"front-{arm}-{seed}", f"{arm}-{seed}"):
+            cells += [
+                f"{results[name].metrics[metric].value:.{METRICS[metric].digits}f}" for metric in (PRIMARY, "psnr")
+            ]
+        rows.append([arm, *cells])
+    prefixed = {name.removeprefix("front-"): columns for name, columns in tables.items() if name.startswith("front-")}
+    either = [contrast(of, [seed], "c-student", "a", PRIMARY) for of in (prefixed, tables)]
+    differences = [f"{c.mean:+.4f} [{c.low:+.4f}, {c.high:+.4f}]" for c in either]
+    heads = ["arm", f"{PRIMARY}, SSDD's encoder", "psnr, dB", f"{PRIMARY}, KL-VAE's encoder", "psnr, dB"]
+    return [
+        f"One training seed ({seed}); the encoder saw {images_seen([trained]):,} crops together with an SSDD decoder;",
+        "its latents are normalised. Exploratory.",
+        "",
+        *table(heads, rows),
+        f"c-student - a in {PRIMARY}: {differences[0]} on SSDD's encoder, {differences[1]} on the KL-VAE's",
+        "(bootstrap over images).",
+        "",
+    ]
 
 
 def strips_section(folder: Path, seeds: list[int], preset: str) -> list[str]:
-    """Input and every arm's reconstruction of four photographs, where the run kept them."""
-    place = next((folder / "eval").glob("*/*/"), folder)
+    """Input and every arm's reconstruction of four photographs."""
     rows = []
-    for real in sorted((place / "+real.images").glob("*.png"))[:4]:
-        files = [real, *(place / f"{arm}-{seeds[0]}.images" / real.name for arm in ARMS)]
-        if all(file.exists() for file in files):
-            rows.append(
-                np.concatenate([np.asarray(Image.open(file).convert("RGB").resize((160, 160))) for file in files], 1)
-            )
-    if not rows:
-        return []
+    for real in sorted((folder / "+real.images").glob("*.png"))[:4]:
+        files = [real, *(folder / f"{arm}-{seeds[0]}.images" / real.name for arm in ARMS)]
+        pictures = [Image.open(file).convert("RGB").resize((160, 160), Image.Resampling.LANCZOS) for file in files]
+        rows.append(np.concatenate([np.asarray(picture) for picture in pictures], 1))
     Image.fromarray(np.concatenate(rows)).save(HERE / f"strips-{preset}.jpg", quality=88)
+    return [f"Input, {', '.join(ARMS)} (seed {seeds[0]}).", "", f"![reconstructions](strips-{preset}.jpg)", ""]
+
+
+def development_section(development: dict[str, EvalResult], seeds: list[int]) -> list[str]:
+    """Should the study's best models replace the demo weights? Decided on the development photographs."""
+    rows, better = [], []
+    for demo, arms in (("demo-klvae", ("a", "d")), ("demo-ssdd", ("b", "c-teacher", "c-student", "c-control"))):
+        candidates = [f"{arm}-{seed}" for arm in arms for seed in seeds]
+        best = min(candidates, key=lambda name: development[name].metrics[PRIMARY].value)
+        if development[best].metrics[PRIMARY].value < development[demo].metrics[PRIMARY].value:
+            better.append(best)
+        rows += [
+            [name, *(f"{development[name].metrics[m].value:.{METRICS[m].digits}f}" for m in (PRIMARY, "psnr"))]
+            for name in (best, demo)
+        ]
+    count = development[demo].dataset.num_images
     return [
-        "## Pictures",
+        f"The {count} development photographs, one noise seed; of each family the study's best by {PRIMARY}, and the",
+        "bundled weights.",
         "",
-        f"Input, {', '.join(ARMS)} (seed {seeds[0]}).",
-        "",
-        f"![reconstructions](strips-{preset}.jpg)",
+        *table(["model", PRIMARY, "psnr, dB"], rows),
+        f"Better than the bundled weights: {', '.join(better) or 'none; they stay as they are'}.",
         "",
     ]
 

@@ -134,7 +134,7 @@ def evaluate(preset: Preset, out: Path) -> None:
     where = ["--res", "256", "--out", str(out / "eval"), "--device", preset.device]
     noise = ["--seeds", "0,1,2", "--metrics", METRICS]
     tokbench("tokbench", "run", "--models", ",".join([*arms, *longer, *front]), *where, *noise)
-    development = ["--data", str(out / "development.txt"), "--metrics", "psnr,lpips-alex"]
+    development = ["--data", str(out / "development.txt"), "--upscale", "--metrics", "psnr,lpips-alex"]
     tokbench("tokbench", "run", "--models", ",".join([*arms, *demo]), *where, *development)
     timed = ",".join(named(arm, preset.seeds[0], out) for arm in ("a", "c-student"))
     quick = ["--quick"] if preset.device == "cpu" else []

@@ -1,0 +1,69 @@
+"""The statistics of the controlled study (results/study/analyse.py) and the split that its driver makes."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+STUDY = Path(__file__).parents[1] / "results" / "study"
+
+
+@pytest.fixture(scope="module")
+def study() -> Iterator[tuple]:
+    sys.path.insert(0, str(STUDY))
+    import analyse
+    import run
+
+    yield analyse, run
+    sys.path.remove(str(STUDY))
+
+
+def test_holm_is_the_step_down_correction(study: tuple) -> None:
+    # Worked by hand: sorted .01 .03 .04 times 3 2 1 is .03 .06 .04, and may not fall again.
+    assert study[0].holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert study[0].holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_crossed_bootstrap_has_the_variance_of_both_factors(study: tuple) -> None:
+    """Additive effects: Var = var(seeds) / S + var(images) / N, of the empirical distributions."""
+    rows, columns = np.array([-1.0, 0.0, 3.0]), np.linspace(0, 4, 12)
+    draws = study[0].crossed_bootstrap(rows[:, None] + columns[None], np.random.default_rng(0))
+    assert draws.mean() == pytest.approx(rows.mean() + columns.mean(), abs=0.04)
+    assert draws.var() == pytest.approx(rows.var() / 3 + columns.var() / 12, rel=0.05)
+
+
+def test_a_claim_needs_the_corrected_test_and_every_seed(study: tuple) -> None:
+    analyse = study[0]
+    tables = {
+        "c-student-0": {"lpips-alex": np.linspace(0.1, 0.2, 20), "psnr": np.full(20, 21.0)},
+        "c-student-1": {"lpips-alex": np.linspace(0.1, 0.2, 20), "psnr": np.full(20, 21.0)},
+        "a-0": {"lpips-alex": np.linspace(0.2, 0.3, 20), "psnr": np.full(20, 22.0)},
+        "a-1": {"lpips-alex": np.linspace(0.2, 0.3, 20), "psnr": np.full(20, 22.0)},
+    }
+    c, quality = (analyse.contrast(tables, [0, 1], "c-student", "a", metric) for metric in ("lpips-alex", "psnr"))
+    assert (c.mean, quality.mean) == pytest.approx((-0.1, -1.0))
+    assert c.p < 0.001
+    assert analyse.verdict(c, 0.001, quality) == "c-student better, but psnr may be inferior"
+    assert analyse.verdict(c, 0.06, quality) == "not resolved"
+    tables["c-student-1"]["lpips-alex"] = tables["a-1"]["lpips-alex"] + 0.01
+    assert analyse.verdict(analyse.contrast(tables, [0, 1], "c-student", "a", "lpips-alex"), 0.001, quality) == (
+        "not resolved"
+    )
+
+
+def test_the_split_is_the_plans(study: tuple, tmp_path: Path) -> None:
+    run, photographs = study[1], tmp_path / "photographs"
+    photographs.mkdir()
+    plan = (STUDY / "PLAN.md").read_text()
+    for name in ("brick", "others-pillow", "world-animals-dragon"):
+        assert name in plan
+        (photographs / f"{name}.jpg").touch()
+    with pytest.raises(SystemExit, match=r"lacks development photographs of PLAN.md: farm-animals-dog .*"):
+        run.split(photographs, tmp_path)
+    listed = plan.split("on both sides); all others (128) train.")[1].split("`")[1].split()
+    for name in (*listed, "castle"):
+        (photographs / f"{name}.jpg").touch()
+    assert run.split(photographs, tmp_path).read_text() == f"{photographs / 'castle.jpg'}\n"
+    assert len((tmp_path / "development.txt").read_text().splitlines()) == len(listed) == 14
