@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from baselines.kl_vae import KLVAE, SMALL, ConvDecoderConfig, KLVAEConfig, KLVAETokenizer, PatchGAN, load
 from ssdd_models.encoder import EncoderConfig
 from ssdd_models.layers import AttentionBlock, ResBlock
-from ssdd_models.train import load_part, sizes
-from tokbench.checkpoints import load_strictly, write_model
-from tokbench.config import describe, override, to_dict
+from tokbench.checkpoints import load_strictly, read_model, write_model
+from tokbench.config import describe, from_dict, override, to_dict
 from tokbench.crops import CropConfig, PhotoCrops, batches
 from tokbench.errors import InputError
 from tokbench.held_out import open_photographs, score
@@ -263,7 +262,7 @@ def run_command(options: TrainOptions) -> Path:
         raise InputError("klvae has no --stage and no --decoder; see --preset, freeze_encoder and model.decoder.*")
     config = PRESETS[choose(list(PRESETS), options.preset, "preset", DEFAULT)]
     if options.encoder_from:
-        config = replace(config, model=replace(config.model, encoder=sizes(options.encoder_from)[0]))
+        config = replace(config, model=replace(config.model, encoder=read_encoder(options.encoder_from)[0]))
     if options.start:
         config = replace(config, model=load(options.start)[0].config)
     if options.encoder:
@@ -291,10 +290,17 @@ def build(config: KLVAETraining, start: Path | None, encoder_from: Path | None) 
         load_strictly(model, load(start)[0].state_dict(), start)
         origin["model"] = f"{start.name} {file_sha256(start)[:16]}"
     if encoder_from is not None:
-        load_part(model.encoder, encoder_from, "encoder.")
+        load_strictly(model.encoder, read_encoder(encoder_from)[1], encoder_from)
         origin["encoder"] = f"{encoder_from.name} {file_sha256(encoder_from)[:16]}"
     model.encoder.requires_grad_(not config.freeze_encoder)
     return model, origin
+
+
+def read_encoder(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
+    """The encoder in a file of ours, KL-VAE or SSDD: its sizes and tensors. Raises InputError for another file."""
+    tensors, metadata = read_model(path, "klvae", "ssdd")
+    own = {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
+    return from_dict(EncoderConfig, metadata["config"]["encoder"]), own
 
 
 def adaptive_weight(loss: Tensor, generator: Tensor, model: KLVAE, machine: Machine) -> Tensor:

@@ -24,16 +24,17 @@ def write_model(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     write_whole(path, save(plain, metadata={"tokbench": json.dumps(metadata)}))
 
 
-def read_model(path: Path, model: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors as float32 and the metadata. Raises InputError if the file is no checkpoint of `model`."""
+def read_model(path: Path, *models: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors as float32 and the metadata. Raises InputError if the file is no checkpoint of one of `models`."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("tokbench", "{}"))
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a readable checkpoint ({error})") from error
-    if metadata.get("model") != model:
-        raise InputError(f"{path}: holds {metadata.get('model') or 'no tokbench model'}, expected {model}")
+    if metadata.get("model") not in models:
+        held = metadata.get("model") or "no tokbench model"
+        raise InputError(f"{path}: holds {held}, expected {' or '.join(models)}")
     return tensors, metadata
 
 
