@@ -221,9 +221,9 @@ def any_autoencoder(source: str, latent_space: str = "") -> Any:
         subfolder = "vae"  # a whole pipeline
     model = load_model(repo, subfolder, None, source)
     kind = type(model).__name__
-    shape = latent_shape(kind, model.config, source)
+    downsample, channels = latent_shape(kind, model.config, source)
     note = f"{kind}; scale and shift from its config"
-    row = Published(source, "diffusers", repo, kind, *shape, latent_space=latent_space, note=note)
+    row = Published(source, "diffusers", kind, downsample, repo, channels, latent_space=latent_space, note=note)
     if kind == "VQModel":
         row = replace(row, channels=None, codebook_size=model.config.num_vq_embeddings)
     return wrap(model, row, random_weights=False)

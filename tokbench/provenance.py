@@ -76,7 +76,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def source_hash(modules: Iterable[str]) -> str | None:
-    """sha256 over the Python files of the packages that these modules belong to, tokbench's own always among them.
+    """sha256 over the Python files and tables (.csv) of the packages that these modules belong to, tokbench's own always among them.
 
     A single-file module counts as its own package: `file.py:factory` is its file. None if one has no source file (a
     notebook): then nobody can tell whether the code is still the same.
@@ -102,6 +102,10 @@ def _sources(package: str) -> list[Path]:
     module = sys.modules.get(package) or importlib.util.find_spec(package)
     file = getattr(module, "__file__", None) or getattr(module, "origin", None)
     if file is None or not Path(file).is_file():  # a folder without __init__.py, or a notebook
-        return sorted(path for folder in getattr(module, "__path__", ()) for path in Path(folder).rglob("*.py"))
+        return _below(*getattr(module, "__path__", ()))
     path = Path(file)
-    return sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
+    return _below(path.parent) if path.name == "__init__.py" else [path]
+
+
+def _below(*folders: str | Path) -> list[Path]:
+    return sorted(path for folder in folders for path in Path(folder).rglob("*") if path.suffix in (".py", ".csv"))

@@ -170,7 +170,7 @@ def arms_table(results: dict[str, EvalResult], tables: dict, seeds: list[int], f
                 cells.append(f"{matrix.mean():.{digits}f}{dagger} [{low:.{digits}f}, {high:.{digits}f}]")
             else:
                 cells.append(f"{over_seeds(results, arm, seeds, metric):.{digits}f}{dagger}")
-        speed = speeds["a" if arm in ("a", "d") else "c-student"]
+        speed = speeds[f"{'a' if arm in ('a', 'd') else 'c-student'}-{seeds[0]}"]
         rows.append([*cells, f"{speed.flops['decode'] / 1e9:.1f}", f"{speed.stages['decode'].images_per_second:.2f}"])
     return [
         *table(heads, rows),
