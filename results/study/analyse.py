@@ -203,10 +203,11 @@ def images_seen(records: list[dict]) -> int:
 def contrasts_table(tables: dict, seeds: list[int]) -> list[str]:
     """The three planned contrasts with Holm's correction and verdicts, then the exploratory ones."""
     planned = [contrast(tables, seeds, arm, base, PRIMARY) for arm, base in CONTRASTS]
-    rows = []
+    rows, claims = [], {}
     for c, p in zip(planned, holm([c.p for c in planned]), strict=True):
         quality = contrast(tables, seeds, c.arm, c.base, "psnr")
-        rows.append(contrast_row(c, f"{p:.4f}", quality, verdict(c, p, quality)))
+        claims[c.base] = verdict(c, p, quality)
+        rows.append(contrast_row(c, f"{p:.4f}", quality, claims[c.base]))
     for arm, base in EXPLORATORY:
         c, quality = (contrast(tables, seeds, arm, base, metric) for metric in (PRIMARY, "psnr"))
         rows.append(contrast_row(c, "–", quality, "exploratory"))
@@ -217,7 +218,28 @@ def contrasts_table(tables: dict, seeds: list[int]) -> list[str]:
         f"interval stays above -{MARGIN} dB. Intervals: 95 % of {DRAWS:,} draws of the crossed bootstrap, uncorrected;",
         "p: from the same draws, Holm-corrected over the three planned contrasts.",
         "",
+        "What the plan counts:",
+        "",
+        *table(["criterion", "met"], criteria(tables, seeds, claims)),
     ]
+
+
+def criteria(tables: dict, seeds: list[int], claims: dict[str, str]) -> list[list[str]]:
+    """PLAN.md's list of what would count for and against each side, from the verdicts by the arm compared with."""
+    psnr = contrast(tables, seeds, "c-student", "a", "psnr")
+    control = contrast(tables, seeds, "c-student", "c-control", PRIMARY)
+    met = {
+        "for SSDD: c-student below a, psnr not inferior": claims["a"] == "c-student better",
+        "for diffusion as its cause: that, and c-student below b": claims["a"] == "c-student better"
+        and claims["b"].startswith("c-student better"),
+        "for distillation: c-student below c-teacher and below c-control (not corrected)": claims[
+            "c-teacher"
+        ].startswith("c-student better")
+        and control.high < 0,
+        "against SSDD: a below c-student, or psnr inferior": claims["a"] == "c-student worse" or psnr.high < -MARGIN,
+        "against diffusion as the cause: b below c-student": claims["b"] == "c-student worse",
+    }
+    return [[criterion, "yes" if held else "no"] for criterion, held in met.items()]
 
 
 def contrast_row(c: Contrast, p: str, quality: Contrast, text: str) -> list[str]:
