@@ -1,6 +1,6 @@
-"""Statistics, figures and REPORT.md of the study, from the files that run.py left: no number of it is typed in.
+"""Statistics, figures and REPORT.md of the study, from the records that run.py kept: no number of it is typed in.
 
-python results/study/analyse.py runs/study/cpu
+python results/study/analyse.py results/study/cpu [runs/study/cpu]     (the second has the pictures)
 """
 
 import json
@@ -46,8 +46,8 @@ class Contrast:
 
 
 def main() -> None:
-    """Read <folder>/eval and write the figures beside this file and REPORT.md."""
-    folder = Path(sys.argv[1])
+    """Read the records and write the figures beside this file and REPORT.md."""
+    folder, pictures = Path(sys.argv[1]), Path(sys.argv[-1])
     results, tables = read(folder / "eval" / "adm" / "samples-256")
     development, _ = read(folder / "eval" / "adm" / "development-256")
     seeds = sorted({int(name.rpartition("-")[2]) for name in results if name.startswith("a-")})
@@ -55,7 +55,7 @@ def main() -> None:
     report = [
         f"# The controlled study, preset `{preset}` (toy scale)",
         "",
-        *opening(results, seeds, preset, folder),
+        *opening(results, seeds, preset),
         "## Arms",
         "",
         *arms_table(results, tables, seeds, folder),
@@ -70,7 +70,7 @@ def main() -> None:
         *front_section(results, tables, seeds, folder),
         "## Pictures",
         "",
-        *strips_section(folder / "eval" / "adm" / "samples-256", seeds, preset),
+        *strips_section(pictures / "eval" / "adm" / "samples-256", seeds, preset),
         "## Against the bundled weights",
         "",
         *development_section(development, seeds),
@@ -131,7 +131,7 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted
 
 
-def opening(results: dict[str, EvalResult], seeds: list[int], preset: str, folder: Path) -> list[str]:
+def opening(results: dict[str, EvalResult], seeds: list[int], preset: str) -> list[str]:
     """What was done, on what, and its standing."""
     first, noisy = results[f"a-{seeds[0]}"], results[f"c-student-{seeds[0]}"]
     standing = "**Exploratory: this preset decides nothing.** " if preset == "cpu" else ""
@@ -141,7 +141,7 @@ def opening(results: dict[str, EvalResult], seeds: list[int], preset: str, folde
         f"{len(noisy.settings['seeds'])} noise seeds an image for stochastic decoders. "
         f"Measured on {first.provenance['device']}, {str(first.provenance['date'])[:10]}.",
         "",
-        f"Repeat: `make study PRESET={preset} TRAIN=PHOTOS`. Data of this page: `{folder}/`.",
+        f"Repeat: `make study PRESET={preset} TRAIN=PHOTOS`. The records of this page are in [{preset}/]({preset}/).",
         "",
     ]
 
@@ -320,13 +320,14 @@ def front_section(results: dict[str, EvalResult], tables: dict, seeds: list[int]
 
 
 def strips_section(folder: Path, seeds: list[int], preset: str) -> list[str]:
-    """Input and every arm's reconstruction of four photographs."""
+    """Input and every arm's reconstruction of four photographs; without their pictures the strip stays as it is."""
     rows = []
     for real in sorted((folder / "+real.images").glob("*.png"))[:4]:
         files = [real, *(folder / f"{arm}-{seeds[0]}.images" / real.name for arm in ARMS)]
         pictures = [Image.open(file).convert("RGB").resize((160, 160), Image.Resampling.LANCZOS) for file in files]
         rows.append(np.concatenate([np.asarray(picture) for picture in pictures], 1))
-    Image.fromarray(np.concatenate(rows)).save(HERE / f"strips-{preset}.jpg", quality=88)
+    if rows:
+        Image.fromarray(np.concatenate(rows)).save(HERE / f"strips-{preset}.jpg", quality=88)
     return [f"Input, {', '.join(ARMS)} (seed {seeds[0]}).", "", f"![reconstructions](strips-{preset}.jpg)", ""]
 
 

@@ -8,6 +8,7 @@ Every step is a `tokbench` command that goes on where it stopped, so this one do
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -73,7 +74,7 @@ def main() -> None:
     for arm in FRONT:
         train_arm(arm, preset.seeds[0], preset, train, encoder, out / "front")
     evaluate(preset, out)
-    tokbench(sys.executable, str(HERE / "analyse.py"), str(out))
+    tokbench(sys.executable, str(HERE / "analyse.py"), str(keep(out)), str(out))
 
 
 def split(folder: Path, out: Path) -> Path:
@@ -141,6 +142,17 @@ def evaluate(preset: Preset, out: Path) -> None:
     quick = ["--quick"] if preset.device == "cpu" else []
     where = ["--res", "256", "--out", str(out / "speed"), "--device", preset.device]
     tokbench("tokbench", "speed", "--models", timed, *where, *quick)
+
+
+def keep(out: Path) -> Path:
+    """Copy the records, which are small, to a folder beside this file, where analyse.py reads them."""
+    kept = HERE / out.name
+    for file in sorted(out.rglob("*")):
+        if file.name.endswith((".json", ".csv.gz")) and not any(part.startswith(".") for part in file.parts):
+            target = kept / file.relative_to(out)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+    return kept
 
 
 def named(arm: str, seed: int, out: Path, steps: int = 1) -> str:
