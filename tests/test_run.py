@@ -208,6 +208,8 @@ def test_an_unreadable_image_stops_the_run_unless_it_may_be_left_out(
     assert "left out: " in ran.err
     result = results(tmp_path / "runs")["tiny-32"]
     assert (result.dataset.num_images, result.settings["skipped_ids"]) == (12, ["broken"])
+    assert "0 done, 1 cached" in tokbench(*command, "--skip-bad").err
+    assert tokbench(*command).status == 2  # not answered by a result that leaves an image out
 
 
 def test_small_images_are_refused_by_name_or_enlarged_and_counted(

@@ -17,6 +17,7 @@ from tokbench.result import to_json
 from tokbench.store import (
     SampleStore,
     hold,
+    image_name,
     per_image_path,
     read_per_image,
     read_results,
@@ -217,3 +218,12 @@ def test_results_are_read_back_and_bad_files_named(tmp_path: Path) -> None:
     assert frame.loc[0, "name"] == "ssdd"
     assert frame.loc[0, "psnr"] == result.metrics["psnr"].value
     assert per_image_path(path).name == "ssdd.per_image.csv.gz"
+
+
+def test_any_sample_id_names_a_file_of_its_own(tmp_path: Path) -> None:
+    ids = ["a/b", "a%2Fb", "x" * 300, "x" * 299 + "y", "ü" * 100]
+    names = [image_name(sample) for sample in ids]
+    assert len(set(names)) == len(ids)
+    for name in names:
+        write_whole(tmp_path / name, b"")
+    assert {path.name for path in tmp_path.iterdir()} == set(names)

@@ -45,7 +45,7 @@ def open_plan(
         )  # fmt: skip
 
     upscaled = len(source.small(resolution)) if upscale else None
-    return Plan(source, source.fingerprint(), conditions, batches, upscaled=upscaled)
+    return Plan(source, source.fingerprint(), conditions, batches, skip_bad, upscaled)
 
 
 def evaluate(

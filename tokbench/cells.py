@@ -41,8 +41,10 @@ from tokbench.tokenizer import Tokenizer
 log = logging.getLogger("tokbench")
 
 
-def finished(path: Path, key: str, available: Callable[[], Mapping[str, str]]) -> EvalResult | None:
-    """The result in a file if it is this cell's. What was unavailable then and is not now makes it unfinished."""
+def finished(path: Path, key: str, plan: Plan, available: Callable[[], Mapping[str, str]]) -> EvalResult | None:
+    """The result in a file if it is this cell's. What was unavailable then and is not now makes it unfinished, and so
+    do images left out then that may not be left out now.
+    """
     if not path.exists():
         return None
     try:
@@ -56,7 +58,7 @@ def finished(path: Path, key: str, available: Callable[[], Mapping[str, str]]) -
         return None
     if result.unavailable and not set(result.unavailable) <= set(available()):
         return None
-    return result
+    return None if result.settings.get("skipped") and not plan.skip_bad else result
 
 
 def applies(name: str, tokenizer: Tokenizer) -> bool:
@@ -94,7 +96,7 @@ def run_cell(tokenizer: Tokenizer, spec: str, plan: Plan, kits: Kits) -> tuple[E
     found = None
     kept = path is None or not plan.keep_features or path.with_suffix(".features").is_dir()
     if path is not None and key is not None and kept and not plan.fresh and world.rank == 0:
-        found = finished(path, key, lambda: kits.load(plan.conditions.resolution).unavailable)
+        found = finished(path, key, plan, lambda: kits.load(plan.conditions.resolution).unavailable)
     if (found := world.share(found)) is not None:
         return found, True
     with ExitStack() as stack:

@@ -30,6 +30,7 @@ class Plan:
     fingerprint: str
     conditions: Conditions
     batches: Callable[[Sequence[int]], Loader]  # of these samples, by index
+    skip_bad: bool = False  # images that cannot be read are left out and counted
     upscaled: int | None = None  # how many images are enlarged; None: none may be
     world: World = field(default_factory=World)
     out: Path | None = None  # None: nothing is kept

@@ -290,8 +290,11 @@ def image_folders(path: Path) -> tuple[Path, Path]:
 
 
 def image_name(sample: str) -> str:
-    """The file name of a sample's image; `urllib.parse.unquote` of its stem gives the id back."""
-    return quote(sample, safe="") + ".png"
+    """The file name of a sample's image; `urllib.parse.unquote` of its stem gives an id back that is not overlong."""
+    name = quote(sample, safe="")
+    if len(name) > 200:  # a file system takes 255 bytes, the temporary name included
+        name = f"{name[:180]}-{hashlib.sha256(sample.encode()).hexdigest()[:16]}"
+    return name + ".png"
 
 
 def write_per_image(path: Path, ids: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:
