@@ -1,5 +1,6 @@
 """The statistics of the controlled study (results/study/analyse.py) and the split that its driver makes."""
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,28 +43,44 @@ def test_a_claim_needs_the_corrected_test_and_every_seed(study: tuple) -> None:
         "a-0": {"lpips-alex": np.linspace(0.2, 0.3, 20), "psnr": np.full(20, 22.0)},
         "a-1": {"lpips-alex": np.linspace(0.2, 0.3, 20), "psnr": np.full(20, 22.0)},
     }
-    c, quality = (analyse.contrast(tables, [0, 1], "c-student", "a", metric) for metric in ("lpips-alex", "psnr"))
-    assert (c.mean, quality.mean) == pytest.approx((-0.1, -1.0))
+    c, psnr = (analyse.contrast(tables, [0, 1], "c-student", "a", metric) for metric in ("lpips-alex", "psnr"))
+    assert (c.mean, psnr.mean) == pytest.approx((-0.1, -1.0))
     assert c.p < 0.001
-    assert analyse.verdict(c, 0.001, quality) == "c-student better, but psnr may be inferior"
-    assert analyse.verdict(c, 0.06, quality) == "not resolved"
+    assert analyse.verdict(c, 0.001) == "better"
+    assert analyse.verdict(c, 0.06) == "not resolved"
     tables["c-student-1"]["lpips-alex"] = tables["a-1"]["lpips-alex"] + 0.01
-    assert analyse.verdict(analyse.contrast(tables, [0, 1], "c-student", "a", "lpips-alex"), 0.001, quality) == (
-        "not resolved"
-    )
+    assert analyse.verdict(analyse.contrast(tables, [0, 1], "c-student", "a", "lpips-alex"), 0.001) == "not resolved"
+    better = dict.fromkeys(("a", "b", "c-teacher", "c-control"), "better")
+    assert list(analyse.conclusions(better, psnr).values()) == ["against it", "for it", "for it"]
+    tables["a-0"]["psnr"] = tables["a-1"]["psnr"] = np.linspace(19, 23, 20)  # -1.2 to 1.2 dB: perhaps inferior
+    undecided = analyse.contrast(tables, [0, 1], "c-student", "a", "psnr")
+    assert list(analyse.conclusions(better | {"c-control": "worse"}, undecided).values()) == [
+        "undecided", "for it", "against it",
+    ]  # fmt: skip
 
 
 def test_the_split_is_the_plans(study: tuple, tmp_path: Path) -> None:
     run, photographs = study[1], tmp_path / "photographs"
     photographs.mkdir()
-    plan = (STUDY / "PLAN.md").read_text()
+    listed = run.development_ids()
     for name in ("brick", "others-pillow", "world-animals-dragon"):
-        assert name in plan
+        assert name in listed
         (photographs / f"{name}.jpg").touch()
     with pytest.raises(SystemExit, match=r"lacks development photographs of PLAN.md: farm-animals-dog .*"):
         run.split(photographs, tmp_path)
-    listed = plan.split("on both sides); all others (128) train.")[1].split("`")[1].split()
     for name in (*listed, "castle"):
         (photographs / f"{name}.jpg").touch()
     assert run.split(photographs, tmp_path).read_text() == f"{photographs / 'castle.jpg'}\n"
     assert len((tmp_path / "development.txt").read_text().splitlines()) == len(listed) == 14
+
+
+def test_the_report_is_what_the_records_say(study: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = (STUDY / "REPORT.md").read_text()
+    found = re.search(r"preset `(\w+)`", report)
+    assert found is not None
+    monkeypatch.setattr(study[0], "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["analyse.py", str(STUDY / found[1])])
+    study[0].main()
+    assert (tmp_path / "REPORT.md").read_text() == report
+    for name in re.findall(r"\]\((\S+\.(?:png|jpg))\)", report):
+        assert (STUDY / name).stat().st_size > 0

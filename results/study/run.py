@@ -11,9 +11,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from tokbench.registry import checkpoint_metadata
+from tokbench.store import write_whole
 
 HERE = Path(__file__).parent
 ARMS = ("a", "b", "c-teacher", "c-student", "c-control", "d")
@@ -31,8 +33,7 @@ class Preset:
     crop: int
     late_crop: int
     seeds: tuple[int, ...]
-    encoder_steps: int  # of KL-VAE training, for the encoder of all arms
-    front_steps: int  # of SSDD training, for the front's encoder
+    encoder_steps: int  # of each encoder: KL-VAE's, for all arms, and SSDD's, for the front
     device: str
     workers: int  # processes that cut crops
     encoder: str | None = None  # a finished encoder instead of a trained one
@@ -42,7 +43,8 @@ class Preset:
         """Overrides that all arms share: data, optimiser, budget."""
         return [
             f"run.batch_size={self.batch_size}", f"crops.size={self.crop}", f"crops.late_size={self.late_crop}",
-            "crops.late_share=0.15", f"run.device={self.device}", f"run.workers={self.workers}", "run.held_out=0",
+            "crops.late_share=0.15", f"run.device={self.device}",
+            *([f"run.workers={self.workers}"] if self.workers else []), "run.held_out=0",
             "run.eval_every=1000000", "run.sample_every=1000000", "run.save_every=50", "optim.name=adamw",
             "optim.learning_rate=1e-3", "optim.warmup_steps=20", "ema.decay=0.99",
         ]  # fmt: skip
@@ -50,9 +52,9 @@ class Preset:
 
 PRESETS = {
     # Exploratory: 4,000 crops an arm; the encoder is the demo's, trained on the same photographs but 14 others.
-    "cpu": Preset(250, 16, 64, 0, (0, 1), 0, 500, "cpu", 0, "baselines/weights/klvae.safetensors"),
+    "cpu": Preset(250, 16, 64, 0, (0, 1), 500, "cpu", 0, "baselines/weights/klvae.safetensors"),
     # One H100, 25 minutes for everything: sized for 11 steps a second and 8 s to start each command, not yet timed.
-    "gpu": Preset(500, 64, 96, 160, (0, 1, 2), 1600, 500, "cuda", 12),
+    "gpu": Preset(500, 64, 96, 160, (0, 1, 2), 1600, "cuda", 12),
 }
 
 
@@ -66,25 +68,23 @@ def main() -> None:
     preset, out = PRESETS[arguments.preset], arguments.out / arguments.preset
     out.mkdir(parents=True, exist_ok=True)
     train = split(arguments.train, out)
-    encoder = preset.encoder or train_encoder("klvae", preset.encoder_steps, preset, train, out)
+    encoder = preset.encoder or train_encoder("klvae", preset, train, out)
     for seed in preset.seeds:
         for arm in ARMS:
             train_arm(arm, seed, preset, train, encoder, out)
-    encoder = train_encoder("ssdd", preset.front_steps, preset, train, out / "front")
+    encoder = train_encoder("ssdd", preset, train, out / "front")
     for arm in FRONT:
         train_arm(arm, preset.seeds[0], preset, train, encoder, out / "front")
     evaluate(preset, out)
-    tokbench(sys.executable, str(HERE / "analyse.py"), str(keep(out)), str(out))
+    python([sys.executable, str(HERE / "analyse.py"), str(keep(preset, out)), str(out)])
 
 
 def split(folder: Path, out: Path) -> Path:
     """Write the lists train.txt, which is returned, and development.txt: the ids that PLAN.md names."""
-    plan = (HERE / "PLAN.md").read_text()
-    listed = plan.split("on both sides); all others (128) train.")[1].split("`")[1]
     if not folder.is_dir():
         sys.exit(f"study: no such folder: {folder}")
     paths = {path.stem: path.resolve() for path in sorted(folder.glob("*.jpg"))}
-    development = set(listed.split())
+    development = set(development_ids())
     if missing := development - paths.keys():
         sys.exit(f"study: {folder} lacks development photographs of PLAN.md: {' '.join(sorted(missing))}")
     for name, ids in (("train", paths.keys() - development), ("development", development)):
@@ -92,8 +92,14 @@ def split(folder: Path, out: Path) -> Path:
     return out / "train.txt"
 
 
-def train_encoder(model: str, steps: int, preset: Preset, train: Path, out: Path) -> str:
+def development_ids() -> list[str]:
+    """As PLAN.md lists them."""
+    return (HERE / "PLAN.md").read_text().split("on both sides); all others (128) train.")[1].split("`")[1].split()
+
+
+def train_encoder(model: str, preset: Preset, train: Path, out: Path) -> str:
     """A frozen encoder with normalised latents, of KL-VAE or SSDD training."""
+    steps = preset.encoder_steps
     shared = ["--preset", "small", "--data", str(train), *preset.settings, "run.seed=0"]
     first, normalised = out / "encoder", out / "encoder-normalised"
     step(first, "train", model, *shared, "--out", str(first), f"run.steps={steps}", f"perceptual_start={steps // 4}")
@@ -108,7 +114,9 @@ def train_arm(arm: str, seed: int, preset: Preset, train: Path, encoder: str, ou
     """One arm and seed, in the folder <arm>-<seed>."""
     folder = out / f"{arm}-{seed}"
     half = preset.steps // 2
-    shared = ["--preset", "small", "--data", str(train), "--out", str(folder), *preset.settings, f"run.seed={seed}"]
+    # Student and control must not see the teacher's crops and noise again, which the seed alone decides.
+    drawn = seed + 100 if arm in ("c-student", "c-control") else seed
+    shared = ["--preset", "small", "--data", str(train), "--out", str(folder), *preset.settings, f"run.seed={drawn}"]
     shared += ["perceptual_start=0"]
     whole, part, taken = f"run.steps={preset.steps}", f"run.steps={half}", ["--encoder-from", encoder]
     teacher = ["--from", str(out / f"c-teacher-{seed}" / "model.safetensors")]
@@ -135,23 +143,27 @@ def evaluate(preset: Preset, out: Path) -> None:
     demo = ["demo-klvae=klvae", "demo-ssdd=ssdd"]
     where = ["--res", "256", "--out", str(out / "eval"), "--device", preset.device]
     noise = ["--seeds", "0,1,2", "--metrics", METRICS]
-    tokbench("tokbench", "run", "--models", ",".join([*arms, *longer, *front]), *where, *noise)
+    tokbench("run", "--models", ",".join([*arms, *longer, *front]), *where, *noise)
     development = ["--data", str(out / "development.txt"), "--upscale", "--metrics", "psnr,lpips-alex"]
-    tokbench("tokbench", "run", "--models", ",".join([*arms, *demo]), *where, *development)
+    tokbench("run", "--models", ",".join([*arms, *demo]), *where, *development)
     timed = ",".join(named(arm, preset.seeds[0], out) for arm in ("a", "c-student"))
     quick = ["--quick"] if preset.device == "cpu" else []
     where = ["--res", "256", "--out", str(out / "speed"), "--device", preset.device]
-    tokbench("tokbench", "speed", "--models", timed, *where, *quick)
+    tokbench("speed", "--models", timed, *where, *quick)
 
 
-def keep(out: Path) -> Path:
-    """Copy the records, which are small, to a folder beside this file, where analyse.py reads them."""
+def keep(preset: Preset, out: Path) -> Path:
+    """Put the records, which are small, into a folder beside this file, where analyse.py reads them."""
     kept = HERE / out.name
-    for file in sorted(out.rglob("*")):
-        if file.name.endswith((".json", ".csv.gz")) and not any(part.startswith(".") for part in file.parts):
-            target = kept / file.relative_to(out)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+    shutil.rmtree(kept, ignore_errors=True)
+    models = {file.parent.relative_to(out): file for file in out.glob("**/model.safetensors")}
+    models |= {Path("encoder"): Path(preset.encoder)} if preset.encoder else {}
+    for name, file in models.items():
+        record = json.dumps(checkpoint_metadata(file)["training"], indent=1)
+        write_whole(kept / "training" / name.with_suffix(".json"), record + "\n")
+    samples = out / "eval" / "adm" / "samples-256"
+    for file in (*out.glob("eval/*/*/*.json"), *samples.glob("*.csv.gz"), *out.glob("speed/*/*.json")):
+        write_whole(kept / file.relative_to(out), file.read_bytes())
     return kept
 
 
@@ -163,25 +175,30 @@ def named(arm: str, seed: int, out: Path, steps: int = 1) -> str:
 
 
 def step(folder: Path, *arguments: str) -> None:
-    """A training command, unless its model is there already; its seconds are added up in <folder>/seconds.json."""
-    if (folder / "model.safetensors").exists():
-        return
-    start = time.monotonic()
-    tokbench("tokbench", *arguments)
-    record = folder / "seconds.json"
-    spent = json.loads(record.read_text())["seconds"] if record.exists() else 0.0
-    record.write_text(
-        json.dumps({"seconds": spent + time.monotonic() - start, "command": shlex.join(["tokbench", *arguments])})
-    )
+    """A training command, unless its model is there already."""
+    model = folder / "model.safetensors"
+    if not model.exists():
+        return tokbench(*arguments)
+    if shlex.split(checkpoint_metadata(model)["training"]["command"])[1:] != list(arguments):
+        sys.exit(f"study: {model} was trained by another command; remove it or choose another --out")
+    return None
 
 
-def tokbench(*command: str) -> None:
-    """Run a command of this environment; stop with its status if it fails."""
-    print("$", shlex.join(command), flush=True)
-    program = str(Path(sys.executable).parent / command[0]) if command[0] == "tokbench" else command[0]
-    done = subprocess.run([program, *command[1:]])
-    if done.returncode:
-        sys.exit(done.returncode)
+def tokbench(*arguments: str) -> None:
+    """A `tokbench` command; stop with its status if it fails."""
+    print("$", shlex.join(["tokbench", *arguments]), flush=True)
+    python([sys.executable, "-m", "tokbench", *arguments])
+
+
+def python(command: list[str]) -> None:
+    """Run a command; on Ctrl-C, which it gets too, let it save first."""
+    process = subprocess.Popen(command)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        status = process.wait() or 130
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":
