@@ -180,6 +180,13 @@ def test_only_what_was_asked_for_is_said_to_be_missing() -> None:
     assert not any("rfid" in note for note in block.footnotes)
 
 
+def test_images_that_were_left_out_or_enlarged_are_said() -> None:
+    settings = {**record("a").settings, "skipped": 2, "upscaled": 3}
+    (block,) = blocks([Entry(dataclasses.replace(record("a"), settings=settings)), Entry(record("b"))])
+    assert "a: 2 unreadable images left out" in block.footnotes
+    assert "a: 3 images enlarged" in block.footnotes
+
+
 def test_times_of_different_machines_are_not_ranked() -> None:
     a, b = record("a", seed=1), record("b", seed=2)
     b = dataclasses.replace(b, provenance={**b.provenance, "device": "GPU"})

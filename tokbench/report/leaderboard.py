@@ -248,6 +248,9 @@ def _footnotes(
             remarks.setdefault(info.note, []).append(info.name)
         if not info.verified:
             remarks.setdefault("facts not checked against the published weights", []).append(info.name)
+        for setting, what in (("skipped", "unreadable images left out"), ("upscaled", "images enlarged")):
+            if count := entry.result.settings.get(setting):
+                remarks.setdefault(f"{count} {what}", []).append(entry.name)
     notes = [f"{', '.join(names)}: {remark}" for remark, names in remarks.items()]
     if any(trained_on(entry.result, c.key) for entry in entries for c in columns):
         notes.insert(0, "† the metric's network was part of this model's training loss")
