@@ -15,6 +15,7 @@ from tests.conftest import TINY, Ran
 from tokbench import kits
 from tokbench.finish import clear
 from tokbench.metrics.scoring import Instruments, instruments
+from tokbench.networks import find_network
 from tokbench.reconstruct import Conditions
 from tokbench.result import EvalResult, read_result
 from tokbench.store import SampleStore, read_per_image
@@ -281,6 +282,21 @@ def test_an_unavailable_metric_is_named_and_measured_as_soon_as_it_can_be(
     monkeypatch.chdir(tmp_path)
     assert "1 done" in tokbench(*command).err
     assert results(tmp_path)["tiny-32"].metrics["ssim"].value is not None
+
+
+def test_a_damaged_weight_file_costs_its_metric_and_no_other(
+    tokbench: Command, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKBENCH_WEIGHTS", str(tmp_path))
+    damaged = tmp_path / find_network("lpips-alex").file
+    damaged.write_bytes(b"the first bytes")
+    command = ("run", "--models", f"tiny={TINY}", "--data", photographs, "--out", tmp_path / "runs", "--res", "32")
+    ran = tokbench(*command, "--metrics", "psnr,lpips-alex")
+    assert ran.status == 0
+    result = results(tmp_path / "runs")["tiny-32"]
+    assert set(result.metrics) == {"psnr"}
+    assert str(damaged) in result.unavailable["lpips-alex"]
+    assert str(damaged) in ran.err
 
 
 def test_features_are_dropped_unless_they_are_wanted(tokbench: Command, photographs: Path, tmp_path: Path) -> None:

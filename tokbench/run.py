@@ -177,8 +177,11 @@ def announce(source: Source, resolutions: Sequence[int], num_models: int, kits: 
     for problem in source.problems:
         say(f"note: {problem}")
     for name in kits.networks:
-        if weights.locate(name) is None:
-            say(weights.missing(name))
+        try:
+            if weights.locate(name) is None:
+                say(weights.missing(name))
+        except weights.WeightsError as error:  # a damaged file costs the metrics that need it, not the run
+            say(str(error))
 
 
 def report(outcome: Outcome, out: Path) -> None:
