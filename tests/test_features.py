@@ -106,13 +106,21 @@ def dinov2_file(folder: Path, image_size: int) -> tuple[Path, nn.Module]:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    path = folder / "dinov2.safetensors"
-    save_file({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, path)
+    network.save_pretrained(folder)  # with the names of the published file, whatever the modules are called
+    path = folder / "model.safetensors"
+    assert "encoder.layer.0.attention.attention.query.weight" in weights.load(path)
     return path, network
 
 
-def test_dinov2_equals_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", ["published", "transformers 5"])
+def test_dinov2_equals_transformers_whichever_names_the_file_has(tmp_path: Path, names: str) -> None:
     path, reference = dinov2_file(tmp_path, 224)
+    if names == "transformers 5":
+        tensors = dict(weights.load(path))
+        for old, new in (("attention.query", "q_proj"), ("attention.key", "k_proj"), ("attention.value", "v_proj"),
+                         ("output.dense", "o_proj")):  # fmt: skip
+            tensors = {key.replace(f"attention.{old}", f"attention.{new}"): tensors[key] for key in tensors}
+        save_file(tensors, path)
     images = photographs(224, 2)
     with torch.no_grad():
         expected = reference(pixel_values=features.normalised(images, 224, "bicubic")).pooler_output

@@ -1,5 +1,6 @@
 """Distances between sets of features against torch-fidelity's own functions, and where they are ill-posed."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,16 @@ def test_nan_and_wrong_shapes_are_refused() -> None:
     bad[3, 2] = np.nan
     with pytest.raises(InputError, match="NaN"):
         frechet.moments(bad)
+    with pytest.raises(InputError, match="NaN"):
+        frechet.few_samples_distance(bad, features(30, 8, 1))
+    good = frechet.moments(features(30, 8, 0))
+    for part in ("mean", "cov"):
+        for value in (np.nan, np.inf):
+            broken = replace(good, **{part: np.where(np.eye(8, 8)[0] > 0, value, getattr(good, part))})
+            with pytest.raises(InputError, match="NaN"):
+                frechet.distance(good, broken)
+            with pytest.raises(InputError, match="NaN"):
+                frechet.distance(broken, broken)
     with pytest.raises(InputError, match="two rows"):
         frechet.moments(bad[:1])
     with pytest.raises(InputError, match="dimensions"):

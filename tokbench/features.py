@@ -123,6 +123,22 @@ class MobileNet(nn.Module):
         return {"mobilenet": pooled, "mobilenet-class": self.classifier(pooled).argmax(1, True).float()}
 
 
+# What transformers 5 renamed within its modules; files, the published one too, keep the names on the left.
+DINOV2_RENAMED = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+}
+
+
+def _dinov2_name(key: str) -> str:
+    """A tensor's name in transformers 5, from either version's."""
+    for old, new in DINOV2_RENAMED.items():
+        key = key.replace(old, new)
+    return key
+
+
 class DINOv2(nn.Module):
     """DINOv2 ViT-L/14 through transformers, its size read from the file. -> {"dinov2"}
 
@@ -144,7 +160,9 @@ class DINOv2(nn.Module):
             patch_size=patch,
         )  # fmt: skip
         self.network = Dinov2Model(config)
-        self.network.load_state_dict(tensors)
+        own = {_dinov2_name(key): key for key in self.network.state_dict()}  # as the installed transformers calls them
+        renamed = {_dinov2_name(key): tensor for key, tensor in tensors.items()}
+        self.network.load_state_dict({own.get(key, key): tensor for key, tensor in renamed.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {"dinov2": self.network(pixel_values=normalised(images, 224, "bicubic")).pooler_output}

@@ -42,15 +42,24 @@ def moments(features: np.ndarray, rows: np.ndarray | None = None) -> Moments:
         products += chunk.T @ chunk
     mean = total / count
     cov = (products - count * np.outer(mean, mean)) / (count - 1)
-    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-        raise InputError("features hold NaN or infinity")
+    _check_finite(mean, cov)
     return Moments(count, mean + shift, cov)
 
 
+def _check_finite(*arrays: np.ndarray) -> None:
+    """InputError for NaN, which max(0.0, ...) would otherwise make a perfect distance of."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise InputError("features or their moments hold NaN or infinity")
+
+
 def distance(real: Moments, fake: Moments) -> float:
-    """Squared Fréchet distance of two sets of moments, at least 0 and exactly 0 for equal ones."""
+    """Squared Fréchet distance of two sets of moments, at least 0 and exactly 0 for equal ones.
+
+    Raises InputError for NaN, infinity or different dimensions.
+    """
     if real.mean.shape != fake.mean.shape:
         raise InputError(f"features of {real.mean.shape[0]} and {fake.mean.shape[0]} dimensions cannot be compared")
+    _check_finite(real.mean, real.cov, fake.mean, fake.cov)
     if np.array_equal(real.mean, fake.mean) and np.array_equal(real.cov, fake.cov):
         return 0.0
     difference = real.mean - fake.mean
@@ -84,6 +93,7 @@ def _lower_product(factor: np.ndarray, b: np.ndarray, block: int = 256) -> np.nd
 def few_samples_distance(real: np.ndarray, fake: np.ndarray) -> float:
     """The same distance from features [N, D] with N below D: tr (S1 S2)^½ is the nuclear norm of X1 X2ᵀ, N x N."""
     first, second = (np.asarray(side, dtype=np.float64) for side in (real, fake))
+    _check_finite(first, second)
     if np.array_equal(first, second):
         return 0.0
     means = first.mean(0), second.mean(0)
