@@ -90,25 +90,39 @@ def test_the_hash_of_a_state_sees_names_shapes_and_values() -> None:
     assert hash_state(first) != hash_state(tiny(bias=0.1))
 
 
+class Mean:
+    """An extractor that counts the images it sees."""
+
+    dim = 3
+
+    def __init__(self, name: str) -> None:
+        self.name = self.identity = name
+        self.calls = 0
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.calls += len(images)
+        return images.float().mean((2, 3))
+
+
+def measuring(metrics: list[str], *extractors: Mean) -> api.Kits:
+    """The metrics of twelve images of 32 pixels, with these extractors instead of networks."""
+    kits = api.Kits(metrics, 12, torch.device("cpu"))
+    found = {extractor.name: extractor for extractor in extractors}
+    kits._loaded[32] = Instruments(scorers(["psnr"]), found)  # type: ignore[arg-type]
+    return kits
+
+
 def test_real_features_are_computed_once_for_all_models(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Mean:
-        name, dim, identity = "mobilenet", 3, "mean"
-        calls = 0
-
-        def __call__(self, images: torch.Tensor) -> torch.Tensor:
-            Mean.calls += len(images)
-            return images.float().mean((2, 3))
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    kits = api.Kits(["psnr", "pd-mobilenet"], 12, torch.device("cpu"))
-    kits._loaded[32] = Instruments(scorers(["psnr"]), {"mobilenet": Mean()})  # type: ignore[dict-item]
+    mean = Mean("mobilenet")
+    kits = measuring(["psnr", "pd-mobilenet"], mean)
     monkeypatch.setattr(api, "kits", lambda *_: kits)
     first = evaluate(tiny(), photographs, 32)
-    assert Mean.calls == 24
+    assert mean.calls == 24
     second = evaluate(tiny(), photographs, 32)
-    assert Mean.calls == 36
+    assert mean.calls == 36
     assert first.metrics == second.metrics
     folder = next((cache_folder() / "real").iterdir())
     path = next(folder.glob("real-*.bin"))
@@ -116,6 +130,33 @@ def test_real_features_are_computed_once_for_all_models(
     data[-10] ^= 1
     path.write_bytes(data)
     assert evaluate(tiny(), photographs, 32).metrics == first.metrics
+
+
+def test_another_metric_leaves_the_real_features_of_the_others(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first, second = Mean("mobilenet"), Mean("mobilenet-class")
+    for metrics, extractors in ((["pd-mobilenet"], [first]), (["pd-mobilenet", "agreement"], [first, second])):
+        kits = measuring(metrics, *extractors)
+        monkeypatch.setattr(api, "kits", lambda *_, kits=kits: kits)
+        result = evaluate(tiny(), photographs, 32)
+    assert set(result.metrics) == {"pd-mobilenet", "agreement"}
+    assert (first.calls, second.calls) == (12 + 12 + 12, 12 + 12)  # real images once each
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    mean = Mean("mobilenet")
+    kits = measuring(["pd-mobilenet"], mean)
+    monkeypatch.setattr(api, "kits", lambda *_: kits)
+    first = evaluate(tiny(), photographs, 32)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert evaluate(tiny(), photographs, 32).metrics == first.metrics
+    assert mean.calls == 48
 
 
 def test_every_8_bit_value_survives_the_round_trip() -> None:

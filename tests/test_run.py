@@ -312,7 +312,7 @@ def test_kept_features_are_those_of_both_sides(tmp_path: Path) -> None:
     ids, values = ["a", "b"], np.ones((2, 3))
     for name in ("first", "second"):  # the second finds the real images' features in the cache
         real = SampleStore(tmp_path / "real")
-        with SampleStore(tmp_path / f".{name}", real=real) as store:
+        with SampleStore(tmp_path / f".{name}", real={"net": real}) as store:
             sides = {("fake", "net"): values} | ({("real", "net"): values} if name == "first" else {})
             store.append(ids, {"psnr": np.zeros(2)}, sides)
         real.close()

@@ -104,13 +104,13 @@ def test_later_rows_add_columns(tmp_path: Path) -> None:
 
 def test_real_features_are_shared_and_survive_the_cell(tmp_path: Path) -> None:
     real = SampleStore(tmp_path / "real")
-    store = SampleStore(tmp_path / "cell", real=real)
+    store = SampleStore(tmp_path / "cell", real={"net": real})
     store.append(IDS, {"psnr": PSNR}, {("real", "net"): FEATURES, ("fake", "net"): FEATURES + 1})
     assert not list((tmp_path / "cell").glob("real-*.bin"))
     store.close()
     real.close()
     shutil.rmtree(tmp_path / "cell")
-    other = SampleStore(tmp_path / "other", real=SampleStore(tmp_path / "real"))
+    other = SampleStore(tmp_path / "other", real={"net": SampleStore(tmp_path / "real")})
     other.append(IDS[:4], {"psnr": PSNR[:4]})
     assert other.done([], [("real", "net")]) == set(IDS[:4])
     assert (other.features("real", "net") == FEATURES[:4]).all()

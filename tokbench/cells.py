@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from tokbench.reconstruct import (
     LATENT_COLUMNS,
     Album,
     Cell,
+    Conditions,
     Stopwatch,
     measure,
     seeded,
@@ -142,9 +143,9 @@ def measure_cell(tokenizer: Tokenizer, plan: Plan, work: Path, kits: Kits) -> Me
     applicable = [metric.name for metric in kits.metrics if applies(metric.name, tokenizer)]
     metrics = [name for name in applicable if name not in tools.unavailable]
     enough = [name for name in metrics if METRICS[name].minimum <= len(source)]
-    real = SampleStore(real_folder(plan, tools) or work, rank=world.rank) if tools.extractors else None
+    real = shared_stores(plan.fingerprint, conditions, tools, world.rank)
     store = SampleStore(work, rank=world.rank, real=real)
-    known = {name: real.done([], [("real", name)]) for name in tools.extractors} if real is not None else {}
+    known = {name: shared.done([], [("real", name)]) for name, shared in real.items()}
     codes = any(METRICS[name].extractor == CODES for name in enough)
     album = Album(frozenset(sorted(source.ids)[: plan.save_images]), plan.save_images if world.rank == 0 else 0)
     cell = Cell(tokenizer, conditions, tools, store, album, Stopwatch(conditions.device), known, codes)
@@ -156,11 +157,10 @@ def measure_cell(tokenizer: Tokenizer, plan: Plan, work: Path, kits: Kits) -> Me
     batch_size = conditions.images_at_once
     try:
         prepare(tokenizer, conditions.device)
-        with (
-            store,
-            real or nullcontext(),
-            bar(f"{tokenizer.info.name} {conditions.resolution} px", len(mine)) as progress,
-        ):
+        with ExitStack() as stack:
+            for opened in (store, *real.values()):
+                stack.enter_context(opened)
+            progress = stack.enter_context(bar(f"{tokenizer.info.name} {conditions.resolution} px", len(mine)))
             batch_size = measure(cell, loader, progress)
     except (CellError, InputError) as error:
         failure = error
@@ -174,18 +174,25 @@ def measure_cell(tokenizer: Tokenizer, plan: Plan, work: Path, kits: Kits) -> Me
     return Measured(cell, metrics, unavailable, seconds, batch_size, dict(notes))
 
 
-def real_folder(plan: Plan, tools: Instruments) -> Path | None:
-    """Where models share features of the real images: in the cache, keyed by images, crop, networks and code.
+def shared_stores(
+    fingerprint: str, conditions: Conditions, tools: Instruments, rank: int = 0
+) -> dict[str, SampleStore]:
+    """By extractor: where models share features of the real images, in the cache; {} if it cannot be written.
 
-    None if the cache cannot be written.
+    One folder per images, crop, extractor and code, so that a run with other metrics finds those that it needs.
     """
-    protocol = plan.conditions.protocol
-    record = [plan.fingerprint, plan.conditions.resolution, protocol.crop, protocol.real_rounding]
-    record += [plan.conditions.device.type, *sorted(extractor.identity for extractor in tools.extractors.values())]
-    record += [hashlib.sha256(Path(str(code.__file__)).read_bytes()).hexdigest() for code in (images, features)]
-    folder = cache_folder() / "real" / hashlib.sha256(json.dumps(record).encode()).hexdigest()[:24]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return folder if os.access(folder, os.W_OK) else None
+    protocol = conditions.protocol
+    code = [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in (images, features)]
+    stores = {}
+    for name, extractor in tools.extractors.items():
+        record = [fingerprint, conditions.resolution, protocol.crop, protocol.real_rounding, conditions.device.type]
+        text = json.dumps([*record, extractor.identity, *code])
+        folder = cache_folder() / "real" / hashlib.sha256(text.encode()).hexdigest()[:24]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return {}
+        if not os.access(folder, os.W_OK):
+            return {}
+        stores[name] = SampleStore(folder, rank=rank)
+    return stores

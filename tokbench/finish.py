@@ -87,7 +87,7 @@ def finish(
 ) -> EvalResult:  # fmt: skip
     """Compute every metric from the store and write the result, its rows and its picture; the JSON comes last."""
     cell = measured.cell
-    real = SampleStore(cell.store.real.folder) if cell.store.real else None
+    real = {name: SampleStore(kept.folder) for name, kept in cell.store.real.items()}
     store = SampleStore(cell.store.folder, real=real)
     if not store.ids:
         raise InputError(f"{plan.source.name}: none of its {len(plan.source.ids)} images can be used")
@@ -167,13 +167,13 @@ def draw(cell: Cell, store: SampleStore, plan: Plan, path: Path) -> bytes:
 def clear(path: Path, store: SampleStore, keep_features: bool) -> None:
     """Remove the finished cell's working folder, and those that older code or other settings left unfinished.
 
-    Kept features are those of both sides, so that `compare` can pair them: the real ones are copied from their folder.
+    Kept features are those of both sides, so that `compare` can pair them: the real ones are copied from their folders.
     """
     kept = path.with_suffix(".features")
     if keep_features:
         with writable(kept):
-            if store.real is not None and store.real.folder != store.folder:
-                for file in store.real.folder.glob("real-*.bin"):
+            for shared in store.real.values():
+                for file in shared.folder.glob("real-*.bin"):
                     shutil.copyfile(file, store.folder / file.name)
             shutil.rmtree(kept, ignore_errors=True)
             store.folder.rename(kept)

@@ -90,15 +90,15 @@ class SampleStore:
     """What was measured, per sample: rows {column: float64} and features {(side, extractor): float32 [D]}.
 
     A store sees what lay in the folder when it was opened and what it appended itself: open a new one after a barrier
-    to read what all ranks wrote. `real` names another store that holds the features of the real images, which all
-    models share; they are then written to and read from it.
+    to read what all ranks wrote. `real` names, by extractor, other stores that hold the features of the real images,
+    which all models share; those are then written to and read from there.
 
     Rows are text lines, "crc32 [id, {column: value}]". Features are records of fixed size: 16 bytes of the id's
     hash, D floats, crc32. An id may have several rows: later ones add columns.
     """
 
-    def __init__(self, folder: Path, *, rank: int = 0, real: "SampleStore | None" = None) -> None:
-        self.folder, self.real = folder, real
+    def __init__(self, folder: Path, *, rank: int = 0, real: "Mapping[str, SampleStore] | None" = None) -> None:
+        self.folder, self.real = folder, real or {}
         self._part = f"{rank:03d}-{secrets.token_hex(4)}"
         self._rows: dict[str, dict[str, float]] = {}
         self._found: dict[tuple[str, str], dict[bytes, tuple[Path, int]]] = {}  # id's hash -> file and byte offset
@@ -137,7 +137,7 @@ class SampleStore:
         wanted = set(columns)
         ids = {sample for sample, row in self._rows.items() if wanted <= row.keys()}
         for side, extractor in features:
-            found = self._holder(side)._index(side, extractor)
+            found = self._holder(side, extractor)._index(side, extractor)
             ids = {sample for sample in ids if _key(sample) in found}
         return ids
 
@@ -149,7 +149,7 @@ class SampleStore:
     ) -> None:
         """Add samples: a float array [B] per column and [B, D] per feature. InputError if the disk refuses."""
         for (side, extractor), values in (features or {}).items():
-            holder = self._holder(side)
+            holder = self._holder(side, extractor)
             holder._append_features(ids, side, extractor, np.ascontiguousarray(values, dtype="<f4"))
             if holder is not self:
                 holder._append_rows(ids, {})
@@ -161,7 +161,7 @@ class SampleStore:
 
     def features(self, side: str, extractor: str) -> np.ndarray:
         """float32 [N, D] in the order of `ids`, backed by a file; KeyError naming a sample that lacks it."""
-        found = self._holder(side)._index(side, extractor)
+        found = self._holder(side, extractor)._index(side, extractor)
         ids = self.ids
         missing = [sample for sample in ids if _key(sample) not in found]
         if missing or not ids:
@@ -178,8 +178,8 @@ class SampleStore:
             file.flush()
             return np.memmap(file, dtype="<f4", mode="r", shape=(len(ids), dim))
 
-    def _holder(self, side: str) -> "SampleStore":
-        return self.real if side == "real" and self.real is not None else self
+    def _holder(self, side: str, extractor: str) -> "SampleStore":
+        return self.real.get(extractor, self) if side == "real" else self
 
     def _append_rows(self, ids: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:
         lines = []
