@@ -4,11 +4,21 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from tests.records import record, rows, write
 from tokbench.check import check, judge, parse_tolerances, update
 from tokbench.errors import InputError
-from tokbench.report.verdicts import most_lost, verdict_json, verdict_junit, verdict_markdown, verdict_table
+from tokbench.report.verdicts import (
+    HEADINGS,
+    cells,
+    most_lost,
+    verdict_json,
+    verdict_junit,
+    verdict_markdown,
+    verdict_table,
+)
 
 
 def lay(folder: Path, **facts: object) -> Path:
@@ -149,3 +159,30 @@ def test_outputs_say_what_failed(tmp_path):
     lost = most_lost(new, base, ["psnr"])
     assert len(lost) == 10
     assert lost == sorted(lost, key=lambda pair: -pair[1])
+
+
+def test_tables_give_n_and_mark_what_a_model_was_trained_for(tmp_path):
+    lay(tmp_path / "base")
+    lay(tmp_path / "new", losses=("lpips-alex",))
+    result = check(tmp_path / "new", tmp_path / "base")
+    rows = {c.metric: dict(zip(HEADINGS, cells(c), strict=True)) for c in result.comparisons}
+    assert {row["N"] for row in rows.values()} == {"29"}
+    assert [rows["lpips-alex"][side][-1] == "†" for side in ("baseline", "new")] == [False, True]
+    assert "†" not in rows["psnr"]["new"]
+    for text in (verdict_markdown(result), rendered(verdict_table(result))):
+        assert "† the metric's network was part of this model's training loss" in text
+    plain = check(tmp_path / "base", tmp_path / "base")
+    assert "†" not in verdict_markdown(plain) + rendered(verdict_table(plain))
+
+
+def test_no_loss_is_no_negative_zero(tmp_path):
+    lay(tmp_path / "base")
+    (loss,) = [cells(c)[5] for c in check(tmp_path / "base", tmp_path / "base", metrics=["psnr"]).comparisons]
+    assert loss == "+0.000 [+0.000, +0.000]"
+
+
+def rendered(table: Table) -> str:
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from tokbench.errors import InputError
 from tokbench.metrics import METRICS
+from tokbench.report.columns import trained_on
 from tokbench.result import EvalResult, SpeedResult, Value, read_speed
 from tokbench.statistics import paired_interval
 from tokbench.store import per_image_path, read_per_image, read_results, result_path, write_whole
@@ -32,7 +33,8 @@ class Comparison:
     tolerance: float
     verdict: Verdict
     warning: str = ""
-    n: int = 0
+    n: int = 0  # images; 0 for a speed
+    trained: tuple[bool, bool] = (False, False)  # whether the metric's network was in the base's, the new's loss
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ def compare_cells(
             raise InputError(
                 f"{cell_name(new[1])}: {name} has a value on one side only ({sides[0].note or sides[1].note})"
             )
-        found.append(_compare(cell_name(new[1]), name, sides[0], sides[1], rows, tolerances, exact, two_sided))
+        compared = _compare(cell_name(new[1]), name, sides[0], sides[1], rows, tolerances, exact, two_sided)
+        found.append(replace(compared, trained=(trained_on(base[1], name), trained_on(new[1], name))))
     return found
 
 

@@ -1,13 +1,15 @@
 """`tokbench compare A.json B.json`: is B better than A? Paired by image, with plain verdicts. No torch."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tokbench.errors import InputError
-from tokbench.metrics import METRICS, Metric, frechet
+from tokbench.metrics import FRECHET_MINIMUM, METRICS, Metric, frechet
+from tokbench.report.columns import DAGGER, trained_on
 from tokbench.result import EvalResult, read_result
 from tokbench.statistics import (
     Verdict,
@@ -38,6 +40,7 @@ class Difference:
     n: int
     needed: int | None = None
     how: str = ""  # how the interval came about
+    trained: tuple[bool, bool] = (False, False)  # whether the metric's network was in A's, in B's training loss
 
 
 Rows = tuple[list[str], dict[str, np.ndarray]]
@@ -81,39 +84,50 @@ def _difference(
     assert x.value is not None
     assert y.value is not None
     difference, n = y.value - x.value, min(x.n, y.n)
-    low, high, how = _interval(metric, difference, rows, stores)
+    trained = (trained_on(a, metric.name), trained_on(b, metric.name))
+    seeds = [result.settings.get("seeds", [0]) for result in (a, b)]
+    low, high, how = _interval(metric, difference, rows, stores, seeds)
     if low is None and x.stderr is not None and y.stderr is not None:
         half = Z * float(np.hypot(x.stderr, y.stderr))
         low, high, how = difference - half, difference + half, "unpaired: wider than need be"
     if low is None or high is None:
         return Difference(metric.name, x.value, y.value, difference, None, None, "inconclusive", metric.tolerance, n,
-                          how="no error known")  # fmt: skip
+                          how="no error known", trained=trained)  # fmt: skip
     said = verdict(low, high, metric.tolerance, metric.better)
     needed = images_needed(difference, low, high, n, metric.tolerance) if said == "inconclusive" else None
-    return Difference(metric.name, x.value, y.value, difference, low, high, said, metric.tolerance, n, needed, how)
+    return Difference(metric.name, x.value, y.value, difference, low, high, said, metric.tolerance, n, needed, how,
+                      trained)  # fmt: skip
 
 
 def _interval(
-    metric: Metric, difference: float, rows: list[Rows | None], stores: list[SampleStore | None]
-) -> tuple[float | None, float | None, str]:
+    metric: Metric, difference: float, rows: list[Rows | None], stores: list[SampleStore | None],
+    seeds: list[Sequence[int]],
+) -> tuple[float | None, float | None, str]:  # fmt: skip
     """A paired 95 % interval from per-image rows or kept features; (None, None, "") without them."""
     first, second = rows
     if first and second and first[0] == second[0] and len(first[0]) > 1:
         column = "mse" if metric.name == "psnr-global" else metric.name
         if column in first[1] and column in second[1]:
             return _of_columns(metric, difference, first[1][column], second[1][column])
-    if metric.extractor is None or None in stores or metric.sides != ("real", "fake"):
+    if metric.minimum < FRECHET_MINIMUM or metric.extractor is None or metric.sides != ("real", "fake"):
+        return None, None, ""
+    a, b = stores
+    if a is None or b is None or a.ids != b.ids:
         return None, None, ""
     try:
-        fakes = [store.features("fake", metric.extractor) for store in stores if store]
-        reals = [store.features("real", metric.extractor) for store in stores if store]
-    except KeyError:
+        halves = [_half_sample_distances(s, metric.extractor, own) for s, own in zip((a, b), seeds, strict=True)]
+    except KeyError:  # features of other metrics were kept
         return None, None, ""
-    if metric.minimum >= 2048:
-        halves = [frechet.half_sample_distances(real, fake) for real, fake in zip(reals, fakes, strict=True)]
-        half = t_quantile(0.975, len(halves[0]) // 2) * half_sample_error(halves[1] - halves[0])
-        return difference - half, difference + half, "paired half-samples"
-    return None, None, ""
+    half = t_quantile(0.975, len(halves[0]) // 2) * half_sample_error(halves[1] - halves[0])
+    return difference - half, difference + half, "paired half-samples"
+
+
+def _half_sample_distances(store: SampleStore, extractor: str, seeds: Sequence[int]) -> np.ndarray:
+    """Fréchet distances [2 * repeats] on half-samples, averaged over the seeds, as the value is; KeyError if features
+    are missing."""
+    names = [extractor] if len(seeds) == 1 else [f"{extractor}.seed{seed}" for seed in seeds]  # reconstruct.seeded
+    real = store.features("real", extractor)
+    return np.mean([frechet.half_sample_distances(real, store.features("fake", name)) for name in names], axis=0)
 
 
 def _of_columns(
@@ -149,6 +163,8 @@ def run_compare(path_a: Path, path_b: Path) -> int:
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table)
     console.print(Text(f"N = {a.dataset.num_images} · protocol {a.protocol} · same: within the metric's tolerance"))
+    if any(any(d.trained) for d in differences):
+        console.print(Text(DAGGER))
     return 0
 
 
@@ -162,5 +178,6 @@ def describe(d: Difference) -> list[str]:
         said += f", would need N = {d.needed:,}" if d.needed else ""
     if d.how and not d.how.startswith("paired"):
         said += f" ({d.how})"
-    interval = "" if d.low is None or d.high is None else f"[{d.low:+.{digits}f}, {d.high:+.{digits}f}]"
-    return [d.metric, f"{d.a:.{digits}f}", f"{d.b:.{digits}f}", f"{d.difference:+.{digits}f}", interval, said]
+    interval = "" if d.low is None or d.high is None else f"[{d.low:+z.{digits}f}, {d.high:+z.{digits}f}]"
+    values = [f"{v:z.{digits}f}{'†' if own else ''}" for v, own in zip((d.a, d.b), d.trained, strict=True)]
+    return [d.metric, *values, f"{d.difference:+z.{digits}f}", interval, said]

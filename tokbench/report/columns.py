@@ -143,6 +143,7 @@ _FACTS = (
 )
 FACTS = {column.key: column for column in _FACTS}
 TIMES = ("encode", "decode")
+DAGGER = "† the metric's network was part of this model's training loss"
 
 
 def metric_column(name: str) -> Column:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokbench.report.columns import (
+    DAGGER,
     TIMES,
     Column,
     Entry,
@@ -253,7 +254,7 @@ def _footnotes(
                 remarks.setdefault(f"{count} {what}", []).append(entry.name)
     notes = [f"{', '.join(names)}: {remark}" for remark, names in remarks.items()]
     if any(trained_on(entry.result, c.key) for entry in entries for c in columns):
-        notes.insert(0, "† the metric's network was part of this model's training loss")
+        notes.insert(0, DAGGER)
     missing: dict[tuple[str, str], list[str]] = {}
     for entry in entries:
         for name, reason in _missing(entry.result, asked):

@@ -18,25 +18,22 @@ from rich.text import Text
 
 from tokbench.check import CheckResult, Comparison, check, check_speed, parse_tolerances, update
 from tokbench.metrics import METRICS
+from tokbench.report.columns import DAGGER
 from tokbench.report.tables import markdown_escape
 from tokbench.store import image_folders, image_name, per_image_path, read_per_image, writable, write_whole
 
 STYLES = {"worse": "bold red", "better": "green", "same": "", "inconclusive": "yellow"}
-HEADINGS = ("cell", "metric", "baseline", "new", "worse by", "tolerated", "verdict")
+HEADINGS = ("cell", "metric", "N", "baseline", "new", "worse by", "tolerated", "verdict")
 
 
 def cells(c: Comparison) -> list[str]:
     """Texts under HEADINGS. "Worse by" is positive for a loss whatever the metric's direction."""
     digits = METRICS[c.metric].digits + 1 if c.metric in METRICS else 3
-    interval = f" [{c.low:+.{digits}f}, {c.high:+.{digits}f}]" if c.low is not None and c.high is not None else ""
+    interval = f" [{c.low:+z.{digits}f}, {c.high:+z.{digits}f}]" if c.low is not None and c.high is not None else ""
     verdict = c.verdict + (f" ({c.warning})" if c.warning else "")
-    values = [
-        f"{c.base:.{digits}f}",
-        f"{c.new:.{digits}f}",
-        f"{c.loss:+.{digits}f}{interval}",
-        f"{c.tolerance:.{digits}f}",
-    ]
-    return [c.cell, c.metric, *values, verdict]
+    values = [f"{v:z.{digits}f}{'†' if own else ''}" for v, own in zip((c.base, c.new), c.trained, strict=True)]
+    values += [f"{c.loss:+z.{digits}f}{interval}", f"{c.tolerance:.{digits}f}"]
+    return [c.cell, c.metric, f"{c.n:,}" if c.n else "–", *values, verdict]
 
 
 def summary(result: CheckResult) -> str:
@@ -46,13 +43,19 @@ def summary(result: CheckResult) -> str:
     return f"{'FAILED' if result.failures else 'passed'}: {len(result.comparisons)} comparisons, {ended}"
 
 
+def footnote(result: CheckResult) -> str:
+    """What † means, where a comparison has one."""
+    return DAGGER if any(any(c.trained) for c in result.comparisons) else ""
+
+
 def verdict_table(result: CheckResult) -> Table:
     """The terminal table; "worse by" carries the 95 % interval of the paired difference where there is one."""
     table = Table(
-        title=Text(summary(result), style="bold"), title_justify="left", box=None, padding=(0, 1), pad_edge=False
-    )
+        title=Text(summary(result), style="bold"), title_justify="left", box=None, padding=(0, 1), pad_edge=False,
+        caption=Text(note) if (note := footnote(result)) else None, caption_justify="left",
+    )  # fmt: skip
     for index, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if 2 <= index < 6 else "left", overflow="fold")
+        table.add_column(heading, justify="right" if 2 <= index < 7 else "left", overflow="fold")
     for c in result.comparisons:
         table.add_row(*(Text(text, style=STYLES[c.verdict]) for text in cells(c)))
     return table
@@ -64,10 +67,11 @@ def verdict_markdown(result: CheckResult) -> str:
     for title, rows in (("", result.failures), ("all comparisons", result.comparisons)):
         if not rows:
             continue
-        table = ["| " + " | ".join(HEADINGS) + " |", "|---|---|--:|--:|--:|--:|---|"]
+        table = ["| " + " | ".join(HEADINGS) + " |", "|---|---|--:|--:|--:|--:|--:|---|"]
         table += ["| " + " | ".join(markdown_escape(text) for text in cells(c)) + " |" for c in rows]
         lines += [f"<details><summary>{title}</summary>", "", *table, "", "</details>"] if title else [*table, ""]
-    return "\n".join([*lines, ""])
+    note = footnote(result)
+    return "\n".join([*lines, *([note, ""] if note else []), ""])
 
 
 def verdict_junit(result: CheckResult) -> str:
