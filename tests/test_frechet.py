@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.test_metrics import Stored
 from tokbench.errors import InputError
-from tokbench.metrics import distribution, frechet
+from tokbench.metrics import METRICS, distribution, frechet, kernel_of
 
 
 def features(num: int, dim: int, seed: int, scale: float = 1.0) -> np.ndarray:
@@ -130,6 +131,34 @@ def test_kid_equals_torch_fidelity() -> None:
     assert spread == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-6)
 
 
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("num", [110, 400, 1000])
+def test_error_of_kid_is_the_spread_over_fresh_samples(num: int, paired: bool) -> None:
+    """Whether the images fill one subset or ten, and whether the fakes are made of the reals or not."""
+    values, errors = [], []
+    for seed in range(40):
+        real, other = features(num, 16, seed), features(num, 16, 1000 + seed)
+        sides = {("real", "x"): real, ("fake", "x"): real + 0.3 * other if paired else 1.1 * other}
+        found = kernel_of("x", Stored({}, sides), subset=100)
+        values.append(found.value)
+        errors.append(found.stderr)
+    assert 0.7 < np.median(errors) / np.std(values) < 1.6
+
+
+def test_kid_of_sides_of_different_numbers_has_an_error_and_three_images_have_none() -> None:
+    sides = {("real", "x"): features(900, 16, 0), ("fake", "x"): features(150, 16, 1)}
+    fewer = kernel_of("x", Stored({}, sides), subset=100).stderr
+    sides["fake", "x"] = features(900, 16, 1)
+    more = kernel_of("x", Stored({}, sides), subset=100).stderr
+    assert fewer is not None
+    assert more is not None
+    assert 0 < more < fewer
+    few = {("real", "x"): features(3, 16, 0), ("fake", "x"): features(3, 16, 1)}
+    assert kernel_of("x", Stored({}, few)).stderr is None
+    with pytest.raises(InputError, match="four samples"):
+        distribution.kernel_error(few["real", "x"], few["fake", "x"])
+
+
 def test_inception_score_equals_torch_fidelity() -> None:
     from torch_fidelity.metric_isc import isc_features_to_metric
 
@@ -139,6 +168,15 @@ def test_inception_score_equals_torch_fidelity() -> None:
     assert value == pytest.approx(expected["inception_score_mean"], rel=1e-6)
     assert spread == pytest.approx(expected["inception_score_std"], rel=1e-6)
     assert distribution.inception_score(np.zeros((50, 7)))[0] == pytest.approx(1)
+
+
+def test_error_of_the_inception_score_is_the_spread_over_fresh_samples() -> None:
+    found = []
+    for seed in range(60):
+        logits = np.random.default_rng(seed).standard_normal((500, 30)) * 4
+        found.append(METRICS["is"].compute(Stored({}, {("fake", "inception-logits"): logits})))
+    spread = np.std([value.value for value in found])
+    assert np.median([value.stderr for value in found]) == pytest.approx(spread, rel=0.3)
 
 
 def test_precision_and_recall_are_not_swapped() -> None:

@@ -17,6 +17,7 @@ from tokbench.metrics import distribution, frechet
 from tokbench.result import Value
 from tokbench.statistics import mean_and_error
 
+INCEPTION_TENTHS = 10  # parts of the Inception score
 IDENTICAL = 100.0  # dB of images that do not differ, whose PSNR would be infinite; also the cap
 FRECHET_MINIMUM = (
     2048  # images: below it the covariance of 2048 features is singular, and the bias is most of the value
@@ -88,12 +89,15 @@ def frechet_of(extractor: str, samples: Samples) -> Value:
     return Value(value, frechet.half_sample_error(real, fake), n=num_images)
 
 
-def kernel_of(extractor: str, samples: Samples) -> Value:
-    """Kernel distance (KID) of both sides, its error over subsets."""
+def kernel_of(extractor: str, samples: Samples, *, subset: int = distribution.KID_SUBSET) -> Value:
+    """Kernel distance (KID) of both sides; its error is of the images drawn and of the subsets drawn among them."""
     real, fake = samples.features("real", extractor), samples.features("fake", extractor)
-    value, spread = distribution.kernel_distance(real, fake)
-    note = f"error: spread over subsets of {distribution.KID_SUBSET}" if spread else "one subset of all images"
-    return Value(value, spread or None, n=len(fake), note=note)
+    value, spread = distribution.kernel_distance(real, fake, subset=subset)
+    note = "" if spread else "one subset of all images"
+    if min(len(real), len(fake)) < 4:
+        return Value(value, n=len(fake), note=note)
+    error = np.hypot(distribution.kernel_error(real, fake, subset=subset), spread / distribution.KID_REPEATS**0.5)
+    return Value(value, float(error), n=len(fake), note=note)
 
 
 def paired_rows(extractor: str, samples: Samples) -> np.ndarray:
@@ -114,8 +118,10 @@ def mean_of_rows(rows: Callable[[Samples], np.ndarray], samples: Samples) -> Val
 
 def inception_score(samples: Samples) -> Value:
     """exp of the mean divergence of p(class | image) from p(class), over unshuffled tenths (ADM)."""
-    value, spread = distribution.inception_score(samples.features("fake", "inception-logits"))
-    return Value(value, spread, n=len(samples.ids), note="error: spread over ten tenths")
+    value, spread = distribution.inception_score(samples.features("fake", "inception-logits"), INCEPTION_TENTHS)
+    # The spread is a population's; the error of the mean of n parts is their sample deviation by the root of n.
+    error = spread / (INCEPTION_TENTHS - 1) ** 0.5
+    return Value(value, error, n=len(samples.ids), note="error from the spread of the tenths")
 
 
 def precision(samples: Samples) -> Value:

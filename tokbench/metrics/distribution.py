@@ -3,6 +3,7 @@
 import numpy as np
 
 from tokbench.errors import InputError
+from tokbench.statistics import half_sample_error, half_samples
 
 KID_SUBSET = 1000  # torch-fidelity's defaults: 100 subsets of 1000, seed 2020
 KID_REPEATS = 100
@@ -15,6 +16,7 @@ def kernel_distance(
     """KID (Bińkowski et al. 2018): unbiased squared MMD of kernel (xᵀy / D + 1)³, mean and spread over subsets.
 
     With fewer than `subset` samples a side the subset is all of the smaller side, drawn once if the sides are equal.
+    The spread is torch-fidelity's figure and no error of the mean: that is `kernel_error`.
     """
     size = min(subset, len(real), len(fake))
     if size < 2:
@@ -30,14 +32,35 @@ def kernel_distance(
     return float(np.mean(values)), float(np.std(values))
 
 
+def kernel_error(real: np.ndarray, fake: np.ndarray, *, subset: int = KID_SUBSET) -> float:
+    """Standard error of the kernel distance of features [N, D] and [M, D], from half-samples of both sides.
+
+    Sides of equal number are halved alike: the error of paired features then has the pairing in it. A half is taken in
+    disjoint blocks of at most `subset` samples. Raises InputError for fewer than four samples a side.
+    """
+    if min(len(real), len(fake)) < 4:
+        raise InputError("the error of a kernel distance needs four samples a side")
+    values = []
+    for halves in zip(half_samples(len(real)), half_samples(len(fake)), strict=True):
+        # Shuffled, as samples come in the order of their classes, and alike on both sides.
+        shuffled = [np.random.default_rng(0).permutation(rows) for rows in halves]
+        first, second = (np.array_split(rows, -(-len(rows) // subset)) for rows in shuffled)
+        blocks = []
+        for index in range(max(len(first), len(second))):  # the side with fewer blocks begins anew
+            x, y = real[first[index % len(first)]], fake[second[index % len(second)]]
+            blocks.append(_mmd(np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)))
+        values.append(np.mean(blocks))
+    return half_sample_error(np.array(values))
+
+
 def _mmd(x: np.ndarray, y: np.ndarray) -> float:
-    size = len(x)
+    """Unbiased squared MMD of float64 [N, D] and [M, D]."""
 
     def within(side: np.ndarray) -> float:
         kernel = (side @ side.T / side.shape[1] + 1) ** 3
-        return (kernel.sum() - np.trace(kernel)) / (size * (size - 1))
+        return (kernel.sum() - np.trace(kernel)) / (len(side) * (len(side) - 1))
 
-    across = ((x @ y.T / x.shape[1] + 1) ** 3).sum() / (size * size)
+    across = ((x @ y.T / x.shape[1] + 1) ** 3).mean()
     return float(within(x) + within(y) - 2 * across)
 
 
