@@ -188,6 +188,17 @@ def test_an_album_keeps_the_first_and_the_worst() -> None:
     assert set(album.pairs) == {"a", "b", "d"}
 
 
+def test_an_album_copies_nothing_that_it_does_not_keep() -> None:
+    pixels = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    uncopied = pixels.to("meta")  # a copy of it is an error, where one from a GPU is a wait
+    Album(frozenset(), num_worst=0).add(["a"], [1.0], uncopied, uncopied)
+    album = Album(frozenset(["a"]), num_worst=1)
+    album.add(["a"], [1.0], pixels, pixels)
+    album.add(["b"], [0.5], uncopied, uncopied)
+    album.add(["c"], [2.0], pixels, pixels)
+    assert set(album.pairs) == {"a", "c"}
+
+
 @pytest.mark.parametrize(
     ("model", "resolution", "metrics", "error"),
     [("identity", 32, ["nothing"], InputError), ("bicubic-f8", 36, ["psnr"], InputError),

@@ -15,6 +15,7 @@ from tokbench.errors import InputError
 from tokbench.images import crop
 from tokbench.loader import CropCache, Loader, refuse_unusable
 from tokbench.protocols import PROTOCOLS
+from tokbench.seeding import image_seeds
 from tokbench.sources import Source
 
 ADM = PROTOCOLS["adm"]
@@ -47,6 +48,14 @@ def test_crops_do_not_depend_on_batch_size_or_workers(batch_size: int, workers: 
     assert images.is_contiguous()
     for i in range(len(source)):
         assert (images[i].permute(1, 2, 0).numpy() == crop(source.read(i), 64, ADM)).all()
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 2)])
+def test_seeds_come_with_the_images_they_are_hashes_of(batch_size: int, workers: int, source: Source) -> None:
+    batches = list(Loader(source, 32, ADM, batch_size=batch_size, workers=workers).seeded((0, 7)))
+    assert sum(len(ids) for ids, _, _ in batches) == len(source)
+    for _, images, seeds in batches:
+        assert torch.equal(seeds, torch.stack([image_seeds(images, 0), image_seeds(images, 7)], dim=1))
 
 
 def test_only_the_wanted_samples_come_in_the_wanted_order(source: Source) -> None:

@@ -147,7 +147,8 @@ def measure_cell(tokenizer: Tokenizer, plan: Plan, work: Path, kits: Kits) -> Me
     store = SampleStore(work, rank=world.rank, real=real)
     known = {name: shared.done([], [("real", name)]) for name, shared in real.items()}
     codes = any(METRICS[name].extractor == CODES for name in enough)
-    album = Album(frozenset(sorted(source.ids)[: plan.save_images]), plan.save_images if world.rank == 0 else 0)
+    drawn = plan.save_images if world.rank == 0 else 0
+    album = Album(frozenset(sorted(source.ids)[:drawn]), drawn)
     cell = Cell(tokenizer, conditions, tools, store, album, Stopwatch(conditions.device), known, codes)
     done = world.share(store.done(*wanted(cell, enough)))
     pending = [index for index, sample in enumerate(source.ids) if sample not in done]
@@ -161,7 +162,7 @@ def measure_cell(tokenizer: Tokenizer, plan: Plan, work: Path, kits: Kits) -> Me
             for opened in (store, *real.values()):
                 stack.enter_context(opened)
             progress = stack.enter_context(bar(f"{tokenizer.info.name} {conditions.resolution} px", len(mine)))
-            batch_size = measure(cell, loader, progress)
+            batch_size = measure(cell, loader.seeded(conditions.seeds), progress)
     except (CellError, InputError) as error:
         failure = error
     world.agree(failure)

@@ -153,9 +153,9 @@ def draw(cell: Cell, store: SampleStore, plan: Plan, path: Path) -> bytes:
     worst = [store.ids[i] for i in np.argsort(-bad, kind="stable")[: plan.save_images] if store.ids[i] not in first]
     pairs = cell.album.pairs
     missing = [index for index, sample in enumerate(plan.source.ids) if sample in {*first, *worst} - pairs.keys()]
-    for ids, batch in plan.batches(missing) if missing else ():
-        for sample, real in zip(ids, batch, strict=True):  # one by one: the batch may be more than memory holds
-            decoded, _ = reconstruct(cell, [sample], real[None].to(cell.conditions.device))
+    for ids, batch, seeds in plan.batches(missing).seeded(cell.conditions.seeds[:1]) if missing else ():
+        for sample, real, own in zip(ids, batch, seeds, strict=True):  # one by one: memory may not hold the batch
+            decoded, _ = reconstruct(cell, [sample], real[None].to(cell.conditions.device), own[None])
             pairs[sample] = real, quantise(decoded[0], cell.conditions.protocol.fake_rounding)[0].cpu()
     picture.save_pairs(path, {sample: pairs[sample] for sample in (*first, *worst) if sample in pairs})
     psnr = dict(zip(store.ids, columns["psnr"], strict=True)) if "psnr" in columns else {}

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tokbench.errors import InputError
 from tokbench.images import NOTES, UPSCALED, crop
 from tokbench.protocols import Protocol
+from tokbench.seeding import image_seeds
 from tokbench.sources import Source, shown
 
 
@@ -75,7 +76,8 @@ def _write_at(path: Path, offset: int, data: bytes) -> None:
         file.write(data)
 
 
-Loaded = tuple[int, Tensor | None, int, str]  # index, crop uint8 [3, R, R], notes, why there is none
+# index, crop uint8 [3, R, R], its seeds, notes, why there is no crop
+Loaded = tuple[int, Tensor | None, list[int], int, str]
 
 
 class _Crops(Dataset[Any]):
@@ -84,6 +86,7 @@ class _Crops(Dataset[Any]):
     def __init__(self, source: Source, resolution: int, protocol: Protocol, upscale: bool, cache: CropCache | None):
         self.source, self.resolution, self.protocol = source, resolution, protocol
         self.upscale, self.cache = upscale, cache
+        self.seeds: tuple[int, ...] = ()
 
     def __getitem__(self, index: int) -> Loaded:
         kept = self.cache.get(index) if self.cache else None
@@ -91,11 +94,12 @@ class _Crops(Dataset[Any]):
             try:
                 kept = self._make(index)
             except InputError as error:  # as a value: the loader would wrap it in a traceback
-                return index, None, 0, str(error)
+                return index, None, [], 0, str(error)
             if self.cache:
                 self.cache.put(index, *kept)
         pixels, notes = kept
-        return index, torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), notes, ""
+        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return index, image, [int(image_seeds(image[None], seed)) for seed in self.seeds], notes, ""
 
     def _make(self, index: int) -> tuple[np.ndarray, int]:
         image, notes = self.source.load(index)
@@ -107,11 +111,12 @@ class _Crops(Dataset[Any]):
         return crop(image, self.resolution, self.protocol), notes
 
 
-def _collate(items: Sequence[Loaded]) -> tuple[list[int], Tensor, list[int], list[tuple[int, str]]]:
-    good = [(index, pixels, notes) for index, pixels, notes, _ in items if pixels is not None]
-    bad = [(index, reason) for index, pixels, _, reason in items if pixels is None]
-    images = default_collate([pixels for _, pixels, _ in good]) if good else torch.empty(0)  # into shared memory
-    return [index for index, _, _ in good], images, [notes for _, _, notes in good], bad
+def _collate(items: Sequence[Loaded]) -> tuple[list[int], Tensor, Tensor, list[int], list[tuple[int, str]]]:
+    good = [(index, pixels, seeds, notes) for index, pixels, seeds, notes, _ in items if pixels is not None]
+    bad = [(index, reason) for index, pixels, _, _, reason in items if pixels is None]
+    images = default_collate([pixels for _, pixels, _, _ in good]) if good else torch.empty(0)  # into shared memory
+    seeds = torch.tensor([seeds for _, _, seeds, _ in good], dtype=torch.int64)
+    return [index for index, *_ in good], images, seeds, [notes for *_, notes in good], bad
 
 
 class Loader:
@@ -119,7 +124,7 @@ class Loader:
 
     `indices` are the samples wanted, in order (a rank's share that is not measured yet); None is all. An image that
     cannot be used raises InputError naming it, or with `skip_bad` is left out and kept in `skipped` {id: reason}; a
-    batch may then be smaller. `notes` counts what else was done to images. Iterate once.
+    batch may then be smaller. `notes` counts what else was done to images. Iterate once, by `seeded` for seeds as well.
     """
 
     def __init__(
@@ -141,8 +146,9 @@ class Loader:
         self.notes: Counter[str] = Counter()
         wanted = list(range(len(source)) if indices is None else indices)
         workers = default_workers(len(wanted)) if workers is None else workers
+        self._crops = _Crops(source, resolution, protocol, upscale, cache)
         self._batches: DataLoader[Any] = DataLoader(
-            _Crops(source, resolution, protocol, upscale, cache),
+            self._crops,
             batch_size=batch_size,
             sampler=wanted,
             num_workers=workers,
@@ -155,14 +161,23 @@ class Loader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[list[str], Tensor]]:
-        for indices, images, notes, bad in self._alive():
+        for ids, images, _ in self.seeded(()):
+            yield ids, images
+
+    def seeded(self, seeds: Sequence[int]) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+        """Batches with int64 [B, S]: what `image_seeds` gives for each image and each of S seeds.
+
+        Hashed where images are decoded, so that a GPU does not wait for it.
+        """
+        self._crops.seeds = tuple(seeds)  # worker processes start, and get their copy, at the first batch
+        for indices, images, own, notes, bad in self._alive():
             for index, reason in bad:
                 if not self.skip_bad:
                     raise InputError(reason)
                 self.skipped[self.source.ids[index]] = reason
             self.notes.update(text for note in notes for bit, text in NOTES.items() if note & bit)
             if indices:
-                yield [self.source.ids[index] for index in indices], images
+                yield [self.source.ids[index] for index in indices], images, own
 
     def _alive(self) -> Iterator[Any]:
         try:

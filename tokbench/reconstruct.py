@@ -18,7 +18,6 @@ from tokbench.device import is_out_of_memory, precision, release
 from tokbench.errors import MODEL_ERRORS, CellError
 from tokbench.metrics.scoring import Instruments
 from tokbench.protocols import Protocol, Rounding
-from tokbench.seeding import image_seeds
 from tokbench.store import SampleStore
 from tokbench.tokenizer import Tokenizer
 
@@ -95,14 +94,15 @@ class Album:
     pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def add(self, ids: Sequence[str], badness: Sequence[float], real: Tensor, fake: Tensor) -> None:
-        for i, (sample, bad) in enumerate(zip(ids, badness, strict=True)):
-            self.worst[sample] = bad
-            self.pairs[sample] = (real[i].cpu(), fake[i].cpu())
-            if len(self.worst) > self.num_worst:
-                best = min(self.worst, key=lambda s: (self.worst[s], s))
-                del self.worst[best]
-                if best not in self.first:
-                    del self.pairs[best]
+        """Look at a batch, uint8 [B, 3, H, W] twice. Only what is kept is copied, since a copy waits for the GPU."""
+        worst = self.worst | dict(zip(ids, badness, strict=True))
+        ranked = sorted(worst, key=lambda sample: (worst[sample], sample), reverse=True)
+        self.worst = {sample: worst[sample] for sample in ranked[: self.num_worst]}
+        kept = self.first | self.worst.keys()
+        self.pairs = {sample: pair for sample, pair in self.pairs.items() if sample in kept}
+        for i, sample in enumerate(ids):
+            if sample in kept:
+                self.pairs[sample] = real[i].cpu(), fake[i].cpu()
 
 
 @dataclass
@@ -164,23 +164,22 @@ def blaming(tokenizer: Tokenizer) -> Iterator[None]:
         raise CellError(f"{tokenizer.info.name}: {reason.splitlines()[0]}") from error
 
 
-def reconstruct(cell: Cell, ids: Sequence[str], real: Tensor) -> tuple[list[Tensor], Tensor]:
-    """uint8 [B, 3, H, W] on the device -> (one float reconstruction per seed, the latents of the first seed).
+def reconstruct(cell: Cell, ids: Sequence[str], real: Tensor, seeds: Tensor) -> tuple[list[Tensor], Tensor]:
+    """uint8 [B, 3, H, W] on the device, int64 [B, S] -> (S float reconstructions, the latents of the first).
 
-    A posterior's mode is encoded once; a sample of it is drawn anew for every seed. Raises CellError for whatever the
-    model gets wrong, except a lack of memory.
+    `seeds` are those of `image_seeds`, on the CPU. A posterior's mode is encoded once; a sample of it is drawn anew for
+    every seed. Raises CellError for whatever the model gets wrong, except a lack of memory.
     """
     conditions, tokenizer = cell.conditions, cell.tokenizer
     sample = conditions.protocol.posterior == "sample"
     decoded: list[Tensor] = []
     latents: list[Tensor] = []
     with blaming(tokenizer), precision(conditions.device, conditions.autocast):
-        for seed in conditions.seeds:
-            seeds = image_seeds(real, seed)
+        for own in seeds.unbind(1):
             if sample or not latents:
-                encode = partial(tokenizer.encode, real, sample=sample, seeds=seeds)
+                encode = partial(tokenizer.encode, real, sample=sample, seeds=own)
                 latents.append(cell.watch.time("encode", len(ids), encode))
-            decoded.append(decode(cell, latents[-1], seeds, ids))
+            decoded.append(decode(cell, latents[-1], own, ids))
     return decoded, latents[0]
 
 
@@ -189,14 +188,14 @@ def seeded(name: str, seed: int) -> str:
     return f"{name}.seed{seed}"
 
 
-def measure_batch(cell: Cell, ids: Sequence[str], real: Tensor) -> None:
+def measure_batch(cell: Cell, ids: Sequence[str], real: Tensor, image_seeds: Tensor) -> None:
     """Reconstruct and measure uint8 [B, 3, H, W] and append it to the store: all of it or, if anything fails, nothing.
 
-    With several seeds a column is the mean over seeds, beside one column (and feature) per seed.
+    `image_seeds` are int64 [B, S]. With several seeds a column is their mean, beside one column (and feature) per seed.
     """
     tools, seeds = cell.tools, cell.conditions.seeds
     real = real.to(cell.conditions.device, non_blocking=True)
-    decoded, latents = reconstruct(cell, ids, real)
+    decoded, latents = reconstruct(cell, ids, real, image_seeds)
     fakes = [quantise(images, cell.conditions.protocol.fake_rounding) for images in decoded]
     columns: dict[str, np.ndarray] = {}
     features: dict[tuple[str, str], np.ndarray] = {}
@@ -233,22 +232,24 @@ def _numpy(values: Tensor) -> np.ndarray:
 
 
 def measure(
-    cell: Cell, batches: Iterable[tuple[Sequence[str], Tensor]], progress: Callable[[int], None] = lambda _: None
+    cell: Cell,
+    batches: Iterable[tuple[Sequence[str], Tensor, Tensor]],
+    progress: Callable[[int], None] = lambda _: None,
 ) -> int:
-    """Measure every batch (ids, uint8 [B, 3, H, W]); `progress` is told how many images are done.
+    """Measure every batch (ids, uint8 [B, 3, H, W], int64 [B, S] with a column of image seeds for each of S seeds).
 
-    Returns the batch size in the end.
+    `progress` is told how many images are done. Returns the batch size in the end.
 
     When memory runs out, the batch is cut into halves, and so are all that follow. CellError if even one image needs
     too much, or if the batch size was the user's wish.
     """
     limit = cell.conditions.images_at_once
-    for ids, real in batches:
+    for ids, real, seeds in batches:
         start = 0
         while start < len(ids):
             part = slice(start, min(start + limit, len(ids)))
             size = part.stop - part.start
-            if _fits(cell, ids[part], real[part]):
+            if _fits(cell, ids[part], real[part], seeds[part]):
                 progress(size)
                 start = part.stop
                 continue
@@ -261,10 +262,10 @@ def measure(
     return limit
 
 
-def _fits(cell: Cell, ids: Sequence[str], real: Tensor) -> bool:
+def _fits(cell: Cell, ids: Sequence[str], real: Tensor, seeds: Tensor) -> bool:
     """Whether memory was enough for the batch. The traceback, which would keep its tensors alive, ends here."""
     try:
-        measure_batch(cell, ids, real)
+        measure_batch(cell, ids, real, seeds)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
