@@ -70,6 +70,16 @@ def test_llamagens_ssim_is_scikit_images_with_range_two() -> None:
     np.testing.assert_allclose(pixel.ssim(real, fake, data_range=2), expected, atol=1e-5)
 
 
+def test_vavaes_ssim_is_scikit_images_of_signed_images() -> None:
+    real = torch.cat([photographs(), torch.full((1, 3, 64, 64), 7, dtype=torch.uint8)])
+    fake = noisy(real)
+    expected = [structural_similarity(2 * r - 1, 2 * f - 1, data_range=2, channel_axis=2, **GAUSS)
+                for r, f in pairs(real, fake)]  # fmt: skip
+    (score,) = scorers(["ssim-gauss-signed"])
+    np.testing.assert_allclose(score(real, fake, None)["ssim-gauss-signed"], expected, atol=1e-5)
+    assert (pixel.ssim_gauss(real, fake) - torch.tensor(expected)).abs().max() > 1e-3
+
+
 def test_ms_ssim_equals_its_formula_over_scikit_images_maps() -> None:
     real = photographs(176, 1)
     fake = noisy(real, 30)

@@ -61,6 +61,7 @@ PROTOCOLS: dict[str, Protocol] = {
             notes=(
                 "its PSNR is psnr-global, its SSIM ssim, its LPIPS lpips-alex",
                 "its DreamSim runs at the native size (dreamsim-native), not at the 224 pixels it was trained for",
+                "its LPIPS and DreamSim see images padded with zeros to a power of two, which changes them at other sizes",
                 "its noise comes from one generator for the whole set; here every image has its own",
             ),
         ),
@@ -81,11 +82,13 @@ PROTOCOLS: dict[str, Protocol] = {
             crop="tensor-bilinear",
             posterior="sample",
             summary="LightningDiT's evaluate_tokenizer (VA-VAE, arXiv 2501.01423)",
-            metrics=("psnr", "ssim-gauss", "lpips-vgg-unclamped", "rfid"),
+            metrics=("psnr", "ssim-gauss-signed", "lpips-vgg-unclamped", "rfid"),
             notes=(
                 "its LPIPS sees the decoder's unclamped output (lpips-vgg-unclamped)",
                 "its latents are a sample of the posterior, so its numbers depend on the seed",
-                "its SSIM averages batch means and pads the border; ours is the mean over images inside it",
+                "its SSIM is of images in [-1, 1], range 2, and reads higher: ssim-gauss-signed",
+                "its SSIM sees the decoder's output before it is rounded to 8 bits, averages batch means and counts a "
+                "padded border; ours is of 8-bit images, their mean, inside the border",
                 "its model sees the resized image before it is rounded to 8 bits",
                 "its rFID uses pytorch-fid's resize, ours torch-fidelity's",
             ),
@@ -109,6 +112,9 @@ PROTOCOLS: dict[str, Protocol] = {
             metrics=("psnr", "ssim-gauss", "lpips-alex", "rfid"),
             notes=(
                 "its SSIM has an 11x11 Gaussian window (ssim-gauss), its LPIPS is lpips-alex",
+                "its SSIM counts a border padded by reflection, ours only what lies inside it",
+                "its runner has autocast on, by default in float32, which changes nothing; with its bf16 option the "
+                "numbers are others",
                 "its rFID uses pytorch-fid's resize, ours torch-fidelity's",
             ),
         ),

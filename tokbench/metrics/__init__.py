@@ -202,6 +202,7 @@ METRICS: dict[str, Metric] = {
         _mean("dreamsim", "lower", 2.0, 0.002, 4, "DreamSim ensemble at 224 px", ("dreamsim",)),
         # What some papers measured under the names above; a protocol says which are its own.
         _mean("ssim-range2", "higher", 1.0, 0.002, 4, "ssim with constants for a range of 2: too high", low=-1.0),
+        _mean("ssim-gauss-signed", "higher", 1.0, 0.002, 4, "ssim-gauss of images in [-1, 1]: reads higher", low=-1.0),
         _mean("lpips-vgg-unclamped", "lower", None, 0.002, 4, "lpips-vgg of the decoder's own output, unclamped",
               ("lpips-vgg",)),
         _mean("dreamsim-native", "lower", 2.0, 0.002, 4, "DreamSim ensemble at the image's own size", ("dreamsim",)),

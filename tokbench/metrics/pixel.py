@@ -40,9 +40,13 @@ def ssim(real: Tensor, fake: Tensor, *, data_range: float = 1.0) -> Tensor:
     return (luminance * structure).mean((1, 2, 3))
 
 
-def ssim_gauss(real: Tensor, fake: Tensor) -> Tensor:
-    """Wang et al. 2004 on RGB: 11x11 Gaussian of sigma 1.5, population covariance. At least 11 pixels a side."""
-    luminance, structure = _ssim_maps(_unit(real), _unit(fake), GAUSSIAN, 1.0)
+def ssim_gauss(real: Tensor, fake: Tensor, *, signed: bool = False) -> Tensor:
+    """Wang et al. 2004 on RGB: 11x11 Gaussian of sigma 1.5, population covariance. At least 11 pixels a side.
+
+    signed: of the images in [-1, 1] with constants for a range of 2, as VA-VAE measures. SSIM's luminance term depends
+    on where black is.
+    """
+    luminance, structure = _ssim_maps(_unit(real), _unit(fake), GAUSSIAN, 1.0, zero=0.5 if signed else 0.0)
     return (luminance * structure).mean((1, 2, 3))
 
 
@@ -66,9 +70,11 @@ def _unit(images: Tensor) -> Tensor:
 
 
 def _ssim_maps(
-    x: Tensor, y: Tensor, window: Tensor, correction: float, data_range: float = 1.0
+    x: Tensor, y: Tensor, window: Tensor, correction: float, data_range: float = 1.0, zero: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Luminance and contrast-structure terms [B, 3, h, w]; `correction` turns population into sample covariances.
+
+    `zero`: the brightness in [0, 1] that luminance is counted from.
 
     Written as 1 - (squared difference) / (sum of squares): with d = x - y, 2 cov = var x + var y - var d. A flat area
     then costs no digits, as the small var d is not the difference of large numbers; centring helps the rest.
@@ -79,7 +85,7 @@ def _ssim_maps(
     mean_a, mean_b, squares, errors = _filter([a, b, a * a + b * b, (a - b).square()], window)
     apart = (mean_a - mean_b).square()
     variances = correction * (squares - mean_a.square() - mean_b.square())
-    mean_x, mean_y = mean_a + centre, mean_b + centre
+    mean_x, mean_y = mean_a + centre - zero, mean_b + centre - zero
     luminance = 1 - apart / (mean_x.square() + mean_y.square() + c1)
     return luminance, 1 - correction * (errors - apart) / (variances + c2)
 
