@@ -111,6 +111,26 @@ def test_a_file_changed_on_disk_is_refused(server: type[Server], tokbench: Calla
     assert "thing: wrong" in ran.out
 
 
+def test_a_file_without_a_known_hash_is_not_called_right(
+    server: type[Server], monkeypatch: pytest.MonkeyPatch, tokbench: Callable[..., Ran]
+) -> None:
+    path = weights.fetch("thing")
+    assert f"thing: right, {path}" in tokbench("weights", "verify").out
+    monkeypatch.setitem(networks.NETWORKS, "thing", replace(networks.NETWORKS["thing"], sha256=""))
+    path.write_bytes(DATA[:-1])
+    ran = tokbench("weights", "verify")
+    assert ran.status == 0
+    assert f"thing: present, hash not known, {path}" in ran.out
+
+
+def test_what_a_killed_fetch_left_is_removed_by_the_next(server: type[Server], tmp_path: Path) -> None:
+    for name in (".fetch-thing.pth-abc", ".fetch-other.pth-abc"):  # another network's may be at work
+        (tmp_path / "weights" / name).mkdir(parents=True)
+        (tmp_path / "weights" / name / "half").write_bytes(DATA)
+    weights.fetch("thing")
+    assert kept(tmp_path) == [".fetch-other.pth-abc", "thing.pth"]
+
+
 def test_many_at_once_download_once(server: type[Server], tmp_path: Path) -> None:
     found: list[Path] = []
     threads = [threading.Thread(target=lambda: found.append(weights.fetch("thing"))) for _ in range(6)]

@@ -129,13 +129,19 @@ def fetch(name: str) -> Path:
 
 
 def _fetch(network: Network, folder: Path) -> Path:
-    """Try the sources in turn: what torch's cache already holds first, then the smallest download."""
+    """Try the sources in turn: what torch's cache already holds first, then the smallest download.
+
+    The caller holds the lock of the network's file, so whatever lies in its scratch folders was left by a killed run.
+    """
+    scratch_prefix = f".fetch-{network.file}-"
+    for left in folder.glob(f"{scratch_prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
     local = [source for source in network.sources if _at_hand(source) is not None]
     reasons = []
     for source in (*local, *network.sources):
         if source not in local and source.kind != "folder" and offline():
             raise WeightsError(f"{missing(network.name)}, but TOKBENCH_OFFLINE is set")
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(prefix=scratch_prefix, dir=folder) as scratch:
             try:
                 at_hand = _at_hand(source)
                 if at_hand is not None:
@@ -317,12 +323,13 @@ def fetch_all(names: Sequence[str]) -> int:
 
 
 def verify() -> int:
-    """Check every network that is here; status 1 if one is not what it should be."""
+    """Check every network that is here against its known hash; status 1 if one is not what it should be."""
     status = 0
     for network in NETWORKS.values():
         try:
             path = locate(network.name)
-            print(f"{network.name}: {f'right, {path}' if path else 'not on this machine'}")
+            state = "right" if network.sha256 else "present, hash not known"
+            print(f"{network.name}: {f'{state}, {path}' if path else 'not on this machine'}")
         except WeightsError as error:
             print(f"{network.name}: wrong, {error}")
             status = 1
