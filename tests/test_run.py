@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.conftest import TINY, Ran
 from tokbench import kits
-from tokbench.finish import clear
+from tokbench.finish import checked, clear
 from tokbench.metrics.scoring import Instruments, instruments
 from tokbench.networks import find_network
 from tokbench.reconstruct import Conditions
@@ -133,6 +133,36 @@ def test_a_failed_cell_costs_its_row_and_no_other(tokbench: Command, photographs
     assert "the weights are gone" in lines[0]
     assert "NaN or infinity in the reconstruction of" in lines[1]
     assert "decode gave (1, 3, 31, 32), expected (1, 3, 32, 32)" in lines[2]
+
+
+def test_all_images_that_a_model_makes_nan_of_are_named(
+    tokbench: Command, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Conditions, "images_at_once", Conditions.first_batch_size)  # as on a GPU
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        "from tests.tiny import Tiny\n\n\nclass Broken(Tiny):\n    def decode(self, latents, **how):\n"
+        "        images = super().decode(latents, **how).clone()\n        images[1:, 0, 0, 0] = float('nan')\n"
+        "        return images\n\n\ndef broken():\n    return Broken(0.0, '', 0.0, 4, False, 0.0)\n"
+    )
+    command = ("--data", photographs, "--out", tmp_path / "runs", "--res", "32", "--metrics", "psnr")
+    ids = sorted(path.stem for path in photographs.iterdir())
+    ran = tokbench("run", "--models", f"broken={broken}:broken", *command, "--batch-size", 4)
+    assert f"NaN or infinity in the reconstruction of {ids[1]}, {ids[2]}, {ids[3]}\n" in ran.err
+    ran = tokbench("run", "--models", f"broken={broken}:broken", *command, "--batch-size", 12)
+    assert f"{ids[5]} and 6 more\n" in ran.err
+
+
+def test_a_metric_of_what_is_not_finite_is_null_and_names_the_samples(tmp_path: Path) -> None:
+    ids, broken = ["a", "b", "c"], np.array([0.0, np.nan, np.inf])
+    features = np.stack([broken, np.zeros(3)], axis=1)
+    with SampleStore(tmp_path) as store:
+        columns = {"psnr": np.zeros(3), "mse": np.ones(3), "latent-mean": broken, "latent-square": broken}
+        store.append(ids, columns, {("real", "mobilenet"): np.zeros((3, 2)), ("fake", "mobilenet"): features})
+    for name in ("latent-std", "pd-mobilenet"):
+        value = checked(name, store, (0,))
+        assert (value.value, value.n, value.note) == (None, 3, "NaN or infinity in b, c")
+    assert checked("psnr", store, (0,)).value == 0
 
 
 def test_memory_decides_the_batch_size_unless_the_user_did(

@@ -25,8 +25,9 @@ from tokbench.reconstruct import (
     seeded,
 )
 from tokbench.result import EvalResult, TokenizerInfo, Value, to_json
+from tokbench.sources import shown
 from tokbench.statistics import CONFIDENCE, t_quantile
-from tokbench.store import SampleStore, hold, per_image_path, writable, write_per_image, write_whole
+from tokbench.store import CHUNK, SampleStore, hold, per_image_path, writable, write_per_image, write_whole
 
 
 class SeedView:
@@ -91,7 +92,7 @@ def finish(
     store = SampleStore(cell.store.folder, real=real)
     if not store.ids:
         raise InputError(f"{plan.source.name}: none of its {len(plan.source.ids)} images can be used")
-    values = {name: _checked(compute(name, store, chosen["seeds"])) for name in measured.metrics}
+    values = {name: checked(name, store, chosen["seeds"]) for name in measured.metrics}
     skipped = sorted(set(plan.source.ids) - set(store.ids))
     result = EvalResult(
         protocol=cell.conditions.protocol.name,
@@ -139,10 +140,36 @@ def compute(name: str, store: SampleStore, seeds: Sequence[int]) -> Value:
     return over_seeds([METRICS[name].compute(SeedView(store, seed)) for seed in seeds])
 
 
-def _checked(value: Value) -> Value:
-    if value.value is not None and not math.isfinite(value.value):
-        return Value(None, n=value.n, note=f"not a finite number ({value.value})")
-    return value
+def checked(name: str, store: SampleStore, seeds: Sequence[int]) -> Value:
+    """What `compute` gives; null, with the samples at fault, if what the metric reads of them is NaN or infinite."""
+    metric, num_images = METRICS[name], len(store.ids)
+    if num_images < metric.minimum:
+        return compute(name, store, seeds)
+    bad = not_finite(store.ids, [store.column(column)[:, None] for column in metric.columns])
+    value, fault = Value(None), None
+    if not bad:
+        try:
+            value = compute(name, store, seeds)
+        except InputError as error:
+            fault = error
+        if fault is None and (value.value is None or math.isfinite(value.value)):
+            return value
+        views = [store] if len(seeds) == 1 else [SeedView(store, seed) for seed in seeds]
+        sides = metric.sides if metric.extractor else ()
+        bad = not_finite(store.ids, [view.features(side, metric.extractor or "") for view in views for side in sides])
+    if fault is not None and not bad:
+        raise fault
+    note = f"NaN or infinity in {shown(bad)}" if bad else f"not a finite number ({value.value})"
+    return Value(None, n=num_images, note=note)
+
+
+def not_finite(ids: Sequence[str], arrays: Sequence[np.ndarray]) -> list[str]:
+    """Ids of the samples with a NaN or infinity in one of these arrays [N, D]."""
+    bad = np.zeros(len(ids), dtype=bool)
+    for values in arrays:
+        for start in range(0, len(ids), CHUNK):
+            bad[start : start + CHUNK] |= ~np.isfinite(values[start : start + CHUNK]).all(axis=1)
+    return [sample for sample, wrong in zip(ids, bad, strict=True) if wrong]
 
 
 def draw(cell: Cell, store: SampleStore, plan: Plan, path: Path) -> bytes:

@@ -18,6 +18,7 @@ from tokbench.device import is_out_of_memory, precision, release
 from tokbench.errors import MODEL_ERRORS, CellError
 from tokbench.metrics.scoring import Instruments
 from tokbench.protocols import Protocol, Rounding
+from tokbench.sources import shown
 from tokbench.store import SampleStore
 from tokbench.tokenizer import Tokenizer
 
@@ -141,14 +142,15 @@ def decode_uint8(cell: Cell, latents: Tensor, seeds: Tensor, ids: Sequence[str])
 
 
 def decode(cell: Cell, latents: Tensor, seeds: Tensor, ids: Sequence[str]) -> Tensor:
-    """latents -> float [B, 3, H, W]. CellError naming the image for NaN or infinity, or for a wrong shape."""
+    """latents -> float [B, 3, H, W]. CellError naming images of NaN or infinity, or for a wrong shape."""
     name, size = cell.tokenizer.info.name, (cell.conditions.resolution, cell.conditions.resolution)
     images = cell.watch.time("decode", len(ids), lambda: cell.tokenizer.decode(latents, seeds=seeds, size=size))
     if images.shape != (len(ids), 3, *size):
         raise CellError(f"{name}: decode gave {tuple(images.shape)}, expected {(len(ids), 3, *size)}")
-    finite = torch.isfinite(images).flatten(1).all(1)
-    if not finite.all():
-        raise CellError(f"{name}: NaN or infinity in the reconstruction of {ids[int((~finite).nonzero()[0])]}")
+    finite = torch.isfinite(images).flatten(1).all(1).tolist()
+    if not all(finite):
+        bad = [sample for sample, good in zip(ids, finite, strict=True) if not good]
+        raise CellError(f"{name}: NaN or infinity in the reconstruction of {shown(bad)}")
     return images
 
 
