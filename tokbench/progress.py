@@ -2,8 +2,9 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 SHOW_AFTER = 30.0  # seconds a job must be expected to take before a log is told so
 
@@ -13,42 +14,49 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+class Advance(Protocol):
+    """Call it with how many more are done; `note` is what a bar shows in place of its own rate."""
+
+    def __call__(self, count: int, note: str = "") -> None: ...
+
+
 @contextmanager
-def bar(
-    what: str, total: int, unit: str = "images", done: int = 0, show: bool = True
-) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with how many more are done. A bar appears only on a terminal and after two seconds."""
+def bar(what: str, total: int, unit: str = "images", done: int = 0, show: bool = True) -> Iterator[Advance]:
+    """Yields a function that moves the bar. The bar appears only on a terminal and after two seconds."""
     if not show:
-        yield lambda count: None
+        yield lambda count, note="": None
         return
     if not sys.stderr.isatty():
         yield _estimate(what, total, unit, done)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TextColumn("{task.fields[rate]}"), TimeRemainingColumn())  # fmt: skip
+    # A long note takes what the others leave of the line, and is cut there.
+    rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("{task.fields[rate]}", table_column=rest))  # fmt: skip
     start = time.monotonic()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as progress:
         task = progress.add_task(what, total=total, completed=done, rate="", visible=False)
         finished = 0
 
-        def advance(count: int) -> None:
+        def advance(count: int, note: str = "") -> None:
             nonlocal finished
             finished += count
             seconds = time.monotonic() - start
-            rate = f"{finished / max(seconds, 1e-9):.1f} {unit}/s"
+            rate = note or f"{finished / max(seconds, 1e-9):.1f} {unit}/s"
             progress.update(task, advance=count, rate=rate, visible=seconds > 2)
 
         yield advance
 
 
-def _estimate(what: str, total: int, unit: str, done: int) -> Callable[[int], None]:
+def _estimate(what: str, total: int, unit: str, done: int) -> Advance:
     """Without a terminal: once, after a few batches, say how long it will take, if that is worth saying."""
     start, finished, calls = time.monotonic(), 0, 0
 
-    def advance(count: int) -> None:
+    def advance(count: int, note: str = "") -> None:
         nonlocal finished, calls
         finished, calls = finished + count, calls + 1
         left = (time.monotonic() - start) / finished * (total - done - finished)

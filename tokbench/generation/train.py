@@ -17,7 +17,7 @@ from tokbench.generation.dit import Block, DiT, dit_config
 from tokbench.generation.fit import latent_space, to_record
 from tokbench.generation.flow import draw_times, guided, integrate, noised, velocity
 from tokbench.generation.latents import Images, LatentConfig, Latents, Normaliser, encode
-from tokbench.progress import say
+from tokbench.progress import bar, say
 from tokbench.registry import create, row_name
 from tokbench.seeding import normal
 from tokbench.tokenizer import Tokenizer
@@ -204,7 +204,7 @@ def train(config: DiTTraining, data: str, out: Path) -> Path:
     batches, part = Batches(latents, run.seed), run.batch_size // machine.world // run.accumulate
     records = Log(out / "log.jsonl", first_step) if machine.main else None
     meter, step = Meter(), first_step
-    with interrupts() as stop:
+    with interrupts() as stop, bar("train dit", run.steps, "steps", first_step, machine.main) as advance:
         while step < run.steps and not stop:
             start, loss_sum = (
                 step * run.batch_size + machine.rank * part * run.accumulate,
@@ -226,6 +226,7 @@ def train(config: DiTTraining, data: str, out: Path) -> Path:
 
             # Log, sample, save.
             meter.add({"loss": loss_sum, "gradient": norm}, run.batch_size)
+            advance(1, meter.note())
             if step % run.log_every == 0 or step == run.steps:
                 means = meter.take()
                 means["loss"] = float(machine.mean(torch.tensor(means["loss"], device=machine.device)))
