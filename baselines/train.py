@@ -31,6 +31,8 @@ from tokbench.training import (
     Perceptual,
     RunConfig,
     averaged,
+    building,
+    check_sides,
     learning_rate,
     load_checkpoint,
     make_optimizer,
@@ -94,8 +96,8 @@ _SMALL_OPTIM = OptimConfig("adamw", 1e-3, (0.9, 0.99), clip=1.0, warmup_steps=10
 _LDM_OPTIM = OptimConfig("adamw", 4.5e-6 * 12, (0.5, 0.9), weight_decay=0.0, clip=1e9)
 _LDM_GAN = GanConfig(learning_rate=_LDM_OPTIM.learning_rate)
 PRESETS = {
-    # The demo weights: after 27,000 crops 24.6 dB and lpips-alex .41 at 256 px on 14 held-out photographs, whose
-    # bicubic-f8 has 24.0 and .60. Half an hour on three cores.
+    # The demo weights began so: after 27,000 crops 24.6 dB and lpips-alex .41 at 256 px on 14 held-out photographs,
+    # whose bicubic-f8 has 24.0 and .60. Half an hour on three cores. The bundled file went on, see weights/klvae.md.
     "small": KLVAETraining(
         SMALL, _SMALL_CROPS, _SMALL_RUN, _SMALL_OPTIM, EmaConfig(start_step=0), GanConfig(weight=0.0),
         perceptual_weight=0.5, perceptual_start=750, learn_logvar=False, normalise_latents=True,
@@ -121,12 +123,13 @@ def train_klvae(config: KLVAETraining, data: str, out: Path, start: Path | None,
     all weights, `encoder_from` (a KL-VAE or an SSDD) those of the encoder. Raises InputError for data or files that
     cannot be used, CellError for a loss that is no number, KeyboardInterrupt after saving when asked to stop.
     """
-    # Set up: processes, data, model, what judges it.
+    # Set up: processes, model, data, what judges it.
     run, machine = config.run, Machine(config.run)
-    source, train, real_held = open_photographs(data, run)
-    crops = PhotoCrops(source, train, config.crops, run.seed)
     torch.manual_seed(run.seed)
     model, origin = build(config, start, encoder_from)
+    check_sides(config.model.encoder.downsample, config.crops, run)
+    source, train, real_held = open_photographs(data, run)
+    crops = PhotoCrops(source, train, config.crops, run.seed)
     model.to(machine.device).to(memory_format=torch.channels_last)
     if run.checkpoint_activations:
         recompute(model, (ResBlock, AttentionBlock))
@@ -139,7 +142,8 @@ def train_klvae(config: KLVAETraining, data: str, out: Path, start: Path | None,
     named = [*model.named_parameters(), *logvar.named_parameters()]
     parameters = [parameter for _, parameter in named if parameter.requires_grad]
     optimizer, ema = make_optimizer(named, config.optim), Ema(model, config.ema)
-    critic = PatchGAN(config.gan.width, config.gan.layers).to(machine.device)
+    with building("gan.*"):
+        critic = PatchGAN(config.gan.width, config.gan.layers).to(machine.device)
     critic_parameters = list(critic.parameters())
     critic_optim = replace(config.optim, name="adamw", learning_rate=config.gan.learning_rate)
     critic_optimizer = make_optimizer(critic.named_parameters(), critic_optim)
@@ -230,7 +234,7 @@ def train_klvae(config: KLVAETraining, data: str, out: Path, start: Path | None,
 
             # Log, show, score, save.
             meter.add(means, run.batch_size)
-            advance(1)
+            advance(1, meter.note())
             if due(step, run.log_every, run.steps):
                 log.write(step=step, rate=rate, **meter.take())
             if machine.main and due(step, run.sample_every, run.steps):
@@ -284,8 +288,16 @@ def parse_encoder(name: str) -> EncoderConfig:
 
 
 def build(config: KLVAETraining, start: Path | None, encoder_from: Path | None) -> tuple[KLVAE, dict[str, str]]:
-    """The model to train and which files it was started from."""
-    model, origin = KLVAE(config.model), {}
+    """The model to train and which files it was started from. Raises InputError for sizes or files that do not fit."""
+    factor, levels = config.model.encoder.downsample, len(config.model.decoder.channel_mult)
+    if factor != 2 ** (levels - 1):
+        raise InputError(
+            f"model.decoder.channel_mult has {levels} numbers, the encoder {config.model.encoder.name} needs "
+            f"{factor.bit_length()}: one more than it has halvings"
+        )
+    origin = {}
+    with building("model.*"):
+        model = KLVAE(config.model)
     if start is not None:
         load_strictly(model, load(start)[0].state_dict(), start)
         origin["model"] = f"{start.name} {file_sha256(start)[:16]}"

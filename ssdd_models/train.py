@@ -27,6 +27,8 @@ from tokbench.training import (
     Machine,
     Parts,
     averaged,
+    building,
+    check_sides,
     learning_rate,
     load_checkpoint,
     make_optimizer,
@@ -60,12 +62,13 @@ def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, e
     previous stage's file, `encoder_from` a file whose encoder is taken (SSDD or KL-VAE). Raises InputError for data or
     files that cannot be used, CellError for a loss that is no number, KeyboardInterrupt after saving when told to stop.
     """
-    # Set up: processes, data, model, what judges it.
+    # Set up: processes, model, data, what judges it.
     run, machine = config.run, Machine(config.run)
-    source, train, real_held = open_photographs(data, run)
-    crops = PhotoCrops(source, train, config.crops, run.seed)
     torch.manual_seed(run.seed)
     model, origin = build(config, start, encoder_from)
+    check_sides(model.size_multiple, config.crops, run)
+    source, train, real_held = open_photographs(data, run)
+    crops = PhotoCrops(source, train, config.crops, run.seed)
     model.to(machine.device).to(memory_format=torch.channels_last)
     teacher = make_teacher(model) if config.stage == "distill" else None
     if run.checkpoint_activations:
@@ -161,7 +164,7 @@ def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, e
 
             # Log, show, score, save.
             meter.add(means, run.batch_size)
-            advance(1)
+            advance(1, meter.note())
             if due(step, run.log_every, run.steps):
                 log.write(step=step, rate=rate, **meter.take())
             if machine.main and due(step, run.sample_every, run.steps):
@@ -234,14 +237,16 @@ def sizes(path: Path) -> tuple[EncoderConfig, DecoderConfig | None]:
 
 
 def build(config: SSDDTraining, start: Path | None, encoder_from: Path | None) -> tuple[SSDD, dict[str, str]]:
-    """The model to train and which files it was started from. Raises InputError for files that do not fit."""
-    model, origin = SSDD(config.encoder, config.decoder, init=config.init), {}
-    if config.cancel_noise:
-        cancel_noise(model.decoder)
+    """The model to train and which files it was started from. Raises InputError for sizes or files that do not fit."""
     if start is None and encoder_from is None and config.freeze_encoder:
         raise InputError(f"stage {config.stage} needs a trained encoder: give --from or --encoder-from")
     if start is None and config.stage == "distill":
         raise InputError("stage distill needs --from, the checkpoint that is both teacher and student")
+    origin = {}
+    with building("encoder.*, decoder.*"):
+        model = SSDD(config.encoder, config.decoder, init=config.init)
+    if config.cancel_noise:
+        cancel_noise(model.decoder)
     for path, name, part in ((start, "model", model), (encoder_from, "encoder", model.encoder)):
         if path is not None:
             load_part(part, path, "" if name == "model" else "encoder.")

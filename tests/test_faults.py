@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY, Ran
+from tokbench.errors import InputError
 from tokbench.result import EvalResult, read_result
 from tokbench.sources import FileSource
+from tokbench.training_log import Log
 
 Command = Callable[..., Ran]
 MODEL = f"tiny={TINY}@noise=0.3"
@@ -63,6 +65,71 @@ def test_a_full_disk_ends_the_run_and_the_next_goes_on(
     assert 0 < rows < 12
     assert run(tokbench, data, out).status == 0
     assert result(out).metrics == undisturbed.metrics
+
+
+def test_a_full_disk_ends_a_training_log_in_one_line(tmp_path: Path) -> None:
+    log = Log(tmp_path / "log.jsonl", 0)
+    with files_no_larger_than(20), pytest.raises(InputError, match=r"log\.jsonl: cannot be written"):
+        log.write(step=1, loss=0.25, l1=0.5)
+    resumed = Log(tmp_path / "log.jsonl", 1)
+    resumed.write(step=2)
+    assert resumed.records() == [{"step": 2}]
+
+
+def test_training_says_before_it_builds_that_it_cannot_write(tokbench: Command, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "file"
+    out.touch()
+    ran = tokbench("train", "klvae", "--data", data, "--out", out, "model.encoder.groups=5")
+    assert ran.status == 2
+    assert f"{out}: cannot be written (Not a directory)" in ran.reason
+
+
+@pytest.mark.parametrize("model", ["klvae", "dit"])
+def test_training_on_a_damaged_photograph_names_it_and_no_option_of_another_command(
+    model: str, tokbench: Command, data: Path, tmp_path: Path
+) -> None:
+    settings = {"klvae": ["--preset", "small", "run.held_out=0", "perceptual_weight=0"],
+                "dit": ["--preset", "tiny", f"tokenizer={MODEL}", "latents.resolution=32"]}  # fmt: skip
+    damaged = sorted(data.iterdir())[0]
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    ran = tokbench("train", model, "--data", data, "--out", tmp_path / "out", *settings[model])
+    assert ran.status == 2
+    assert str(damaged) in ran.reason
+    assert "damaged" in ran.reason
+    assert "--skip-bad" not in ran.reason
+
+
+BROKEN = """
+import builtins
+from tests.tiny import Tiny
+
+class Broken(Tiny):
+    def encode(self, images, *, sample, seeds):
+        raise getattr(builtins, self.fault)("said by the model")
+
+def broken(error: str, at_once: bool = False):
+    if at_once:
+        raise getattr(builtins, error)("said by the model")
+    return Broken(0.0, error, 0.0, 4, False, 0.0)
+"""
+
+
+def test_whatever_a_model_raises_costs_its_row_and_no_other(tokbench: Command, data: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "broken.py", tmp_path / "out"
+    source.write_text(BROKEN)
+    errors = ("AssertionError", "OSError", "ImportError", "NameError", "ZeroDivisionError", "KeyError")
+    specs = [f"{error.lower()}={source}:broken@error={error}" for error in errors]
+    specs += [f"{error.lower()}-built={source}:broken@error={error}@at_once=true" for error in errors]
+    ran = tokbench(
+        "run", "--models", ",".join([*specs, MODEL]), "--data", data, "--out", out, "--res", 32, "--metrics", "psnr",
+        "--workers", 0, "--save-images", 0,
+    )  # fmt: skip
+    assert ran.status == 1
+    assert f"1 done, 0 cached, {len(specs)} failed" in ran.reason
+    failed = [line for line in ran.err.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == len(specs)
+    assert all("said by the model" in line for line in failed)
+    assert result(out).metrics["psnr"].n == 12
 
 
 def test_a_damaged_row_is_named_and_measured_again(

@@ -1,8 +1,11 @@
 """The training toolbox: data order, averages, decay groups, overrides, checkpoints."""
 
+import io
 import json
 import math
+import sys
 import tarfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,12 +16,14 @@ import torch
 from PIL import Image
 from torch import nn
 
+from tests.reference import GOLDEN
 from tokbench.config import describe, from_dict, override, to_dict
 from tokbench.crops import CropConfig, PhotoCrops, batches, hold_out
 from tokbench.data import open_source
 from tokbench.errors import CellError, InputError
+from tokbench.progress import bar
 from tokbench.training import Ema, EmaConfig, OptimConfig, RunConfig, learning_rate, load_checkpoint, save_checkpoint
-from tokbench.training_log import Log, check_losses, is_best
+from tokbench.training_log import Log, Meter, check_losses, is_best
 
 
 class Photos:
@@ -75,6 +80,18 @@ def test_workers_change_nothing() -> None:
         assert torch.equal(batch, other)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_photograph_that_cannot_be_read_is_one_line(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(self: Photos, index: int) -> Image.Image:
+        raise InputError("dog.png: damaged")
+
+    taken = crops(CONFIG)
+    taken.kept.clear()  # as of photographs that do not fit into memory
+    monkeypatch.setattr(Photos, "read", damaged)
+    with pytest.raises(InputError, match=r"^dog.png: damaged$"):
+        list(batches(taken, first_step=0, num_steps=1, batch_size=2, rank=0, world=1, num_workers=workers))
+
+
 def test_late_crops_are_larger() -> None:
     assert [batch.shape[-1] for batch in stream(CONFIG, 0, 1)] == [16, 16, 16, 24, 24]
 
@@ -107,6 +124,7 @@ def test_overrides_are_strict_and_typed() -> None:
     for wrong, message in (
         ("step=1", "did you mean steps"), ("steps=1.5", "expected int"), ("inner.kind=c", "one of a, b"),
         ("steps", "key=value"), ("inner=1", "a group"), ("steps.x=1", "not a group"), ("on=yes", "true or false"),
+        ("run.batch_size=0", "run.batch_size: batch_size 0: must be at least 1"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             override(Settings(), [wrong])
@@ -132,6 +150,19 @@ def test_ema_follows_the_paper_and_starts_late() -> None:
     with ema.applied():
         assert module.weight.item() == values[-1]
     assert module.weight.item() == 3.0
+
+
+def test_ema_decays_are_the_golden_ones() -> None:
+    golden = np.load(GOLDEN / "units.npz")
+    module = nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(module.weight)
+    for updates, decay in zip(golden["ema_decay_n"], golden["ema_decay"], strict=True):
+        ema = Ema(module, EmaConfig(decay=0.999, start_step=0))
+        ema.updates = int(updates)
+        ema.shadow["weight"].zero_()
+        ema.update(0)  # 0 * decay + 1 * (1 - decay)
+        assert float(ema.shadow["weight"]) == pytest.approx(1 - decay, rel=1e-6)
+        assert ema.updates == updates + 1
 
 
 def test_learning_rate_warms_up_and_ends_at_its_share() -> None:
@@ -169,6 +200,40 @@ def test_resumed_log_drops_what_is_trained_again_and_knows_the_best(tmp_path: Pa
     log = Log(tmp_path / "log.jsonl", 2)
     assert [record["step"] for record in log.records()] == [1, 2]
     assert is_best(log.records(), "psnr")
+
+
+def test_a_torn_line_of_the_log_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    assert Log(path, 2).records() == [{"step": 1, "loss": 0.5}]
+    with path.open("ab") as file:
+        file.write(b'{"step": 3, "name": "\xc3')
+    log = Log(path, 3)
+    log.write(step=4)
+    assert log.records() == [{"step": 1, "loss": 0.5}, {"step": 4}]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stderr", [Terminal, io.StringIO])
+def test_a_bar_shows_losses_and_rate_on_a_terminal_alone(
+    stderr: type[io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen, meter = stderr(), Meter()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    meter.since -= 10
+    meter.add({"l1": 0.25, "loss": 0.5}, 20)
+    meter.add({"l1": 0.75, "loss": 1.5}, 20)
+    with bar("train klvae", 25, "steps") as advance:
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 3)
+        advance(2, meter.note())
+    assert ("images/s, loss 1, l1 0.5" in screen.getvalue()) == screen.isatty()
 
 
 def test_a_tar_shard_gives_the_crops_of_its_folder(photographs: Path, tmp_path: Path) -> None:

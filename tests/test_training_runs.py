@@ -149,6 +149,38 @@ def test_a_stage_without_what_it_starts_from_says_so(
     assert "unknown setting" in tokbench("train", "klvae", "--data", "x", "--out", "y", "stepz=1").reason
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["klvae", "model.encoder.width=48"], "model.encoder.width: encoder channels 4, width 48: width must be"),
+        (["klvae", "model.encoder.groups=5"], "model.*: no network can be made of it: num_channels (32) must"),
+        (["klvae", "model.decoder.groups=0"], "model.*: no network"),
+        (["klvae", "gan.width=5"], "gan.*: no network"),
+        (["klvae", "model.encoder.downsample=16"], "channel_mult has 3 numbers, the encoder f16c4 needs 5"),
+        (["klvae", "crops.size=33"], "crops.size=33: this model takes multiples of 4"),
+        (["klvae", "crops.late_size=33"], "crops.late_size=33: this model takes multiples of 4"),
+        (["klvae", "run.held_out=2", "run.eval_every=1", "run.eval_resolution=30"], "run.eval_resolution=30: this"),
+        (["klvae", "optim.betas=0.9"], "optim.betas: betas (0.9,): two numbers"),
+        (["klvae", "run.accumulate=0"], "run.accumulate: accumulate 0: must be at least 1"),
+        (["klvae", "crops.short_side="], "crops.short_side: size 16, short_side ()"),
+        (["ssdd", "decoder.widths=48,64,96,96"], "decoder.widths: decoder widths (48, 64, 96, 96): four multiples"),
+        (["ssdd", "decoder.groups=5"], "encoder.*, decoder.*: no network"),
+        (["ssdd", "crops.size=20"], "crops.size=20: this model takes multiples of 8"),
+        (["ssdd", "eval_steps=0"], "eval_steps: teacher_steps 7, eval_steps 0: must be at least 1"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_one_line_before_anything_is_written(
+    arguments: list[str], said: str, photographs: Path, tmp_path: Path, tokbench: Callable[..., Any]
+) -> None:
+    model, *wrong = arguments
+    settings = KLVAE_TINY if model == "klvae" else SSDD_TINY
+    run = tokbench(*command(model, photographs, tmp_path / "out", *settings, "run.steps=1", *wrong)[3:])
+    assert run.status == 2
+    assert said in run.reason
+    assert not (tmp_path / "out").exists()
+
+
 def test_help_lists_every_default_so_that_it_can_be_overridden(tokbench: Callable[..., Any]) -> None:
     shown = tokbench("train", "ssdd", "--stage", "distill", "--help").out
     for line in ("teacher_steps=7", "optim.learning_rate=0.0001", "stage=distill", "weights.perceptual=0.5"):

@@ -44,7 +44,8 @@ def parse_value(text: str, annotation: Any, key: str) -> Any:
 def override(config: C, pairs: Iterable[str]) -> C:
     """The config with each `key=value` applied in order; a dot reaches into a nested config (`gan.weight=0`).
 
-    Raises InputError for a text without '=', an unknown key (near matches are named) or a value of another type.
+    Raises InputError for a text without '=', an unknown key (near matches are named), a value of another type or one
+    that the config itself refuses with a ValueError.
     """
     for pair in pairs:
         key, separator, text = pair.partition("=")
@@ -64,7 +65,10 @@ def _set(config: C, path: str, key: str, text: str) -> C:
     if dataclasses.is_dataclass(inner) != bool(rest):
         raise InputError(f"{key}: " + ("not a group of settings" if rest else f"a group; set {head}.NAME=value"))
     value = _set(inner, rest, key, text) if rest else parse_value(text, annotations[head], key)
-    return dataclasses.replace(config, **{head: value})  # type: ignore[type-var]
+    try:
+        return dataclasses.replace(config, **{head: value})  # type: ignore[type-var]
+    except ValueError as error:
+        raise InputError(f"{key}: {error}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:

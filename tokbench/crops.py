@@ -30,7 +30,7 @@ class Photographs(Protocol):
 
 @dataclass(frozen=True)
 class CropConfig:
-    """How a training crop is cut. Lengths in pixels."""
+    """How a training crop is cut. Lengths in pixels. Raises ValueError for values that cut none."""
 
     size: int = 128
     short_side: tuple[int, ...] = (128, 256)  # the photograph's shorter side becomes a random length between these two
@@ -42,6 +42,12 @@ class CropConfig:
     flat: float = 0.0  # a crop whose standard deviation (of 255) is below this is drawn again, up to four times
     late_size: int = 0  # crop size for the end of training; 0: none
     late_share: float = 0.15  # which share of the steps that is
+
+    def __post_init__(self) -> None:
+        if min(self.size, *self.short_side, self.late_size + 1) < 1 or not self.short_side:
+            raise ValueError(f"size {self.size}, short_side {self.short_side}, late_size {self.late_size}: too small")
+        if not 0 <= self.late_share <= 1:
+            raise ValueError(f"late_share {self.late_share}: from 0 to 1")
 
 
 def hold_out(ids: Sequence[str], num_images: int) -> tuple[list[int], list[int]]:
@@ -165,8 +171,14 @@ class Plan:
 def batches(
     crops: PhotoCrops, *, first_step: int, num_steps: int, batch_size: int, rank: int, world: int, num_workers: int
 ) -> Iterator[tuple[list[int], Tensor, list[str]]]:
-    """Steps first_step..num_steps-1: (sample numbers, uint8 [batch_size / world, 3, s, s], sample ids) of this rank."""
+    """Steps first_step..num_steps-1: (sample numbers, uint8 [batch_size / world, 3, s, s], sample ids) of this rank.
+
+    Raises InputError naming a photograph that cannot be read.
+    """
     plan = Plan(crops.config, first_step, num_steps, batch_size, rank, world)
     loader = DataLoader(crops, batch_sampler=plan, num_workers=num_workers)
-    for items, (images, ids) in zip(plan, loader, strict=True):
-        yield [number for number, _ in items], images, list(ids)
+    try:
+        for items, (images, ids) in zip(plan, loader, strict=True):
+            yield [number for number, _ in items], images, list(ids)
+    except InputError as error:  # a worker's has its traceback before it
+        raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error

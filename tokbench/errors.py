@@ -1,7 +1,10 @@
 """The two ways things go wrong that a user can do something about."""
 
 # What a model's own code may raise: its cell fails and the run goes on.
-MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError)
+MODEL_ERRORS = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError,
+    AssertionError, NameError, ImportError, OSError,
+)  # fmt: skip
 
 
 class InputError(Exception):

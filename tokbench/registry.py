@@ -33,7 +33,7 @@ log = logging.getLogger("tokbench")
 
 PLUGINS = "tokbench.plugins"
 ROW_NAME = re.compile(r"[a-z0-9._-]+")
-LOAD_ERRORS = (OSError, ImportError, SafetensorError, *MODEL_ERRORS)
+LOAD_ERRORS = (SafetensorError, *MODEL_ERRORS)
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors format allows no longer header
 
 
@@ -264,7 +264,7 @@ def _entry_from_source(head: str, text: str) -> Entry:
     sys.path += [folder for folder in [str(path.resolve().parent)] if folder not in sys.path]  # what lies beside it
     try:
         module_spec.loader.exec_module(module)
-    except (SyntaxError, NameError, *LOAD_ERRORS) as error:
+    except (SyntaxError, *LOAD_ERRORS) as error:
         raise InputError(f'model "{text}": {file} does not run: {error}') from error
     factory = getattr(module, attribute, None)
     if not callable(factory):

@@ -1,11 +1,13 @@
 """Which models `tokbench train` knows: a registry like that of tokenizers. Never imports torch by itself."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokbench import registry
 from tokbench.errors import InputError
+from tokbench.store import writable
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,18 @@ def find_trainer(name: str) -> Trainer:
 
 
 def train_model(name: str, options: TrainOptions) -> Path:
-    """Train and return the finished file. Raises InputError for a missing --data or --out."""
+    """Train and return the finished file. Raises InputError for a missing --data or for an --out that is missing or
+    cannot be written, before anything is fetched or built."""
     trainer = find_trainer(name)
     if not options.data or options.out == Path():
         raise InputError(f"train {name}: --data DIR and --out DIR are needed")
-    return trainer.run(options)
+    existing = next(place for place in (options.out, *options.out.absolute().parents) if place.exists())
+    with writable(options.out):
+        tempfile.TemporaryFile(dir=existing).close()
+    try:
+        return trainer.run(options)
+    except InputError as error:  # photographs are read as by `run`, whose option is none of training
+        raise InputError(str(error).replace(" or use --skip-bad", "")) from error
 
 
 def train_help(name: str | None, stage: str | None, preset: str | None) -> str:

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokbench.config import to_dict
+from tokbench.crops import CropConfig
 from tokbench.errors import InputError
 from tokbench.store import write_whole
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW or schedule-free RAdam, and what is done to the gradient."""
+    """AdamW or schedule-free RAdam, and what is done to the gradient. Raises ValueError for values neither takes."""
 
     name: Literal["radam-schedulefree", "adamw"] = "radam-schedulefree"
     learning_rate: float = 1e-4
@@ -36,6 +37,12 @@ class OptimConfig:
     warmup_steps: int = 0  # linear, from 0
     schedule: Literal["constant", "cosine"] = "constant"  # cosine ends at final_share of the rate
     final_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {self.betas}: two numbers from 0 to below 1")
+        if self.learning_rate < 0 or self.weight_decay < 0:
+            raise ValueError(f"learning_rate {self.learning_rate}, weight_decay {self.weight_decay}: below 0")
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class EmaConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long a run is, on what, and how often it reports."""
+    """How long a run is, on what, and how often it reports. Raises ValueError for numbers below their least."""
 
     steps: int = 500_000
     batch_size: int = 256  # over all processes
@@ -68,6 +75,12 @@ class RunConfig:
     held_out_data: str | None = None  # a folder, as --data
     eval_metrics: tuple[str, ...] = ("psnr", "lpips-alex")
     best_by: str = "lpips-alex"  # the held-out metric that chooses best.safetensors
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 1 if name in ("steps", "batch_size", "accumulate", "eval_resolution") else 0
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"{name} {value}: must be at least {least}")
 
 
 # ---- processes ----------------------------------------------------------------------------------------------------
@@ -119,6 +132,28 @@ def sample_seeds(seed: int, numbers: Sequence[int], stream: int) -> Tensor:
     """int64 [B]: a seed per sample number; `stream` separates the uses (posterior, time, noise)."""
     states = [np.random.SeedSequence((seed, stream, number)).generate_state(1, np.uint64)[0] for number in numbers]
     return torch.tensor([int(state >> np.uint64(1)) for state in states], dtype=torch.int64)
+
+
+# ---- sizes --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def building(settings: str) -> Iterator[None]:
+    """Inside, numbers that make no network become an InputError that names the settings they come from."""
+    try:
+        yield
+    except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise InputError(f"{settings}: no network can be made of it: {str(error).splitlines()[0]}") from error
+
+
+def check_sides(multiple: int, crops: CropConfig, run: RunConfig) -> None:
+    """Raises InputError for a side of crops or of held-out photographs, in pixels, that is no multiple of this."""
+    sides = {"crops.size": crops.size, "crops.late_size": crops.late_size}
+    if run.held_out and run.eval_every:
+        sides["run.eval_resolution"] = run.eval_resolution
+    for name, side in sides.items():
+        if side % multiple:
+            raise InputError(f"{name}={side}: this model takes multiples of {multiple}")
 
 
 # ---- optimisation -------------------------------------------------------------------------------------------------

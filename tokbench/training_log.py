@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +21,7 @@ from tokbench.config import to_dict
 from tokbench.device import describe
 from tokbench.errors import CellError
 from tokbench.metrics import METRICS
-from tokbench.store import write_whole
+from tokbench.store import writable, write_whole
 
 
 class Log:
@@ -31,18 +31,22 @@ class Log:
         self.path, self.main = path, main
         if not main:
             return
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
-        write_whole(path, "".join(line + "\n" for line in kept))
+        kept = [record for record in self.records() if record["step"] <= first_step]
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, **record: Any) -> None:
         if not self.main:
             return
-        with self.path.open("a") as file:
+        with writable(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+        """Every record on disk, less a line that a power cut or a full disk has left torn."""
+        records = []
+        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
+            with suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
 
 
 class Meter:
@@ -56,6 +60,13 @@ class Meter:
         self.images += images
         for name, value in losses.items():
             self.values.setdefault(name, []).append(float(value))
+
+    def note(self) -> str:
+        """For the progress bar: the rate of images and the losses so far, "45 images/s, loss 0.412, l1 0.11"."""
+        means = {name: sum(values) / len(values) for name, values in self.values.items()}
+        losses = sorted(means.items(), key=lambda item: item[0] != "loss")  # a narrow terminal cuts the others off
+        rate = f"{self.images / (time.perf_counter() - self.since):.3g} images/s"
+        return ", ".join([rate, *(f"{name} {value:.3g}" for name, value in losses)])
 
     def take(self) -> dict[str, float]:
         """The means since the last call, and start again."""
@@ -114,7 +125,6 @@ def image_grid(rows: Sequence[Tensor]) -> Image.Image:
 def save_image(image: Image.Image, path: Path) -> None:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, buffer.getvalue())
 
 
