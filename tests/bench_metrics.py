@@ -6,6 +6,7 @@ Ratios are what counts. The Inception network has random weights: its arithmetic
 import argparse
 import contextlib
 import io
+import os
 import sys
 import tempfile
 import time
@@ -163,6 +164,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        os.environ.setdefault("TOKBENCH_WEIGHTS", str(weights.weights_dir()))
+        os.environ["XDG_CACHE_HOME"] = scratch  # features of the real images would be kept for the next time
         inception = inception_file(folder / "inception.pth")
         bench_inception(inception, 32)
         bench_default_set(folder, inception, options.images)

@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from tests.conftest import Ran
 from tests.records import record, rows
-from tokbench import registry
+from tokbench import kits, registry, score
 from tokbench.compare import compare
 from tokbench.data import open_source
 from tokbench.errors import InputError
+from tokbench.features import Extractor, Shared
 from tokbench.images import crop
 from tokbench.metrics import METRICS as TABLE
 from tokbench.metrics import kernel_of
+from tokbench.metrics.scoring import Instruments
 from tokbench.protocols import find_protocol
 from tokbench.reconstruct import quantise
 from tokbench.result import Value, read_result, to_json
@@ -75,6 +78,40 @@ def test_score_equals_run_on_the_images_that_run_made(
     ours, theirs = read_result(place / "made.json"), read_result(place / "jpeg-q50.json")
     assert ours.metrics == theirs.metrics
     assert ours.dataset == theirs.dataset
+
+
+class Counting(nn.Module):
+    """Stands for MobileNet and counts the images that it sees."""
+
+    seen = 0
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.seen += len(images)
+        means = images.float().mean((2, 3))
+        return {"mobilenet": means, "mobilenet-class": means.argmax(1, True).float()}
+
+
+def test_each_image_passes_a_network_once_and_a_real_one_never_again(
+    tokbench: Callable[..., Ran], photographs: Path, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Counting()
+    shared = Shared(network)
+    tools = Instruments(extractors={n: Extractor(n, 3, "", n, shared) for n in ("mobilenet", "mobilenet-class")})
+    for module in (kits, score):
+        monkeypatch.setattr(module, "instruments", lambda *_: tools)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = ("--metrics", "pd-mobilenet,agreement", "--out", tmp_path / "runs")
+    for name in ("first", "second"):
+        assert tokbench("score", photographs, copies, "--name", name, *options).status == 0
+    assert network.seen == (12 + 12) + 12
+    assert tokbench("run", "--models", "identity", "--data", photographs, "--res", 32, *options).status == 0
+    assert network.seen == (12 + 12) + 12 + 12
+    first, second, identity = (
+        read_result(tmp_path / "runs" / "adm" / "photographs-32" / f"{name}.json").metrics
+        for name in ("first", "second", "identity")
+    )
+    assert first == second
+    assert (first["pd-mobilenet"].value or 0) > 0 == identity["pd-mobilenet"].value
 
 
 def test_wrong_folders_are_refused_by_name(

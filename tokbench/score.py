@@ -3,7 +3,8 @@
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from tokbench import provenance
+from tokbench.cells import shared_stores
 from tokbench.data import open_source
 from tokbench.device import release, select_device
 from tokbench.errors import CellError, InputError
@@ -20,7 +22,7 @@ from tokbench.metrics import DEFAULT, Metric, find_metrics
 from tokbench.metrics.scoring import UNCLAMPED, Instruments, instruments
 from tokbench.progress import bar
 from tokbench.protocols import find_protocol
-from tokbench.reconstruct import PIXELS_PER_BATCH
+from tokbench.reconstruct import Conditions
 from tokbench.result import Dataset, EvalResult, TokenizerInfo, Value, to_json
 from tokbench.sources import Source, shown
 from tokbench.store import SampleStore, hold, per_image_path, result_path, write_per_image, write_whole
@@ -85,16 +87,23 @@ def score(options: ScoreOptions) -> EvalResult:
     empty = EvalResult(protocol.name, protocol.fingerprint(), info, dataset, {}, unavailable)
     path = result_path(options.out, empty)
     work = path.with_name(f".{path.stem}-score")
+    conditions = Conditions(protocol, resolution, device)
+    batch = conditions.images_at_once  # as `run` has it, whose features of the real images are the same
     with hold(work):
         for old in work.glob("*-*"):  # of a run that was killed
             old.unlink()
-        batch = max(1, PIXELS_PER_BATCH[device.type] // resolution**2)
+        shared = shared_stores(dataset.fingerprint, conditions, tools)
+        known = {name: kept.done([], [("real", name)]) for name, kept in shared.items()}
         loaders = [
             Loader(side, resolution, protocol, batch_size=batch, workers=options.workers) for side in (real, fake)
         ]
-        with SampleStore(work) as store, bar(f"scoring {info.name}", len(real)) as progress:
+        store = SampleStore(work, real=shared)
+        with ExitStack() as stack:
+            for opened in (store, *shared.values()):
+                stack.enter_context(opened)
+            progress = stack.enter_context(bar(f"scoring {info.name}", len(real)))
             for (ids, reals), (_, fakes) in zip(*loaders, strict=True):
-                measure(store, tools, ids, reals.to(device), fakes.to(device))
+                measure(store, tools, known, ids, reals.to(device), fakes.to(device))
                 progress(len(ids))
         release(device)
         values = {m.name: finite(compute(m.name, store, (0,))) for m in possible if m.name not in unavailable}
@@ -108,14 +117,18 @@ def score(options: ScoreOptions) -> EvalResult:
     return result
 
 
-def measure(store: SampleStore, tools: Instruments, ids: Sequence[str], real: torch.Tensor, fake: torch.Tensor) -> None:
-    """Append one batch, uint8 [B, 3, H, W] twice."""
+def measure(
+    store: SampleStore, tools: Instruments, known: Mapping[str, set[str]], ids: Sequence[str], real: torch.Tensor,
+    fake: torch.Tensor,
+) -> None:  # fmt: skip
+    """Append one batch, uint8 [B, 3, H, W] twice; `known` are, by extractor, ids whose real features are there."""
     with torch.inference_mode():
         columns = {name: value for scorer in tools.scorers for name, value in scorer(real, fake, None).items()}
         features = {
             (side, name): extract(images)
+            for side, images in (("real", real), ("fake", fake))  # outside: extractors share one pass over a batch
             for name, extract in tools.extractors.items()
-            for side, images in (("real", real), ("fake", fake))
+            if side == "fake" or not known.get(name, set()).issuperset(ids)
         }
     store.append(
         ids,
