@@ -1,5 +1,6 @@
 """Distances between sets of features against torch-fidelity's own functions, and where they are ill-posed."""
 
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -193,6 +194,20 @@ def test_precision_and_recall_are_not_swapped() -> None:
     # torch-fidelity takes the generated side first
     expected = calculate_precision_recall_full(torch.from_numpy(fake), torch.from_numpy(real))
     assert (precision, recall) == pytest.approx(expected, abs=1e-6)
+
+
+def test_precision_does_not_depend_on_blocks_and_holds_few_of_them_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, fake = features(1000, 64, 0), features(900, 64, 1)
+    whole = distribution.coverage(fake, real)
+    monkeypatch.setattr(distribution, "BLOCK", 37)
+    tracemalloc.start()
+    try:
+        assert distribution.coverage(fake, real) == whole
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 0 < whole < 1
+    assert peak < real.nbytes  # in float64 it would be twice that for either side
 
 
 def test_perplexity_is_one_for_one_code_and_the_number_of_codes_for_equal_use() -> None:

@@ -1,5 +1,6 @@
 """Per-image scores against scikit-image, lpips and DISTS's formula; laws of the table of metrics."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import convolve
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
+from torchvision.models.vgg import cfgs, make_layers
 
 from tests.conftest import SAMPLES
-from tokbench import weights
+from tokbench import weights, weights_convert
 from tokbench.errors import InputError
 from tokbench.metrics import DEFAULT, METRICS, find_metrics, perceptual, pixel
 from tokbench.metrics.scoring import instruments, scorers
@@ -101,20 +104,41 @@ def test_ms_ssim_equals_its_formula_over_scikit_images_maps() -> None:
     np.testing.assert_allclose(pixel.ms_ssim(real, fake), [total.mean()], atol=1e-5)
 
 
+def keep_random(name: str, layers: Sequence[nn.Module], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random numbers for the convolutions of `layers`, and a file of them in the place of the network's own."""
+    torch.manual_seed(0)
+    convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+    state: dict[str, Tensor] = {}
+    for position, layer in zip(weights_convert.LAYERS[name], convolutions, strict=True):
+        assert layer.bias is not None
+        nn.init.kaiming_normal_(layer.weight)  # activations neither vanish nor explode
+        nn.init.normal_(layer.bias, std=0.1)
+        state |= {f"features.{position}.weight": layer.weight.data, f"features.{position}.bias": layer.bias.data}
+    torch.save(state, folder / "raw.pth")
+    monkeypatch.setenv("TOKBENCH_WEIGHTS", str(folder))
+    monkeypatch.setitem(weights.NETWORKS, name, replace(weights.NETWORKS[name], sha256=""))
+    weights_convert.from_torchvision(folder / "raw.pth", folder / weights.NETWORKS[name].file, name)
+
+
 @pytest.mark.parametrize("net", ["alex", "vgg"])
+@pytest.mark.parametrize("convolutions", ["published", "random"])
 @pytest.mark.filterwarnings("ignore")
-def test_lpips_equals_its_package_on_photographs(net: str) -> None:
-    if weights.locate(f"lpips-{net}") is None:
-        pytest.skip(f"no weights of lpips-{net}")
+def test_lpips_equals_its_package_on_photographs(
+    net: str, convolutions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lpips = pytest.importorskip("lpips")
     reference = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)  # with the heads of its own wheel
+    layers = [layer for layer in reference.net.modules() if isinstance(layer, nn.Conv2d)]
+    if convolutions == "random":
+        keep_random(f"lpips-{net}", layers, tmp_path, monkeypatch)
     path = weights.locate(f"lpips-{net}")
-    assert path is not None
+    if path is None:
+        pytest.skip(f"no weights of lpips-{net}")
     tensors = weights.load(path)
-    convolutions = [layer for layer in reference.net.modules() if isinstance(layer, nn.Conv2d)]
     with torch.no_grad():
-        for index, layer in enumerate(convolutions):
+        for index, layer in enumerate(layers):
             layer.weight.copy_(tensors[f"convs.{index}.weight"])
+            assert layer.bias is not None
             layer.bias.copy_(tensors[f"convs.{index}.bias"])
         real = photographs()
         fake = noisy(real)
@@ -134,22 +158,46 @@ def test_the_loss_has_a_finite_gradient_where_images_are_equal_or_black() -> Non
     assert fake.grad.isfinite().all()
 
 
-@here("lpips-vgg", "dists")
-def test_dists_equals_its_formula() -> None:
-    """Ding et al. 2020, eqs. 5 to 7, written out per channel in float64."""
-    network = perceptual.dists_network().double()
-    real, fake = (side.double() / 127.5 - 1 for side in (photographs(32, 1), noisy(photographs(32, 1))))
-    x_all, y_all = network.features(real), network.features(fake)
-    total, place, similarity = float(network.alpha.sum() + network.beta.sum()), 0, 0.0
+def dists_activations(layers: nn.Sequential, image: Tensor) -> list[np.ndarray]:
+    """float64 [C, h, w] of torchvision's VGG16 layers in Ding et al.'s order; scipy's blur in the place of a maximum.
+
+    image: [3, H, W] in [0, 1].
+    """
+    hann = np.hanning(5)[1:-1]
+    window = np.outer(hann, hann) / np.outer(hann, hann).sum()
+    x = (image - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    taps = [image.numpy()]
+    for layer in layers[:-1]:  # the last pooling is not read
+        if isinstance(layer, nn.MaxPool2d):
+            taps.append(x.numpy())
+            blurred = [convolve(channel**2, window, mode="constant")[::2, ::2] for channel in x.numpy()]
+            x = torch.from_numpy(np.sqrt(np.stack(blurred)))
+        else:
+            x = layer(x)
+    return [*taps, x.numpy()]
+
+
+@pytest.mark.parametrize("size", [32, 45])
+@torch.no_grad()
+def test_dists_equals_its_formula(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ding et al. 2020, eqs. 5 to 7, written out per channel in float64, over random convolutions and weights."""
+    layers = make_layers(cfgs["D"])
+    keep_random("lpips-vgg", list(layers), tmp_path, monkeypatch)
+    monkeypatch.setitem(weights.NETWORKS, "dists", replace(weights.NETWORKS["dists"], sha256=""))
+    alpha, beta = torch.rand(2, 3 + 64 + 128 + 256 + 512 + 512).double()
+    torch.save({"alpha": alpha.view(1, -1, 1, 1), "beta": beta.view(1, -1, 1, 1)}, tmp_path / "dists.pt")
+    real, fake = photographs(size, 1), noisy(photographs(size, 1))
+    x_all, y_all = (dists_activations(layers.double(), side[0].double() / 255) for side in (real, fake))
+    place, similarity = 0, 0.0
     for x_maps, y_maps in zip(x_all, y_all, strict=True):
-        for x, y in zip(x_maps[0].flatten(1).numpy(), y_maps[0].flatten(1).numpy(), strict=True):
+        for x, y in zip(x_maps, y_maps, strict=True):
             mean = (2 * x.mean() * y.mean() + 1e-6) / (x.mean() ** 2 + y.mean() ** 2 + 1e-6)
             cov = ((x * y).mean() - x.mean() * y.mean()) * 2 + 1e-6
-            similarity += float(network.alpha[place]) * mean + float(network.beta[place]) * cov / (
-                x.var() + y.var() + 1e-6
-            )
+            similarity += float(alpha[place]) * mean + float(beta[place]) * cov / (x.var() + y.var() + 1e-6)
             place += 1
-    np.testing.assert_allclose(network.float()(real.float(), fake.float()), [1 - similarity / total], atol=1e-5)
+    (score,) = scorers(["dists"])
+    expected = 1 - similarity / float(alpha.sum() + beta.sum())
+    np.testing.assert_allclose(score(real, fake, None)["dists"], [expected], atol=1e-5)
 
 
 @here("lpips-alex", "lpips-vgg", "dists", "mobilenet")

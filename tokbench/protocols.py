@@ -61,7 +61,7 @@ PROTOCOLS: dict[str, Protocol] = {
             notes=(
                 "its PSNR is psnr-global, its SSIM ssim, its LPIPS lpips-alex",
                 "its DreamSim runs at the native size (dreamsim-native), not at the 224 pixels it was trained for",
-                "its LPIPS and DreamSim see images padded with zeros to a power of two, which changes them at other sizes",
+                "its LPIPS and DreamSim pad images with zeros to a power of two, which tells at other sizes",
                 "its noise comes from one generator for the whole set; here every image has its own",
             ),
         ),

@@ -1,5 +1,7 @@
 """Distances between sets of features and properties of one set, in float64 and in blocks."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from tokbench.errors import InputError
@@ -94,12 +96,22 @@ def coverage(points: np.ndarray, manifold: np.ndarray, neighbours: int = 3) -> f
     """Share of points that lie within the k-th neighbour's distance of some sample of the manifold, k = 3.
 
     Precision of Kynkäänniemi et al. 2019 is the coverage of fakes by the reals' manifold, recall that of reals by the
-    fakes'.
+    fakes'. Both [N, D] of any float type, turned to float64 block by block.
     """
-    points, manifold = np.asarray(points, dtype=np.float64), np.asarray(manifold, dtype=np.float64)
     radii = _radii(manifold, neighbours)
-    blocks = (_squared_distances(points[i : i + BLOCK], manifold) <= radii for i in range(0, len(points), BLOCK))
-    return float(np.concatenate([block.any(1) for block in blocks]).mean())
+    covered = []
+    for rows in _blocks(points):
+        inside = np.zeros(len(rows), dtype=bool)
+        for start, others in zip(range(0, len(manifold), BLOCK), _blocks(manifold), strict=True):
+            inside |= (_squared_distances(rows, others) <= radii[start : start + BLOCK]).any(1)
+        covered.append(inside)
+    return float(np.concatenate(covered).mean())
+
+
+def _blocks(features: np.ndarray) -> Iterator[np.ndarray]:
+    """float64 blocks of rows, one in memory at a time."""
+    for start in range(0, len(features), BLOCK):
+        yield np.asarray(features[start : start + BLOCK], dtype=np.float64)
 
 
 def _squared_distances(points: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -111,8 +123,15 @@ def _radii(points: np.ndarray, neighbours: int) -> np.ndarray:
     """Squared distance of each point to its k-th neighbour, itself not counted."""
     if len(points) <= neighbours:
         raise InputError(f"{len(points)} samples: precision and recall need more than {neighbours}")
-    blocks = (_squared_distances(points[i : i + BLOCK], points) for i in range(0, len(points), BLOCK))
-    return np.concatenate([np.partition(block, neighbours, axis=1)[:, neighbours] for block in blocks])
+    radii = []
+    for rows in _blocks(points):
+        nearest = np.empty((len(rows), 0))
+        for others in _blocks(points):
+            nearest = np.concatenate([nearest, _squared_distances(rows, others)], 1)
+            if nearest.shape[1] > neighbours:
+                nearest = np.partition(nearest, neighbours, axis=1)[:, : neighbours + 1]
+        radii.append(nearest[:, neighbours])
+    return np.concatenate(radii)
 
 
 def perplexity(codes: np.ndarray) -> float:
