@@ -75,12 +75,7 @@ def cell_key(
     info: TokenizerInfo, tokenizer: Tokenizer, plan: Plan, chosen: Mapping[str, Any], kits: Kits
 ) -> str | None:
     """sha256 over everything that can change the cell's numbers, the code included; None: never to be cached."""
-    parts = [part for part in (tokenizer, getattr(tokenizer, "encoding", None), getattr(tokenizer, "decoding", None))
-             if part is not None]  # fmt: skip
-    inside = {type(m).__module__ for network in tokenizer.networks.values() for m in network.modules()}
-    known = registry.packages()
-    own = [m for m in inside if m.partition(".")[0] in known or not provenance.installed(m)]
-    source = provenance.source_hash([type(part).__module__ for part in parts] + own)
+    parts, source = parts_of(tokenizer), code_of(tokenizer)
     if info.weights is None or source is None:
         return None
     record = {
@@ -96,6 +91,20 @@ def cell_key(
         "source": source,
     }
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def parts_of(tokenizer: Tokenizer) -> list[object]:
+    """The tokenizer and, of two that were joined, each."""
+    parts = (tokenizer, getattr(tokenizer, "encoding", None), getattr(tokenizer, "decoding", None))
+    return [part for part in parts if part is not None]
+
+
+def code_of(tokenizer: Tokenizer) -> str | None:
+    """sha256 over the source of tokbench and of the packages that define the tokenizer; None if one has none."""
+    inside = {type(m).__module__ for network in tokenizer.networks.values() for m in network.modules()}
+    known = registry.packages()
+    own = [m for m in inside if m.partition(".")[0] in known or not provenance.installed(m)]
+    return provenance.source_hash([type(part).__module__ for part in parts_of(tokenizer)] + own)
 
 
 def attributes(owner: object) -> list[str]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,12 +37,13 @@ from tokbench.generation.table import print_table
 from tokbench.metrics import find_metrics
 from tokbench.metrics.scoring import Instruments as Tools
 from tokbench.metrics.scoring import instruments
-from tokbench.plan import describe
+from tokbench.plan import attributes, code_of, describe, parts_of
 from tokbench.protocols import find_protocol
 from tokbench.reconstruct import Album, Cell, Conditions, Stopwatch
 from tokbench.result import Dataset, EvalResult, TokenizerInfo, to_json
 from tokbench.run import numbers
 from tokbench.store import SampleStore, result_path, write_whole
+from tokbench.tokenizer import Tokenizer
 from tokbench.training_log import image_grid, save_image
 from tokbench.weights import file_sha256
 
@@ -134,12 +136,12 @@ def _generate(options: GenerateOptions, world: World) -> int:
 
     results, failures = [], 0
     for how in samplings:
-        folder = work / f"{generator.name}-{_key(generator.weights, asdict(how), options.labels, options.dtype)}"
+        folder = work / f"{generator.name}-{latents_key(generator, how, options)}"
         draw = Draw(generator, how, labels, folder, device, dtype, batch_size or BATCH[device.type], world)
         seconds = together(world, partial(sample_latents, draw))
         for spec, tokenizer in models:
             info = describe(tokenizer)
-            place = draw.folder / f"{info.name}-{_key(info.weights or spec.text)}"
+            place = draw.folder / f"{info.name}-{world.share(images_key(tokenizer, info.weights))}"
             try:
                 with SampleStore(place, rank=world.rank) as store:
                     cell = Cell(tokenizer, conditions, tools, store, Album(frozenset(), 0), Stopwatch(device))
@@ -166,6 +168,26 @@ def together(world: World, call: Callable[[], Any]) -> Any:
         failure = error
     world.agree(failure)
     return value
+
+
+def latents_key(generator: Generator, how: Sampling, options: GenerateOptions) -> str:
+    """What decides the latents of a draw; an edit of the code draws them anew."""
+    return _key(
+        generator.weights, asdict(how), options.labels, options.dtype,
+        provenance.source_hash([type(generator).__module__]),
+    )  # fmt: skip
+
+
+def images_key(tokenizer: Tokenizer, weights: str | None) -> str:
+    """What decides the images of given latents, code and settings included; another every time where nobody can tell.
+
+    `weights`: sha256 of the tokenizer's state.
+    """
+    code = code_of(tokenizer)
+    if weights is None or code is None:
+        return secrets.token_hex(8)
+    modules = [m for name in sorted(tokenizer.networks) for m in tokenizer.networks[name].modules()]
+    return _key(weights, code, [attributes(part) for part in (*parts_of(tokenizer), *modules)])
 
 
 def record(

@@ -212,10 +212,11 @@ def sample_id(number: int) -> str:
 def decode_latents(cell: Cell, draw: Draw, images: Path, save_all: bool) -> None:
     """Decode this process's share of the latents; keep features and, of the first images or of all, PNG files.
 
-    The column "decode.seconds" holds the time of each image. Raises CellError as decode_uint8 does.
+    The column "decode.seconds" holds the time of each image; features lie under their extractor's identity. Raises
+    CellError as decode_uint8 does.
     """
     conditions, store, extractors = cell.conditions, cell.store, cell.tools.extractors
-    done = store.done(["decode.seconds"], [("fake", name) for name in extractors])
+    done = store.done(["decode.seconds"], [("fake", extract.identity) for extract in extractors.values()])
     saved = range(len(draw.labels) if save_all else FIRST)
     done -= {sample_id(number) for number in saved} - {path.stem for path in images.glob("*.png")}
     share = [(k, [n for n in numbers if sample_id(n) not in done]) for k, numbers in draw.chunks()]
@@ -235,7 +236,7 @@ def decode_latents(cell: Cell, draw: Draw, images: Path, save_all: bool) -> None
                     )
                 write_images(images, {sample_id(n): image for n, image in zip(batch, fake, strict=True) if n in saved})
                 with torch.inference_mode():
-                    features = {("fake", name): extract(fake).cpu().numpy() for name, extract in extractors.items()}
+                    features = {("fake", e.identity): e(fake).cpu().numpy() for e in extractors.values()}
                 store.append(ids, {"decode.seconds": np.full(len(ids), cell.watch.per_image()["decode"])}, features)
                 advance(len(batch))
 

@@ -1,15 +1,18 @@
 """Scores of generated images against a reference: ADM's statistics file, or images of any source."""
 
 import hashlib
+import math
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 
+from tokbench import provenance
 from tokbench.data import open_source
 from tokbench.distributed import World
 from tokbench.errors import InputError
@@ -19,10 +22,14 @@ from tokbench.metrics import FRECHET_MINIMUM, METRICS, find_metrics, frechet
 from tokbench.progress import bar
 from tokbench.protocols import find_protocol
 from tokbench.result import Value
+from tokbench.statistics import half_sample_error, half_samples
 from tokbench.store import SampleStore
 
 DEFAULT = ("gfid", "is", "precision", "recall", "kid", "fd-dinov2", "fd-mobilenet")
 INCEPTION_DIM = 2048
+BATCH = 32  # reference images at a time
+Batches = Iterable[tuple[Sequence[str], torch.Tensor]]  # ids and images uint8 [B, 3, H, W]
+UNREADABLE = (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError)
 
 
 def generation_metrics(text: str | None) -> list[str]:
@@ -39,13 +46,18 @@ def generation_metrics(text: str | None) -> list[str]:
 
 @dataclass
 class Reference:
-    """What generated images are compared with. `stored` moments are those of a statistics file."""
+    """What generated images are compared with. `stored` moments are those of a statistics file.
+
+    Features lie in stores under the extractor's identity, so that other weights or another resize are not mixed up
+    with them; `identities` gives it by the extractor's name.
+    """
 
     name: str
     fingerprint: str
     num_images: int  # whose features are at hand
     store: SampleStore | None
     stored: Mapping[str, frechet.Moments]
+    identities: Mapping[str, str]
 
     def moments(self, extractor: str) -> frechet.Moments:
         if extractor in self.stored:
@@ -56,22 +68,67 @@ class Reference:
         """float32 [N, D]; LookupError with the reason if the reference holds no images."""
         if self.store is None:
             raise LookupError(f"{self.name} holds statistics only, no images (arr_0); give a folder as --reference")
-        return self.store.features("real", extractor)
+        return self.store.features("real", self.identities[extractor])
 
 
-def read_statistics(path: Path) -> tuple[frechet.Moments | None, np.ndarray | None]:
-    """Moments of Inception features and images uint8 [N, H, W, 3] of an ADM reference (mu, sigma, arr_0), either or
-    both. Raises InputError for another file or another dimension."""
+@dataclass(frozen=True)
+class StoredImages:
+    """The images uint8 [N, H, W, 3] of an .npz file, which are read one after the other and never all at once."""
+
+    path: Path
+    shape: tuple[int, ...]
+
+    def batches(self, wanted: Sequence[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Numbers, in order, and images uint8 [B, 3, H, W]. InputError where the file is damaged."""
+        left, last, numbers, images = set(wanted), max(wanted, default=-1), [], []
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+            _read_header(file)
+            for number in range(last + 1):
+                try:
+                    raw = file.read(math.prod(self.shape[1:]))
+                    image = np.frombuffer(raw, np.uint8).reshape(self.shape[1:])
+                except UNREADABLE as error:
+                    raise InputError(f"{self.path}: image {number} of arr_0 cannot be read ({error})") from error
+                if number in left:
+                    numbers.append(number)
+                    images.append(image)
+                if len(images) == BATCH or (images and number == last):
+                    yield numbers, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+                    numbers, images = [], []
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and type of an .npy file, which is left where its data begins."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def _stored_images(path: Path) -> StoredImages | None:
+    with zipfile.ZipFile(path) as archive:
+        if "arr_0.npy" not in archive.namelist():
+            return None
+        with archive.open("arr_0.npy") as file:
+            shape, fortran, dtype = _read_header(file)
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+        order = " in Fortran order" if fortran else ""
+        raise InputError(f"{path}: arr_0 is {dtype} {shape}{order}, expected uint8 [N, H, W, 3]")
+    return StoredImages(path, shape)
+
+
+def read_statistics(path: Path) -> tuple[frechet.Moments | None, StoredImages | None]:
+    """Moments of Inception features and images of an ADM reference (mu, sigma, arr_0), either or both.
+
+    Raises InputError for another file, another dimension or numbers that are not finite.
+    """
     try:
+        images = _stored_images(path)
         with np.load(path, allow_pickle=False) as file:
-            if not {"mu", "sigma"} <= set(file.files) and "arr_0" not in file.files:
+            if not {"mu", "sigma"} <= set(file.files) and images is None:
                 raise InputError(f"{path}: holds {', '.join(file.files) or 'nothing'}; expected mu and sigma, or arr_0")
             mean, cov = (np.asarray(file[k], np.float64) if k in file.files else None for k in ("mu", "sigma"))
-            images = file["arr_0"] if "arr_0" in file.files else None
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path}: not a readable statistics file ({error})") from error
-    if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
-        raise InputError(f"{path}: arr_0 is {images.dtype} {images.shape}, expected uint8 [N, H, W, 3]")
     if mean is None or cov is None:
         return None, images
     if mean.shape != (INCEPTION_DIM,) or cov.shape != (INCEPTION_DIM, INCEPTION_DIM):
@@ -79,6 +136,9 @@ def read_statistics(path: Path) -> tuple[frechet.Moments | None, np.ndarray | No
             f"{path}: statistics of shapes {mean.shape} and {cov.shape}; FID's Inception features have "
             f"{INCEPTION_DIM} dimensions"
         )
+    for name, array in (("mu", mean), ("sigma", cov)):
+        if not np.isfinite(array).all():
+            raise InputError(f"{path}: {name} holds NaN or infinity")
     return frechet.Moments(0, mean, cov), images
 
 
@@ -90,7 +150,7 @@ def open_reference(
     Raises InputError for a file that is no reference, or whose images have another size.
     """
     stored: dict[str, frechet.Moments] = {}
-    batches: Iterable[tuple[Sequence[str], torch.Tensor]]
+    identities = {name: extractor.identity for name, extractor in extractors.items()}
     if text.endswith(".npz"):
         path = Path(text)
         moments, images = read_statistics(path)
@@ -99,36 +159,46 @@ def open_reference(
         if moments is not None:
             stored["inception"] = moments
         if images is None:
-            return Reference(name, fingerprint, 0, None, stored)
+            return Reference(name, fingerprint, 0, None, stored, identities)
         if images.shape[1:3] != (resolution, resolution):
             raise InputError(
                 f"{path}: images of {images.shape[1]} x {images.shape[2]} px, generated are {resolution} px"
             )
-        ids = [f"{i:08d}" for i in range(len(images))]
+        ids, batches = [f"{i:08d}" for i in range(images.shape[0])], images.batches
 
-        def read(wanted: list[int]) -> Iterable[tuple[Sequence[str], torch.Tensor]]:
-            for i in range(0, len(wanted), 32):
-                part = wanted[i : i + 32]
-                yield [ids[k] for k in part], torch.from_numpy(images[part]).permute(0, 3, 1, 2).contiguous()
+        def read(wanted: list[int]) -> Batches:
+            return (([ids[number] for number in numbers], real) for numbers, real in batches(wanted))
     else:
         source = open_source(text)
         fingerprint, name, ids = source.fingerprint(), source.name, source.ids
 
-        def read(wanted: list[int]) -> Iterable[tuple[Sequence[str], torch.Tensor]]:
-            return Loader(source, resolution, find_protocol("adm"), batch_size=32, indices=wanted, upscale=True)
+        def read(wanted: list[int]) -> Batches:
+            return Loader(source, resolution, find_protocol("adm"), batch_size=BATCH, indices=wanted, upscale=True)
 
-    folder = folder / f"reference-{fingerprint[:16]}-{resolution}"
+    # Any edit of the code starts anew: crop, resize and network decide the features as much as weights do.
+    code = provenance.source_hash([]) or "unknown"
+    folder = folder / f"reference-{fingerprint[:16]}-{resolution}-{code[:16]}"
+    mine = range(world.rank, len(ids), world.size)
     with SampleStore(folder, rank=world.rank) as store:
-        done = store.done([], [("real", name) for name in extractors])
-        batches = read([i for i in range(world.rank, len(ids), world.size) if ids[i] not in done])
-        with bar("reference", len(ids) // world.size) as advance, torch.inference_mode():
-            for batch, real in batches:
-                on_device = real.to(device)
-                features = {("real", name): extract(on_device).cpu().numpy() for name, extract in extractors.items()}
-                store.append(batch, {}, features)
-                advance(len(batch))
+        measure_reference(store, [(i, ids[i]) for i in mine], read, extractors, device)
     world.gather(None)
-    return Reference(name, fingerprint, len(ids), SampleStore(folder), stored)
+    return Reference(name, fingerprint, len(ids), SampleStore(folder), stored, identities)
+
+
+def measure_reference(
+    store: SampleStore, samples: Sequence[tuple[int, str]],
+    read: Callable[[list[int]], Batches], extractors: Mapping[str, Extractor], device: torch.device,
+) -> None:  # fmt: skip
+    """Put the features that the store lacks of these samples (number and id) into it; `read` gives their images."""
+    everyone = {sample for _, sample in samples}
+    lacking = {name: everyone - store.done([], [("real", e.identity)]) for name, e in extractors.items()}
+    wanted = [number for number, sample in samples if any(sample in ids for ids in lacking.values())]
+    with bar("reference", len(wanted)) as advance, torch.inference_mode():
+        for ids, real in read(wanted) if wanted else ():
+            on_device = real.to(device)
+            needed = [e for name, e in extractors.items() if not lacking[name].isdisjoint(ids)]
+            store.append(ids, {}, {("real", e.identity): e(on_device).cpu().numpy() for e in needed})
+            advance(len(ids))
 
 
 @dataclass(frozen=True)
@@ -149,7 +219,7 @@ class _Both:
     def features(self, side: str, extractor: str) -> np.ndarray:
         if side == "real":
             return self.reference.features(extractor)
-        return self.store.features(side, extractor)[: self.num_images]
+        return self.store.features(side, self.reference.identities[extractor])[: self.num_images]
 
 
 def score(
@@ -169,7 +239,7 @@ def score(
                 assert metric.extractor is not None
                 values[name] = frechet_value(reference, both.features("fake", metric.extractor), metric.extractor)
             else:
-                values[name] = metric.compute(both)
+                values[name] = against_reference(metric.compute(both), name)
         except LookupError as error:
             unavailable[name] = str(error.args[0])
     return values, unavailable
@@ -182,4 +252,19 @@ def frechet_value(reference: Reference, fake: np.ndarray, extractor: str) -> Val
         return Value(
             None, n=len(fake), note=f"needs {FRECHET_MINIMUM:,} reference images, {reference.name} has {real.n}"
         )
-    return Value(frechet.distance(real, frechet.moments(fake)), n=len(fake), note=f"against {reference.name}")
+    value = frechet.distance(real, frechet.moments(fake))
+    # The reference stays whole: it is the same for everyone, and what varies is which images were generated.
+    halves = [frechet.distance(real, frechet.moments(fake, rows)) for rows in half_samples(len(fake))]
+    note = f"against {reference.name}; error: over the generated images, the reference taken as it is"
+    return Value(value, half_sample_error(np.array(halves)), n=len(fake), note=note)
+
+
+def against_reference(value: Value, name: str) -> Value:
+    """Precision with its standard error over the generated images, recall with the reason why it has none."""
+    if name == "precision" and value.value is not None:
+        # A share of independent images, by the plus-four rule (Agresti and Coull 1998): not 0 where all or none are in.
+        n, share = value.n + 4, (value.value * value.n + 2) / (value.n + 4)
+        return replace(value, stderr=math.sqrt(share * (1 - share) / n))
+    if name == "recall":
+        return replace(value, note="no error known: all reference images share the generated ones as neighbours")
+    return value

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from tokbench.errors import InputError
 from tokbench.metrics import METRICS
-from tokbench.result import EvalResult, Value
+from tokbench.report.columns import DAGGER, trained_on
+from tokbench.result import EvalResult
 from tokbench.store import read_results
 
 BEST_BY = ("gfid", "fd-dinov2", "fd-mobilenet", "kid")  # the first that was measured marks the best of a sweep
 ALWAYS = ("gfid", "is", "precision", "recall")
+RATES = "/s: images a second of one process"
 
 
 def print_table(results: Sequence[EvalResult], folders: Sequence[Path]) -> None:
@@ -22,8 +24,7 @@ def print_table(results: Sequence[EvalResult], folders: Sequence[Path]) -> None:
     known = reconstruction_scores(folders)
     measured = {name for r in results for name, value in r.metrics.items() if value.value is not None}
     names = [name for name in METRICS if name in measured or name in ALWAYS]
-    mark = "* best guidance scale; " if any(is_best(result, results) for result in results) else ""
-    table = Table(caption=mark + "/s: images a second of one process", caption_justify="left")
+    table = Table(caption=caption(results, names), caption_justify="left")
     for heading in (
         "tokenizer",
         "rfid",
@@ -47,7 +48,7 @@ def print_table(results: Sequence[EvalResult], folders: Sequence[Path]) -> None:
             run["generator"]["name"],
             "-" if steps is None else f"{steps:,}",
             f"{run['guidance']:g}{'*' if is_best(result, results) else ''}",
-            *(shown(result.metrics.get(name), METRICS[name].digits) for name in names),
+            *(shown(result, name) for name in names),
             *(f"{1 / time:.2f}" for time in times),
         )
     console = Console()
@@ -57,8 +58,25 @@ def print_table(results: Sequence[EvalResult], folders: Sequence[Path]) -> None:
         print(f"- {note}")
 
 
-def shown(value: Value | None, digits: int) -> str:
-    return "-" if value is None or value.value is None else f"{value.value:.{digits}f}"
+def caption(results: Sequence[EvalResult], names: Sequence[str]) -> str:
+    """How many images against which reference, and what the marks mean that occur."""
+    values = [result.metrics[name] for result in results for name in names if name in result.metrics]
+    data = {f"N = {r.dataset.num_images:,} against {r.dataset.name}" for r in results}
+    marks = {
+        "± standard error": any(value.stderr is not None for value in values),
+        "* best guidance scale": any(is_best(result, results) for result in results),
+        DAGGER: any(trained_on(result, name) for result in results for name in names),
+    }
+    return "; ".join([*sorted(data), *(text for text, there in marks.items() if there), RATES])
+
+
+def shown(result: EvalResult, name: str) -> str:
+    """A metric's value with its † and its standard error, or a dash."""
+    value, digits = result.metrics.get(name), METRICS[name].digits
+    if value is None or value.value is None:
+        return "-"
+    error = "" if value.stderr is None else f" ±{value.stderr:.{digits}f}"
+    return f"{value.value:.{digits}f}{'†' if trained_on(result, name) else ''}{error}"
 
 
 def is_best(result: EvalResult, results: Sequence[EvalResult]) -> bool:
