@@ -76,7 +76,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def source_hash(modules: Iterable[str]) -> str | None:
-    """sha256 over the Python files and tables (.csv) of the packages that these modules belong to, tokbench's own always among them.
+    """sha256 over the Python files and tables (.csv) of these modules' packages, tokbench's always among them.
 
     A single-file module counts as its own package: `file.py:factory` is its file. None if one has no source file (a
     notebook): then nobody can tell whether the code is still the same.
