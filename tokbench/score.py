@@ -17,6 +17,7 @@ from tokbench.data import open_source
 from tokbench.device import release, select_device
 from tokbench.errors import CellError, InputError
 from tokbench.finish import compute, table
+from tokbench.images import open_header
 from tokbench.loader import Loader, refuse_unusable
 from tokbench.metrics import DEFAULT, Metric, find_metrics
 from tokbench.metrics.scoring import UNCLAMPED, Instruments, instruments
@@ -28,6 +29,7 @@ from tokbench.sources import Source, shown
 from tokbench.store import SampleStore, hold, per_image_path, result_path, write_per_image, write_whole
 
 LOSSLESS = ("PNG", "WEBP", "BMP", "TIFF")
+LOSSLESS_TIFF = ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd")
 MODEL_ONLY = ("bpp", UNCLAMPED, "latent-mean", "latent-square")  # columns that need the model, not its images
 
 
@@ -173,21 +175,35 @@ def common_size(fake: Source) -> int:
 
 
 def refuse_lossy(fake: Source) -> None:
-    """InputError for a file whose format has changed the pixels after the model made them."""
-    for index, fact in enumerate(fake.facts()):
-        if fact.format not in LOSSLESS or (fact.format == "WEBP" and is_lossy_webp(fake.read_bytes(index))):
+    """InputError for a file that changes the pixels after the model made them."""
+    for index in range(len(fake)):
+        if loss := loss_of(fake.read_bytes(index), fake.where(index)):
             raise InputError(
-                f"{fake.where(index)}: {fact.format} is lossy and would be measured as the model's error; "
-                "save PNG, or use --allow-lossy"
+                f"{fake.where(index)}: {loss} and would be measured as the model's error; "
+                "save PNG of 8 bits, or use --allow-lossy"
             )
 
 
+def loss_of(data: bytes, where: str) -> str:
+    """What is lost between the model's 8 bits and those that are read from this file, or ""."""
+    image = open_header(data, where)
+    kind, compression = image.format or "", image.info.get("compression")
+    if kind == "TIFF" and compression not in LOSSLESS_TIFF:
+        return f"TIFF with {compression} is lossy"
+    if kind not in LOSSLESS or (kind == "WEBP" and is_lossy_webp(data)):
+        return f"{kind} is lossy"
+    # Pillow reduces 16-bit colours to 8 without a word, and its mode does not tell.
+    tags = getattr(image, "tag_v2", {})  # of a TIFF; 258 is BitsPerSample
+    bits = data[24] if kind == "PNG" else int(np.max(tags.get(258, 8)))
+    return f"{kind} of {bits} bits is reduced to 8" if bits > 8 else ""
+
+
 def is_lossy_webp(data: bytes) -> bool:
-    """Whether a RIFF file of WebP chunks holds a VP8 one (lossy) rather than VP8L."""
+    """Whether a RIFF file of WebP chunks holds a VP8 one (lossy) rather than VP8L, be it in a frame of an animation."""
     place = 12
     while place + 8 <= len(data):
         if data[place : place + 4] == b"VP8 ":
             return True
         size = int.from_bytes(data[place + 4 : place + 8], "little")
-        place += 8 + size + size % 2
+        place += 8 + (16 if data[place : place + 4] == b"ANMF" else size + size % 2)  # a frame: its header, then chunks
     return False
