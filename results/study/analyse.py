@@ -218,7 +218,7 @@ def contrasts_table(tables: dict, seeds: list[int], preset: str) -> list[str]:
     return [
         *table(heads, rows),
         f"Lower {PRIMARY} is better: a negative difference favours the first arm. Intervals: 95 % of {DRAWS:,} draws",
-        "of the crossed bootstrap, uncorrected; p: from the same draws, Holm-corrected over the three planned contrasts.",
+        "of the crossed bootstrap, uncorrected; p: from the same draws, Holm-corrected over the planned contrasts.",
         "A verdict needs p < 0.05 and one sign in all seeds.",
         "",
         f"What follows by the plan{standing}:",
@@ -311,9 +311,9 @@ def front_section(results: dict[str, EvalResult], tables: dict, seeds: list[int]
     differences = [f"{c.mean:+.4f} [{c.low:+.4f}, {c.high:+.4f}]" for c in either]
     heads = ["arm", f"{PRIMARY}, SSDD's encoder", "psnr, dB", f"{PRIMARY}, KL-VAE's encoder", "psnr, dB"]
     return [
-        f"One training seed ({seed}), exploratory. The encoder learnt with an SSDD decoder on {front['images_seen']:,}",
-        f"crops, that of all other arms with a convolutional one on {main.get('images_joint', main['images_seen']):,}. So",
-        "they differ in training time as well as in origin: only arms on one encoder can be compared.",
+        f"One training seed ({seed}), exploratory. The encoder learnt with an SSDD decoder on",
+        f"{front['images_seen']:,} crops, that of all other arms with a convolutional one on",
+        f"{main.get('images_joint', main['images_seen']):,}. So they differ in training time as well as in origin: only arms on one encoder can be compared.",
         "",
         *table(heads, rows),
         f"c-student - a in {PRIMARY}: {differences[0]} on SSDD's encoder, {differences[1]} on the KL-VAE's",
@@ -367,8 +367,8 @@ def limits(results: dict[str, EvalResult], tables: dict, seeds: list[int], prese
     sizes = sorted(info.tokenizer.decoder_params / 1e6 for info in infos)
     trained_on = infos[0].tokenizer.trained_on.rpartition(", ")[2]
     return [
-        f"- {len(seeds)} training seeds: the bootstrap then underestimates the spread between trainings, so intervals and"
-        " p are too narrow where trainings differ much; hence the rule that all seeds agree.",
+        f"- {len(seeds)} training seeds: the bootstrap then underestimates the spread between trainings, so intervals"
+        " and p are too narrow where trainings differ much; hence the rule that all seeds agree.",
         f"- {infos[0].dataset.num_images} test photographs: the planned contrasts are known to about"
         f" ±{widths[PRIMARY]:.3f} {PRIMARY} and ±{widths['psnr']:.1f} dB.",
         f"- Decoders of {sizes[0]:.1f} to {sizes[-1]:.1f} million parameters, trained on {trained_on}:"
