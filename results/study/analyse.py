@@ -313,7 +313,8 @@ def front_section(results: dict[str, EvalResult], tables: dict, seeds: list[int]
     return [
         f"One training seed ({seed}), exploratory. The encoder learnt with an SSDD decoder on",
         f"{front['images_seen']:,} crops, that of all other arms with a convolutional one on",
-        f"{main.get('images_joint', main['images_seen']):,}. So they differ in training time as well as in origin: only arms on one encoder can be compared.",
+        f"{main.get('images_joint', main['images_seen']):,}. So they differ in training time",
+        "as well as in origin: only arms on one encoder can be compared.",
         "",
         *table(heads, rows),
         f"c-student - a in {PRIMARY}: {differences[0]} on SSDD's encoder, {differences[1]} on the KL-VAE's",
