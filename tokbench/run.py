@@ -176,12 +176,8 @@ def announce(source: Source, resolutions: Sequence[int], num_models: int, kits: 
     say(f"{images} at {sizes} px, {models}, on {describe(kits.device)}; results in {out}/")
     for problem in source.problems:
         say(f"note: {problem}")
-    for name in kits.networks:
-        try:
-            if weights.locate(name) is None:
-                say(weights.missing(name))
-        except weights.WeightsError as error:  # a damaged file costs the metrics that need it, not the run
-            say(str(error))
+    for line in weights.downloads(kits.networks):
+        say(line)
 
 
 def report(outcome: Outcome, out: Path) -> None:
@@ -203,11 +199,14 @@ def report(outcome: Outcome, out: Path) -> None:
     for line in outcome.failed:
         say(f"failed: {line}")
     cached, failed = len(outcome.cached), len(outcome.failed)
-    say(f"{len(outcome.results) - cached} done, {cached} cached, {failed} failed; results in {out}/")
+    if outcome.results or failed:
+        say(f"{len(outcome.results) - cached} done, {cached} cached, {failed} failed; results in {out}/")
 
 
 def check_writable(out: Path) -> None:
     """InputError if nothing can be written below this folder."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file, not a folder; choose another --out")
     probe = out / ".writable"
     write_whole(probe, "")
     probe.unlink()

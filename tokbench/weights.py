@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -104,6 +104,28 @@ def missing(name: str) -> str:
         return f"no weights of {name} in {place}: {by_hand.where} (their hashes are not known: not fetched)"
     size = min((source.size for source in network.sources), default=network.size)
     return f"no weights of {name} on this machine; `tokbench weights fetch {name}` gets them ({_megabytes(size)})"
+
+
+def downloads(names: Iterable[str]) -> list[str]:
+    """What fetching these networks will download, a line for each file, or why one cannot be had."""
+    lines, files = [], dict[tuple[str, int], list[str]]()
+    for name in names:
+        try:
+            if locate(name) is not None:
+                continue
+        except WeightsError as error:  # a damaged file costs the metrics that need it, not the run
+            lines.append(str(error))
+            continue
+        sources = find_network(name).sources
+        if any(_at_hand(source) is not None for source in sources):
+            continue
+        if offline() or not sources or sources[0].kind == "folder":
+            lines.append(missing(name))
+        else:
+            files.setdefault((sources[0].file, sources[0].size), []).append(name)
+    return lines + [
+        f"will download {file} ({_megabytes(size)}) for {', '.join(of)}" for (file, size), of in files.items()
+    ]
 
 
 def fetch(name: str) -> Path:
