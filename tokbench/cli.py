@@ -215,7 +215,7 @@ def score(
     metrics: Annotated[str | None, typer.Option(help="Metrics, comma-separated; see `tokbench list metrics`.")] = None,
     protocol: Annotated[str, typer.Option(help="How real images are cropped to that size.")] = "adm",
     name: Annotated[str | None, typer.Option(help="Name of the row; default: the folder's.")] = None,
-    allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Take images that were compressed with loss.")] = False,
+    allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Take images compressed with loss.")] = False,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that load images.")] = None,
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs"),
