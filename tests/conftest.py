@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -75,3 +76,15 @@ def tokbench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         return Ran(int(ended.value.code or 0), output.out, output.err)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images of two classes, in folders."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for label in range(2):
+        (folder / f"class{label}").mkdir()
+        for number in range(6):
+            pixels = np.random.default_rng((label, number)).integers(label * 100, label * 100 + 100, (20, 24, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"class{label}" / f"i{number}.png")
+    return folder

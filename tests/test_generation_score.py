@@ -1,0 +1,162 @@
+"""Scores of generated samples against a reference: records, error bars, statistics files, the table."""
+
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.test_generation import CPU, Brightness
+from tokbench.distributed import World
+from tokbench.errors import InputError
+from tokbench.generation.score import (
+    Reference,
+    frechet_value,
+    generation_metrics,
+    open_reference,
+    read_statistics,
+    score,
+)
+from tokbench.generation.table import is_best, print_table
+from tokbench.metrics import frechet
+from tokbench.result import EvalResult, TokenizerInfo
+from tokbench.store import SampleStore
+
+
+def reference_of(text: Path, folder: Path, **extractors: Brightness) -> Reference:
+    return open_reference(str(text), 16, extractors or {"inception": Brightness()}, folder, CPU, World())  # type: ignore[arg-type]
+
+
+def test_scores_read_both_sides_of_different_number(labelled: Path, tmp_path: Path) -> None:
+    reference = reference_of(labelled, tmp_path)
+    assert reference.num_images == 12
+    with SampleStore(tmp_path / "fake") as store:
+        real = reference.features("inception")[[0, 1, 2, 3, 4, 5, 6, 7]]
+        store.append([f"{i:08d}" for i in range(8)], {}, {("fake", "brightness"): real})
+    values, unavailable = score(["gfid", "precision", "recall", "kid"], SampleStore(tmp_path / "fake"), reference, 6)
+    assert values["precision"].value == 1.0
+    assert values["recall"].value is not None
+    assert values["recall"].value <= 1
+    assert values["precision"].n == 6
+    assert values["gfid"].value is None
+    assert "needs 2,048 images" in values["gfid"].note
+    assert not unavailable
+    assert values["precision"].stderr == pytest.approx((0.8 * 0.2 / 10) ** 0.5)  # 8 of 10, plus four
+    assert values["recall"].stderr is None
+    assert "no error known" in values["recall"].note
+
+
+def test_features_are_kept_by_weights_and_resize_and_by_the_code(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, again, added, other, edited = Brightness(), Brightness(), Brightness("more"), Brightness("b"), Brightness()
+    reference_of(labelled, tmp_path, inception=first)
+    reference_of(labelled, tmp_path, inception=again, mobilenet=added)
+    assert (first.seen, again.seen, added.seen) == (12, 0, 12)
+    assert reference_of(labelled, tmp_path, inception=other).features("inception").shape == (12, 12)
+    assert other.seen == 12
+    monkeypatch.setattr("tokbench.provenance.source_hash", lambda modules: "other code")
+    reference_of(labelled, tmp_path, inception=edited)
+    assert edited.seen == 12
+
+
+def test_the_error_of_a_distance_is_its_spread_over_fresh_fakes(tmp_path: Path) -> None:
+    """Forty sets of fakes against one reference: the error estimated from each is about the spread of all."""
+    real = frechet.Moments(0, np.zeros(4), np.eye(4))
+    reference = Reference("r", "", 0, None, {"inception": real}, {})
+    values = []
+    for seed in range(40):
+        fake = 0.3 + 1.2 * np.random.default_rng(seed).standard_normal((2048, 4))
+        values.append(frechet_value(reference, fake.astype(np.float32), "inception"))
+    spread = np.std([value.value for value in values])
+    assert np.median([value.stderr for value in values]) == pytest.approx(spread, rel=0.35)
+
+
+def test_adm_statistics_give_moments_and_images_and_what_needs_images_says_so(tmp_path: Path) -> None:
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    reference = reference_of(tmp_path / "ref.npz", tmp_path)
+    assert reference.moments("inception").mean.shape == (2048,)
+    with pytest.raises(LookupError, match="statistics only, no images"):
+        reference.features("inception")
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((5, 16, 16, 3), np.uint8))
+    reference = reference_of(tmp_path / "images.npz", tmp_path)
+    assert reference.features("inception").shape == (5, 12)
+
+
+def test_the_best_guidance_of_a_sweep_is_the_lowest_distance(tmp_path: Path) -> None:
+    from tokbench.result import Dataset, Value
+
+    def result(name: str, value: float) -> EvalResult:
+        return EvalResult("p", "", TokenizerInfo(name, ""), Dataset("d", None, 8, 9, ""), {"gfid": Value(value)})
+
+    results = [result("a", 3.0), result("a", 2.0), result("b", 1.0)]
+    assert [is_best(r, results) for r in results] == [False, True, False]
+
+
+def test_the_table_gives_errors_and_marks_what_the_decoder_was_trained_for(capsys: pytest.CaptureFixture[str]) -> None:
+    from tokbench.result import Dataset, Value
+
+    info = TokenizerInfo("a", "", losses=("dinov2",))
+    run = {"guidance": 1.0, "generator": {"name": "dit-b-2", "steps_trained": 1000}}
+    values = {"gfid": Value(3.21, 0.05, n=50_000), "fd-dinov2": Value(75.0, 1.5, n=50_000)}
+    data, seconds = Dataset("ref", None, 256, 50_000, ""), {"seconds": {"generator": 1.0, "decode": 0.5}}
+    print_table([EvalResult("p", "", info, data, values, settings=run, provenance=seconds)], [])
+    table = " ".join(capsys.readouterr().out.split())
+    for text in ("3.210 ±0.050", "75.000† ±1.500", "N = 50,000 against ref; ± standard error; † the metric's network"):
+        assert text in table
+
+
+def test_statistics_of_another_dimension_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(512), sigma=np.eye(512))
+    with pytest.raises(InputError, match=r"\(512,\).*2048 dimensions"):
+        read_statistics(tmp_path / "ref.npz")
+    np.savez(tmp_path / "other.npz", features=np.zeros(3))
+    with pytest.raises(InputError, match="holds features; expected mu and sigma"):
+        read_statistics(tmp_path / "other.npz")
+    np.savez(tmp_path / "shape.npz", arr_0=np.zeros((2, 3, 8, 8), np.uint8))
+    with pytest.raises(InputError, match=r"uint8 \(2, 3, 8, 8\), expected uint8 \[N, H, W, 3\]"):
+        read_statistics(tmp_path / "shape.npz")
+
+
+@pytest.mark.parametrize("name", ["mu", "sigma"])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_statistics_that_are_not_finite_are_refused(tmp_path: Path, name: str, number: float) -> None:
+    arrays = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    arrays[name].flat[7] = number
+    np.savez(tmp_path / "ref.npz", **arrays)
+    with pytest.raises(InputError, match=f"{name} holds NaN or infinity"):
+        read_statistics(tmp_path / "ref.npz")
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_the_images_of_a_file_are_read_in_parts(tmp_path: Path, write: Callable[..., None]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 64, 64, 3), dtype=np.uint8)
+    write(tmp_path / "ref.npz", arr_0=pixels, mu=np.zeros(2048), sigma=np.eye(2048))
+    _, images = read_statistics(tmp_path / "ref.npz")
+    assert images is not None
+    wanted = list(range(1, 300, 2))
+    tracemalloc.start()
+    for numbers, batch in images.batches(wanted):
+        assert np.array_equal(batch.permute(0, 2, 3, 1).numpy(), pixels[numbers])
+        assert numbers == [wanted.pop(0) for _ in numbers]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not wanted
+    assert peak < pixels.nbytes / 2
+
+
+def test_a_damaged_file_of_images_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "ref.npz"
+    np.savez(path, arr_0=np.ones((40, 16, 16, 3), np.uint8))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"ref.npz: image \d+ of arr_0 cannot be read \(Bad CRC"):
+        reference_of(path, tmp_path)
+
+
+def test_metrics_of_reconstruction_are_no_metrics_of_generation() -> None:
+    assert generation_metrics("kid,gfid") == ["gfid", "kid"]
+    with pytest.raises(InputError, match="rfid: compares an image with its reconstruction"):
+        generation_metrics("rfid")
