@@ -14,8 +14,8 @@ from run import ARMS, FRONT, STEPS
 
 from tokbench.metrics import METRICS
 from tokbench.report.columns import metric_column
-from tokbench.report.plots import Point, axis_label, figure, label_points, log_axis, quality_vs_time, save, styles
-from tokbench.result import EvalResult, read_result, read_speed
+from tokbench.report.plots import Point, axis_label, figure, label_points, log_axis, save, scatter, styles
+from tokbench.result import EvalResult, SpeedResult, read_result, read_speed
 from tokbench.store import per_image_path, read_per_image, write_whole
 
 HERE = Path(__file__).parent
@@ -23,7 +23,7 @@ DRAWS = 10_000
 PRIMARY, MARGIN = "lpips-alex", 0.3  # endpoint; dB of psnr that do not count as inferior
 SHOWN = ("lpips-alex", "psnr", "ssim", "pd-mobilenet", "lpips-vgg")
 CONTRASTS = (("c-student", "a"), ("c-student", "b"), ("c-student", "c-teacher"))
-EXPLORATORY = (("c-student", "c-control"), ("d", "a"))
+EXPLORATORY = (("c-student", "c-control"), ("b", "a"), ("d", "a"))
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def main() -> None:
         *contrasts_table(tables, seeds, preset),
         "## Decode steps and time",
         "",
-        *steps_section(results, seeds, preset),
+        *steps_section(results, seeds, preset, folder),
         "## On an encoder trained by SSDD",
         "",
         *front_section(results, tables, seeds, folder),
@@ -158,7 +158,7 @@ def opening(results: dict[str, EvalResult], seeds: list[int], preset: str) -> li
 def arms_table(results: dict[str, EvalResult], tables: dict, seeds: list[int], folder: Path) -> list[str]:
     """Means over seeds with their intervals, and the cost of each arm."""
     generator = np.random.default_rng(0)
-    speeds = {r.tokenizer.name: r for r in map(read_speed, sorted((folder / "speed").glob("*/*.json")))}
+    speeds = read_speeds(folder)
     shown = [metric_column(m).heading for m in SHOWN]
     heads = ["arm", "decoder, M", "images", "training, s", *shown, "decode, GFLOP", "decode, img/s"]
     rows = []
@@ -175,7 +175,7 @@ def arms_table(results: dict[str, EvalResult], tables: dict, seeds: list[int], f
                 cells.append(f"{matrix.mean():.{digits}f}{dagger} [{low:.{digits}f}, {high:.{digits}f}]")
             else:
                 cells.append(f"{over_seeds(results, arm, seeds, metric):.{digits}f}{dagger}")
-        speed = speeds[f"{'a' if arm in ('a', 'd') else 'c-student'}-{seeds[0]}"]
+        speed = speeds[timed_as(arm, seeds[0])]
         rows.append([*cells, f"{speed.flops['decode'] / 1e9:.1f}", f"{speed.stages['decode'].images_per_second:.2f}"])
     return [
         *table(heads, rows),
@@ -184,6 +184,16 @@ def arms_table(results: dict[str, EvalResult], tables: dict, seeds: list[int], f
         "its speed. Training seconds are wall time on a machine that had other work too: no comparison of speed.",
         "",
     ]
+
+
+def read_speeds(folder: Path) -> dict[str, SpeedResult]:
+    """Speed records by name."""
+    return {r.tokenizer.name: r for r in map(read_speed, sorted((folder / "speed").glob("*/*.json")))}
+
+
+def timed_as(arm: str, seed: int) -> str:
+    """The speed record of an arm's network in one step."""
+    return f"{'a' if arm in ('a', 'd') else 'c-student'}-{seed}"
 
 
 def parts(arm: str) -> list[str]:
@@ -259,7 +269,7 @@ def verdict(c: Contrast, p: float) -> str:
     return "worse" if c.mean > 0 else "better"
 
 
-def steps_section(results: dict[str, EvalResult], seeds: list[int], preset: str) -> list[str]:
+def steps_section(results: dict[str, EvalResult], seeds: list[int], preset: str, folder: Path) -> list[str]:
     """The teacher over its steps beside the other arms at one; quality against decoding time."""
     suffixes = {steps: f"-steps{steps}" if steps > 1 else "" for steps in STEPS}
     curve = {
@@ -280,15 +290,28 @@ def steps_section(results: dict[str, EvalResult], seeds: list[int], preset: str)
     ax.margins(x=0.25, y=0.15)
     label_points(ax, points)
     save(fig, HERE / f"steps-{preset}.png")
-    first = [results[f"{arm}-{seeds[0]}"] for arm in ARMS]
-    first += [results[f"c-teacher-{seeds[0]}{suffix}"] for suffix in suffixes.values() if suffix]
-    quality_vs_time(first, HERE / f"quality-time-{preset}.png", PRIMARY)
+    times = {name: 1000 / speed.stages["decode"].images_per_second for name, speed in read_speeds(folder).items()}
+    timed = [(arm, "", times[timed_as(arm, seeds[0])]) for arm in ARMS]
+    timed += [("c-teacher", suffix, times[f"c-teacher-{seeds[0]}{suffix}"]) for suffix in suffixes.values() if suffix]
+    points = [
+        Point(
+            arm + suffix,
+            results[f"{arm}-{seeds[0]}"].tokenizer.family,
+            time,
+            over_seeds(results, arm, seeds, PRIMARY, suffix),
+        )
+        for arm, suffix, time in timed
+    ]
+    save(
+        scatter(points, "decode (ms/img)", "lower", metric_column(PRIMARY), log=True),
+        HERE / f"quality-time-{preset}.png",
+    )
     rows = [[str(steps), f"{lpips:.4f}", f"{psnr:.2f}"] for steps, (lpips, psnr) in curve.items()]
     return [
         *table(["steps of c-teacher", PRIMARY, "psnr, dB"], rows),
         f"![quality against decode steps](steps-{preset}.png)",
         "",
-        f"Quality against the time of a decode as measured by `tokbench run`, seed {seeds[0]}:",
+        "Quality against the time of a decode; times from `tokbench speed`, which measures the networks in turns:",
         "",
         f"![quality against decode time](quality-time-{preset}.png)",
         "",
@@ -311,10 +334,9 @@ def front_section(results: dict[str, EvalResult], tables: dict, seeds: list[int]
     differences = [f"{c.mean:+.4f} [{c.low:+.4f}, {c.high:+.4f}]" for c in either]
     heads = ["arm", f"{PRIMARY}, SSDD's encoder", "psnr, dB", f"{PRIMARY}, KL-VAE's encoder", "psnr, dB"]
     return [
-        f"One training seed ({seed}), exploratory. The encoder learnt with an SSDD decoder on",
-        f"{front['images_seen']:,} crops, that of all other arms with a convolutional one on",
-        f"{main.get('images_joint', main['images_seen']):,}. So they differ in training time",
-        "as well as in origin: only arms on one encoder can be compared.",
+        f"One training seed ({seed}), exploratory. The encoder learnt with an SSDD decoder on {front['images_seen']:,}"
+        f" crops, that of all other arms with a convolutional one on {main.get('images_joint', main['images_seen']):,}."
+        " So they differ in training time as well as in origin: only arms on one encoder can be compared.",
         "",
         *table(heads, rows),
         f"c-student - a in {PRIMARY}: {differences[0]} on SSDD's encoder, {differences[1]} on the KL-VAE's",

@@ -146,7 +146,8 @@ def evaluate(preset: Preset, out: Path) -> None:
     tokbench("run", "--models", ",".join([*arms, *longer, *front]), *where, *noise)
     development = ["--data", str(out / "development.txt"), "--upscale", "--metrics", "psnr,lpips-alex"]
     tokbench("run", "--models", ",".join([*arms, *demo]), *where, *development)
-    timed = ",".join(named(arm, preset.seeds[0], out) for arm in ("a", "c-student"))
+    steps = [named("c-teacher", preset.seeds[0], out, number) for number in STEPS[1:]]
+    timed = ",".join([*(named(arm, preset.seeds[0], out) for arm in ("a", "c-student")), *steps])
     quick = ["--quick"] if preset.device == "cpu" else []
     where = ["--res", "256", "--out", str(out / "speed"), "--device", preset.device]
     tokbench("speed", "--models", timed, *where, *quick)
