@@ -44,7 +44,7 @@ def run(
         bool, typer.Option("--upscale", help="Enlarge images below the resolution, and count them.")
     ] = False,
     keep_features: Annotated[bool, typer.Option("--keep-features", help="Keep features beside the result.")] = False,
-    save_images: Annotated[int, typer.Option(min=0, help="First N and worst N images in the picture of a cell.")] = 8,
+    save_images: Annotated[int, typer.Option(min=0, help="First N and worst N images in the picture of a cell.")] = 4,
 ) -> None:
     """Reconstruct images with tokenizers and measure what is lost."""
     from tokbench.run import RunOptions

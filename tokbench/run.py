@@ -51,7 +51,7 @@ class RunOptions:
     skip_bad: bool = False
     upscale: bool = False
     keep_features: bool = False
-    save_images: int = 8
+    save_images: int = 4
 
 
 @dataclass
