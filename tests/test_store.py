@@ -227,3 +227,12 @@ def test_any_sample_id_names_a_file_of_its_own(tmp_path: Path) -> None:
     for name in names:
         write_whole(tmp_path / name, b"")
     assert {path.name for path in tmp_path.iterdir()} == set(names)
+
+
+def test_a_held_folder_stays_only_if_something_was_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no images"), hold(tmp_path / "empty"):
+        raise InputError("no images")
+    assert not (tmp_path / "empty").exists()
+    with hold(tmp_path / "used"):
+        (tmp_path / "used" / "rows").touch()
+    assert (tmp_path / "used" / "rows").exists()

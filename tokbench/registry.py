@@ -246,7 +246,7 @@ def suggest(name: str, known: list[str]) -> str:
         alike[one] for one in difflib.get_close_matches(re.sub(r"\d+", "0", name.lower()), alike, n=3, cutoff=0.6)
     ]
     close = list(dict.fromkeys(close))[:3]
-    return (f"did you mean {' or '.join(close)}? " if close else "") + f"known: {', '.join(known)}"
+    return (f"did you mean {' or '.join(close)}? " if close else "") + f"known: {', '.join(known) or 'none'}"
 
 
 def _entry_from_source(head: str, text: str) -> Entry:

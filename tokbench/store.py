@@ -69,7 +69,10 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a working folder; InputError if one is in it. Ends with the process, however it dies."""
+    """Keep other runs out of a working folder; InputError if one is in it. Ends with the process, however it dies.
+
+    A folder that nothing was written into is removed.
+    """
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / "lock", "ab")  # noqa: SIM115
@@ -83,7 +86,13 @@ def hold(folder: Path) -> Iterator[None]:
                 ) from error
             except OSError as error:  # a file system without locks
                 log.warning("%s: cannot be locked (%s); do not start the same run twice", folder, error.strerror)
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if [path.name for path in folder.iterdir()] == ["lock"]:
+                    (folder / "lock").unlink()
+                    folder.rmdir()
 
 
 class SampleStore:
