@@ -183,8 +183,8 @@ def test_only_what_was_asked_for_is_said_to_be_missing() -> None:
 def test_images_that_were_left_out_or_enlarged_are_said() -> None:
     settings = {**record("a").settings, "skipped": 2, "upscaled": 3}
     (block,) = blocks([Entry(dataclasses.replace(record("a"), settings=settings)), Entry(record("b"))])
-    assert "a: 2 unreadable images left out" in block.footnotes
-    assert "a: 3 images enlarged" in block.footnotes
+    assert "a: unreadable images left out: 2" in block.footnotes
+    assert "a: images enlarged: 3" in block.footnotes
 
 
 def test_times_of_different_machines_are_not_ranked() -> None:

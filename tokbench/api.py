@@ -22,6 +22,9 @@ from tokbench.result import EvalResult
 from tokbench.sources import Source
 from tokbench.tokenizer import Tokenizer
 
+# Where an image cannot be used; training and scoring read images too, but have no such options.
+ADVICE = "; --skip-bad leaves such images out, --upscale enlarges small ones"
+
 
 def open_plan(
     source: Source, resolution: int, protocol: Protocol, *, device: torch.device, dtype: str = "float32",
@@ -34,14 +37,14 @@ def open_plan(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: must be at least 1, or auto")
     if not skip_bad:
-        refuse_unusable(source, resolution, upscale=upscale)
+        refuse_unusable(source, resolution, upscale=upscale, advice=ADVICE)
     conditions = Conditions(protocol, resolution, device, find_dtype(dtype), tuple(dict.fromkeys(seeds)), batch_size)
     pinned = device.type == "cuda"
 
     def batches(indices: Sequence[int]) -> Loader:
         return Loader(
             source, resolution, protocol, batch_size=conditions.first_batch_size, indices=indices, workers=workers,
-            pin_memory=pinned, upscale=upscale, skip_bad=skip_bad, cache=crops,
+            pin_memory=pinned, upscale=upscale, skip_bad=skip_bad, cache=crops, advice=ADVICE,
         )  # fmt: skip
 
     upscaled = len(source.small(resolution)) if upscale else None

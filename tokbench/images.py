@@ -22,13 +22,13 @@ NOTES = {ON_WHITE: "transparent, put on white", TURNED: "turned as EXIF says", U
 def open_header(data: bytes, where: str) -> Image.Image:
     """The image, not yet decoded: size, mode and format. InputError naming `where` if it is none, or a bomb."""
     limit = Image.MAX_IMAGE_PIXELS or sys.maxsize
-    bomb = f"{where}: more than Pillow's limit of {limit} pixels; make it smaller or use --skip-bad"
+    bomb = f"{where}: more than Pillow's limit of {limit} pixels; make it smaller"
     try:
         image = Image.open(io.BytesIO(data))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:  # a warning where they are errors
         raise InputError(bomb) from error
     except DECODE_ERRORS as error:
-        raise InputError(f"{where}: not a readable image ({_reason(error)}); remove it or use --skip-bad") from error
+        raise InputError(f"{where}: not a readable image ({_reason(error)}); remove it") from error
     if image.width * image.height > limit:  # Pillow itself only warns up to twice its limit
         raise InputError(bomb)
     return image
@@ -49,10 +49,10 @@ def decode(data: bytes, where: str) -> tuple[Image.Image, int]:
         if image.mode.startswith("I;16"):
             image = Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
         elif image.mode in ("I", "F"):
-            raise InputError(f"{where}: 32-bit values have no stated range; convert it to 8 bits or use --skip-bad")
+            raise InputError(f"{where}: 32-bit values have no stated range; convert it to 8 bits")
         return image.convert("RGB"), notes
     except DECODE_ERRORS as error:
-        raise InputError(f"{where}: damaged ({_reason(error)}); remove it or use --skip-bad") from error
+        raise InputError(f"{where}: damaged ({_reason(error)}); remove it") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -106,7 +106,7 @@ class _Crops(Dataset[Any]):
         if min(image.size) < self.resolution:
             if not self.upscale:
                 size, where = f"{image.width}x{image.height}", self.source.where(index)
-                raise InputError(f"{where}: {size} is smaller than {self.resolution}; use --upscale or --skip-bad")
+                raise InputError(f"{where}: {size} is smaller than {self.resolution}")
             notes |= UPSCALED
         return crop(image, self.resolution, self.protocol), notes
 
@@ -123,8 +123,9 @@ class Loader:
     """Batches (ids, uint8 [B, 3, R, R]) of a source's crops, decoded by worker processes ahead of their use.
 
     `indices` are the samples wanted, in order (a rank's share that is not measured yet); None is all. An image that
-    cannot be used raises InputError naming it, or with `skip_bad` is left out and kept in `skipped` {id: reason}; a
-    batch may then be smaller. `notes` counts what else was done to images. Iterate once, by `seeded` for seeds as well.
+    cannot be used raises InputError naming it, with `advice` (what the caller's options can do) at its end, or with
+    `skip_bad` is left out and kept in `skipped` {id: reason}; a batch may then be smaller. `notes` counts what else was
+    done to images. Iterate once, by `seeded` for seeds as well.
     """
 
     def __init__(
@@ -140,8 +141,9 @@ class Loader:
         upscale: bool = False,
         skip_bad: bool = False,
         cache: CropCache | None = None,
+        advice: str = "",
     ) -> None:
-        self.source, self.skip_bad = source, skip_bad
+        self.source, self.skip_bad, self.advice = source, skip_bad, advice
         self.skipped: dict[str, str] = {}
         self.notes: Counter[str] = Counter()
         wanted = list(range(len(source)) if indices is None else indices)
@@ -173,7 +175,7 @@ class Loader:
         for indices, images, own, notes, bad in self._alive():
             for index, reason in bad:
                 if not self.skip_bad:
-                    raise InputError(reason)
+                    raise InputError(reason + self.advice)
                 self.skipped[self.source.ids[index]] = reason
             self.notes.update(text for note in notes for bit, text in NOTES.items() if note & bit)
             if indices:
@@ -194,10 +196,10 @@ def default_workers(num_images: int) -> int:
     return 0 if num_images <= 64 else min(8, cores)
 
 
-def refuse_unusable(source: Source, resolution: int, *, upscale: bool) -> None:
+def refuse_unusable(source: Source, resolution: int, *, upscale: bool, advice: str = "") -> None:
     """InputError naming files that are no images, or are smaller than the resolution, before anything is measured."""
     if problems := [fact.problem for fact in source.facts() if fact.problem]:
-        raise InputError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+        raise InputError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "") + advice)
     if not upscale and (names := source.small(resolution)):
         count = "1 image is" if len(names) == 1 else f"{len(names)} images are"
-        raise InputError(f"{count} smaller than {resolution} px: {shown(names)}; use --upscale or --skip-bad")
+        raise InputError(f"{count} smaller than {resolution} px: {shown(names)}{advice}")

@@ -71,7 +71,7 @@ class Source:
             data = self.read_bytes(index)
         except OSError as error:
             reason = error.strerror or error
-            raise InputError(f"{self.where(index)}: cannot be read ({reason}); restore it or use --skip-bad") from error
+            raise InputError(f"{self.where(index)}: cannot be read ({reason}); restore it") from error
         return decode(data, self.where(index))
 
     def read(self, index: int) -> Image.Image:

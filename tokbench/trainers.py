@@ -67,10 +67,7 @@ def train_model(name: str, options: TrainOptions) -> Path:
     existing = next(place for place in (options.out, *options.out.absolute().parents) if place.exists())
     with writable(options.out):
         tempfile.TemporaryFile(dir=existing).close()
-    try:
-        return trainer.run(options)
-    except InputError as error:  # photographs are read as by `run`, whose option is none of training
-        raise InputError(str(error).replace(" or use --skip-bad", "")) from error
+    return trainer.run(options)
 
 
 def train_help(name: str | None, stage: str | None, preset: str | None) -> str:

@@ -251,7 +251,7 @@ def _footnotes(
             remarks.setdefault("facts not checked against the published weights", []).append(info.name)
         for setting, what in (("skipped", "unreadable images left out"), ("upscaled", "images enlarged")):
             if count := entry.result.settings.get(setting):
-                remarks.setdefault(f"{count} {what}", []).append(entry.name)
+                remarks.setdefault(f"{what}: {count}", []).append(entry.name)
     notes = [f"{', '.join(names)}: {remark}" for remark, names in remarks.items()]
     if any(trained_on(entry.result, c.key) for entry in entries for c in columns):
         notes.insert(0, DAGGER)
