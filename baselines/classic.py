@@ -17,7 +17,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from tokbench.errors import InputError
-from tokbench.result import TokenizerInfo
+from tokbench.records.result import TokenizerInfo
 
 LENGTH_BYTES = 8  # a codec's latent row starts with the number of bytes that follow it, little-endian
 PATCH = 8  # pixels along the side of a block of the linear projections

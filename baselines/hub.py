@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 
 from tokbench.errors import CellError
-from tokbench.weights import offline
+from tokbench.weights.files import offline
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UnpicklingError)
 REFUSED = "holds more than tensors: refused, for reading it would run its code; if you trust it, save it as safetensors"

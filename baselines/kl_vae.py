@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from ssdd_models.encoder import Encoder, EncoderConfig, Posterior
 from ssdd_models.layers import AttentionBlock, Init, ResBlock, Upsample, initialise
-from tokbench.checkpoints import load_strictly, read_model
+from tokbench.checkpoints import checkpoint_metadata, load_strictly, read_model
 from tokbench.config import from_dict, to_dict
-from tokbench.registry import checkpoint_metadata
-from tokbench.result import TokenizerInfo
-from tokbench.seeding import normal
+from tokbench.records.result import TokenizerInfo
+from tokbench.runtime.seeding import normal
 
 
 @dataclass(frozen=True)

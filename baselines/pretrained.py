@@ -14,8 +14,8 @@ from baselines.classic import to_float
 from baselines.hub import load_model, model_class
 from baselines.published import PUBLISHED, Published
 from tokbench.errors import CellError, InputError
-from tokbench.result import TokenizerInfo
-from tokbench.seeding import normal
+from tokbench.records.result import TokenizerInfo
+from tokbench.runtime.seeding import normal
 
 FRAME_CLASSES = ("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLCosmos", "AutoencoderKLHunyuanVideo")
 

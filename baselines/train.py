@@ -16,33 +16,14 @@ from ssdd_models.encoder import EncoderConfig
 from ssdd_models.layers import AttentionBlock, ResBlock
 from tokbench.checkpoints import load_strictly, read_model, write_model
 from tokbench.config import describe, from_dict, override, to_dict
-from tokbench.crops import CropConfig, PhotoCrops, batches
+from tokbench.data.training_crops import CropConfig, PhotoCrops, batches
 from tokbench.errors import InputError
-from tokbench.held_out import open_photographs, score
-from tokbench.progress import bar, say
-from tokbench.seeding import normal
-from tokbench.trainers import TrainOptions, choose
-from tokbench.training import (
-    Ema,
-    EmaConfig,
-    Machine,
-    OptimConfig,
-    Parts,
-    Perceptual,
-    RunConfig,
-    averaged,
-    building,
-    check_sides,
-    learning_rate,
-    load_checkpoint,
-    make_optimizer,
-    optimizer_step,
-    perceptual_loss,
-    recompute,
-    sample_seeds,
-    save_checkpoint,
-)
-from tokbench.training_log import (
+from tokbench.registry import TrainOptions, choose
+from tokbench.runtime.processes import Machine
+from tokbench.runtime.seeding import normal, sample_seeds
+from tokbench.runtime.terminal import bar, say
+from tokbench.training.held_out import open_photographs, score
+from tokbench.training.log import (
     Log,
     Meter,
     check_losses,
@@ -54,7 +35,23 @@ from tokbench.training_log import (
     save_image,
     training_record,
 )
-from tokbench.weights import file_sha256
+from tokbench.training.optimisation import (
+    Ema,
+    EmaConfig,
+    OptimConfig,
+    Perceptual,
+    RunConfig,
+    averaged,
+    building,
+    check_sides,
+    learning_rate,
+    make_optimizer,
+    optimizer_step,
+    perceptual_loss,
+    recompute,
+)
+from tokbench.training.session import Parts, load_checkpoint, save_checkpoint
+from tokbench.weights.files import file_sha256
 
 DEFAULT = "ldm-f8c4"  # preset
 POSTERIOR = 0  # stream of random numbers

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from baselines.published import PUBLISHED
+from tokbench.registry import Trainer, TrainOptions, register_trainer
 from tokbench.registry import register as add
-from tokbench.trainers import Trainer, TrainOptions, register_trainer
 
 
 def register() -> None:

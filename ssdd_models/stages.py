@@ -7,8 +7,8 @@ from ssdd_models.encoder import EncoderConfig
 from ssdd_models.layers import Init
 from ssdd_models.losses import LossWeights
 from ssdd_models.uvit import SIZES, DecoderConfig
-from tokbench.crops import CropConfig
-from tokbench.training import EmaConfig, OptimConfig, Perceptual, RunConfig
+from tokbench.data.training_crops import CropConfig
+from tokbench.training.optimisation import EmaConfig, OptimConfig, Perceptual, RunConfig
 
 Stage = Literal["joint", "pretrain", "finetune", "distill"]
 

@@ -13,32 +13,17 @@ from ssdd_models.layers import AttentionBlock, Discriminator, ResBlock
 from ssdd_models.losses import Repa, critic_loss, flow_losses, generator_loss, training_times
 from ssdd_models.ssdd import SSDD, SSDDConfig, read_checkpoint
 from ssdd_models.stages import PRESETS, SSDDTraining, Stage
+from ssdd_models.tokenizer import SSDDTokenizer
 from ssdd_models.uvit import SIZES, DecoderConfig, UViT
-from ssdd_models.zoo import SSDDTokenizer
 from tokbench.config import describe, from_dict, override
-from tokbench.crops import PhotoCrops, batches
+from tokbench.data.training_crops import PhotoCrops, batches
 from tokbench.errors import InputError
-from tokbench.held_out import open_photographs, score
-from tokbench.progress import bar, say
-from tokbench.seeding import normal
-from tokbench.trainers import TrainOptions, choose
-from tokbench.training import (
-    Ema,
-    Machine,
-    Parts,
-    averaged,
-    building,
-    check_sides,
-    learning_rate,
-    load_checkpoint,
-    make_optimizer,
-    optimizer_step,
-    perceptual_loss,
-    recompute,
-    sample_seeds,
-    save_checkpoint,
-)
-from tokbench.training_log import (
+from tokbench.registry import TrainOptions, choose
+from tokbench.runtime.processes import Machine
+from tokbench.runtime.seeding import normal, sample_seeds
+from tokbench.runtime.terminal import bar, say
+from tokbench.training.held_out import open_photographs, score
+from tokbench.training.log import (
     Log,
     Meter,
     check_losses,
@@ -50,7 +35,19 @@ from tokbench.training_log import (
     save_image,
     training_record,
 )
-from tokbench.weights import file_sha256
+from tokbench.training.optimisation import (
+    Ema,
+    averaged,
+    building,
+    check_sides,
+    learning_rate,
+    make_optimizer,
+    optimizer_step,
+    perceptual_loss,
+    recompute,
+)
+from tokbench.training.session import Parts, load_checkpoint, save_checkpoint
+from tokbench.weights.files import file_sha256
 
 POSTERIOR, TIME, NOISE = 0, 1, 2  # streams of random numbers
 

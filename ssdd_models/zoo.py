@@ -4,16 +4,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssdd_models.tokenizer import SSDDTokenizer
 from tokbench.errors import CellError, InputError
+from tokbench.registry import Trainer, TrainOptions, register_trainer
 from tokbench.registry import register as add
-from tokbench.trainers import Trainer, TrainOptions, register_trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import nn
-
-    from ssdd_models.ssdd import SSDD
+    pass
 
 BUNDLED = Path(__file__).parent / "weights" / "ssdd.safetensors"
 RELEASED = "facebook/SSDD"  # folders F8C4, ..., SDVAE; files *_{S,B,M,L,XL}_256
@@ -24,8 +21,6 @@ SIZES = {
     "F32C64": "S B M L XL",
     "SDVAE": "S B M L",
 }
-PAPER = "arXiv 2510.04961"
-SD_SCALE = 0.18215  # what sd-vae-ft-mse multiplies its latents by; the decoder trained on them wants them unscaled
 
 
 def register() -> None:
@@ -107,7 +102,7 @@ def fetch_released(folder: str, size: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    from tokbench.weights import offline
+    from tokbench.weights.files import offline
 
     pattern = f"{folder}/*_{size}_256*"
     try:
@@ -132,63 +127,3 @@ def is_ssdd(path: Path) -> bool:
     with path.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     return "decoder.ada_ctx_proj.0.weight" in header
-
-
-class SSDDTokenizer:
-    """An SSDD behind the harness's interface; `facts` are the `info` of its file.
-
-    A decoder without an encoder takes the latents of sd-vae-ft-mse: `sd-vae-ft-mse+ssdd:FILE`.
-    """
-
-    def __init__(
-        self, model: "SSDD", steps: int | None = None, time_shift: float | None = None, facts: Any = None
-    ) -> None:
-        from tokbench.result import TokenizerInfo
-
-        facts = facts or {}
-        config = model.config
-        self.steps = config.steps if steps is None else steps
-        self.time_shift = config.time_shift if time_shift is None else time_shift
-        if self.steps < 1 or self.time_shift <= 0:
-            raise InputError(f"ssdd: steps={self.steps}, time_shift={self.time_shift}: both must be positive")
-        self.scale = SD_SCALE if model.encoder is None else 1.0
-        encoder = {} if model.encoder is None else {"encoder": model.encoder}
-        self.networks: Mapping[str, nn.Module] = encoder | {"decoder": model.decoder}
-        self._model = (model,)  # it holds no state besides its networks; in a tuple, so that none is suspected
-        self.info = TokenizerInfo(
-            name="ssdd",
-            family="ssdd",
-            downsample=config.encoder.downsample,
-            channels=config.encoder.channels,
-            latent_space=facts.get("latent_space", "sd" if model.encoder is None else ""),
-            size_multiple=model.size_multiple,
-            decode_steps=self.steps,
-            deterministic=False,
-            trained_on=facts.get("trained_on", ""),
-            losses=tuple(facts.get("losses", ())),
-            licence=facts.get("licence", ""),
-            paper=PAPER,
-            note=facts.get("note", ""),
-        )
-
-    def encode(self, images: Any, *, sample: bool, seeds: Any) -> Any:
-        """uint8 [B, 3, H, W] -> float32 [B, c, H / f, W / f], normalised."""
-        from tokbench.seeding import normal
-
-        (model,) = self._model
-        if model.encoder is None:
-            raise CellError(f"{self.info.name}: only a decoder; write sd-vae-ft-mse+{self.info.name} for both")
-        posterior = model.encode(images.float() / 127.5 - 1)
-        mean = posterior.mode()
-        z = posterior.sample(normal(seeds, mean.shape[1:], device=mean.device)) if sample else mean
-        return model.normalise(z)
-
-    def decode(self, latents: Any, *, seeds: Any, size: tuple[int, int]) -> Any:
-        """float32 [B, c, h, w], normalised -> float32 [B, 3, H, W]; the noise of each image comes from its seed."""
-        from tokbench.seeding import normal
-
-        (model,) = self._model
-        # Another stream than the posterior's sample, which starts from the same seed.
-        noise = normal(seeds ^ 0x55D0, (3, *size), device=latents.device)
-        z = model.denormalise(latents / self.scale)
-        return model.decode(z, self.steps, noise, time_shift=self.time_shift)

@@ -22,9 +22,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from tokbench.data import SAMPLES, open_source
-from tokbench.images import crop
-from tokbench.loader import CropCache, Loader
+from tokbench.data.crops import crop
+from tokbench.data.loader import CropCache, Loader
+from tokbench.data.open import SAMPLES, open_source
 from tokbench.protocols import PROTOCOLS
 
 ADM = PROTOCOLS["adm"]
@@ -89,7 +89,7 @@ def compare(root: Path) -> None:
 
 def measure_run(root: str, num_images: str) -> None:
     """In a process of its own: time and memory of a whole evaluation of the cheapest model."""
-    from tokbench.api import evaluate
+    from tokbench.evaluation.evaluate import evaluate
 
     torch.set_num_threads(1)
     evaluate("identity", root, 64, ["psnr"], limit=2, workers=0)  # imports

@@ -20,9 +20,9 @@ from PIL import Image
 from torch import nn
 
 from tokbench import weights
-from tokbench.features import Extractor, Inception, Shared
+from tokbench.evaluation.score import ScoreOptions, score
 from tokbench.metrics import frechet
-from tokbench.score import ScoreOptions, score
+from tokbench.metrics.extractors import Extractor, Inception, Shared
 
 ROUNDS = 3
 

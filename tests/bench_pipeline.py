@@ -18,16 +18,16 @@ import matplotlib
 import torch
 
 from tokbench import registry
-from tokbench.data import open_source
-from tokbench.device import precision, prepare
-from tokbench.images import crop
+from tokbench.data.crops import crop
+from tokbench.data.open import open_source
+from tokbench.data.pixels import quantise
+from tokbench.evaluation.run import RunOptions, run
 from tokbench.metrics import DEFAULT, find_metrics
-from tokbench.metrics.scoring import Instruments, instruments
+from tokbench.metrics.suite import Instruments, instruments
 from tokbench.protocols import find_protocol
-from tokbench.reconstruct import quantise
-from tokbench.run import RunOptions, run
-from tokbench.seeding import image_seeds
-from tokbench.weights import weights_dir
+from tokbench.runtime.device import precision, prepare
+from tokbench.runtime.seeding import image_seeds
+from tokbench.weights.download import weights_dir
 
 TARGET = 1.15
 ROUNDS = 2  # in turns, so that a busy machine hurts both alike

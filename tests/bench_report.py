@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from tests.records import record, rows, write
+from tokbench.records.files import image_folders
 from tokbench.report.build import ReportOptions, build
-from tokbench.store import image_folders
 
 NUM_RESULTS, ROWS_EACH, MODELS, IMAGES = 2000, 50, 20, 200
 SECONDS, BYTES, FIRST_VIEW = 10.0, 1e9, 1.0

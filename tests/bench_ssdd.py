@@ -177,7 +177,7 @@ def half_precision(num_images: int, side: int) -> None:
     from PIL import Image
 
     import tokbench
-    from tokbench.images import crop
+    from tokbench.data.crops import crop
     from tokbench.metrics.perceptual import lpips_network
     from tokbench.protocols import PROTOCOLS
 

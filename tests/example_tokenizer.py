@@ -1,6 +1,6 @@
 import torch
 
-from tokbench.result import TokenizerInfo
+from tokbench import TokenizerInfo
 
 
 class Mine:

@@ -11,8 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tokbench.speed import SpeedOptions, measure, show
-from tokbench.timing import Effort
+from tokbench.speed import measure
+from tokbench.speed.measure import SpeedOptions, show
+from tokbench.speed.timing import Effort
 
 OURS = ("ssdd-s-f8c4@steps=1", "ssdd-b-f8c4@steps=1", "ssdd-m-f8c4@steps=1")
 PUBLISHED = ("sd-vae-ft-mse", "sdxl-vae")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tokbench.result import Dataset, EvalResult, TokenizerInfo, Value, to_json
+from tokbench.records.result import Dataset, EvalResult, TokenizerInfo, Value, to_json
 
 MEANS = {"psnr": (24.0, 3.0), "ssim": (0.7, 0.1), "lpips-alex": (0.2, 0.05), "lpips-vgg": (0.3, 0.06)}
 

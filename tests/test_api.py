@@ -9,15 +9,17 @@ import torch
 
 from tests.conftest import TINY
 from tests.tiny import Tiny, tiny
-from tokbench import api, registry
-from tokbench.api import evaluate
-from tokbench.cache import cache_folder
-from tokbench.device import hash_state
+from tokbench import registry
+from tokbench.data.pixels import quantise
 from tokbench.errors import CellError, InputError
-from tokbench.finish import over_seeds
-from tokbench.metrics.scoring import Instruments, scorers
-from tokbench.reconstruct import Album, quantise
-from tokbench.result import Value
+from tokbench.evaluation import evaluate as api
+from tokbench.evaluation.evaluate import evaluate
+from tokbench.evaluation.reconstruct import Album
+from tokbench.evaluation.summary import over_seeds
+from tokbench.metrics.suite import Instruments, scorers
+from tokbench.records.cache import cache_folder
+from tokbench.records.result import Value
+from tokbench.runtime.device import hash_state
 
 
 def test_an_object_and_its_spec_give_the_same_numbers(photographs: Path, tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.records import record, rows, write
-from tokbench.check import check, judge, parse_tolerances, update
-from tokbench.errors import InputError
-from tokbench.report.verdicts import (
+from tokbench.comparison.check import check, judge, parse_tolerances, update
+from tokbench.comparison.verdicts import (
     HEADINGS,
     cells,
     most_lost,
@@ -19,6 +18,7 @@ from tokbench.report.verdicts import (
     verdict_markdown,
     verdict_table,
 )
+from tokbench.errors import InputError
 
 
 def lay(folder: Path, **facts: object) -> Path:

@@ -11,9 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tokbench import images, reconstruct
-from tokbench.api import evaluate
-from tokbench.check import CheckResult, check
+from tokbench.comparison.check import CheckResult, check
+from tokbench.data import crops
+from tokbench.evaluation import reconstruct
+from tokbench.evaluation.evaluate import evaluate
 from tokbench.metrics import pixel
 
 METRICS = ("psnr", "ssim")
@@ -81,7 +82,7 @@ def truncating(floats: Tensor, rounding: str) -> Tensor:
 
 
 def test_a_wrong_crop_filter_is_caught(baseline, tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "_adm", bilinear)
+    monkeypatch.setattr(crops, "_adm", bilinear)
     measure("jpeg-q10", tmp_path / "new")
     assert verdict(tmp_path / "new", baseline).failures
 

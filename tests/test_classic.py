@@ -11,11 +11,11 @@ from PIL import Image, features
 from torch import Tensor
 
 from baselines.classic import FITTED, LENGTH_BYTES, codec, fit_linear, linear
-from tokbench.data import open_source
+from tokbench.data.crops import crop
+from tokbench.data.open import open_source
+from tokbench.data.pixels import quantise
 from tokbench.errors import InputError
-from tokbench.images import crop
 from tokbench.protocols import PROTOCOLS
-from tokbench.reconstruct import quantise
 from tokbench.registry import create
 from tokbench.tokenizer import Tokenizer
 

@@ -9,11 +9,11 @@ import pytest
 
 from tests.conftest import Ran
 from tests.records import record
-from tokbench.compare import compare, describe
-from tokbench.finish import compute
-from tokbench.reconstruct import seeded
-from tokbench.result import Value, to_json
-from tokbench.store import SampleStore
+from tokbench.comparison.compare import compare, describe
+from tokbench.evaluation.reconstruct import seeded
+from tokbench.evaluation.summary import compute
+from tokbench.records.result import Value, to_json
+from tokbench.records.samples import SampleStore
 
 N, DIM = 2100, 6
 

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Ran
-from tokbench import sources
-from tokbench.data import SAMPLES, describe, open_source
+from tokbench.data import sources
+from tokbench.data.open import SAMPLES, describe, open_source
+from tokbench.data.sources import Source
 from tokbench.errors import InputError
-from tokbench.sources import Source
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY, Ran
+from tokbench.data.sources import FileSource
 from tokbench.errors import InputError
-from tokbench.result import EvalResult, read_result
-from tokbench.sources import FileSource
-from tokbench.training_log import Log
+from tokbench.records.result import EvalResult, read_result
+from tokbench.training.log import Log
 
 Command = Callable[..., Ran]
 MODEL = f"tiny={TINY}@noise=0.3"

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.test_metrics import noisy, photographs
-from tokbench import features, weights
+from tokbench import weights
 from tokbench.errors import InputError
-from tokbench.features import DINOv2, Extractor, Inception, MobileNet, Shared, resize_positions
+from tokbench.metrics import extractors as features
+from tokbench.metrics.extractors import DINOv2, Extractor, Inception, MobileNet, Shared, resize_positions
 
 
 def of(network: nn.Module, name: str, dim: int) -> Extractor:

@@ -16,9 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tokbench.config import override
-from tokbench.distributed import World
 from tokbench.errors import InputError
-from tokbench.generation.fit import check_fits, latent_space
+from tokbench.generation.compatibility import check_fits, latent_space
 from tokbench.generation.generate import GenerateOptions, images_key, open_generator, parse_labels, run_generate
 from tokbench.generation.latents import Latents, Normaliser
 from tokbench.generation.sample import Draw, Sampling, balanced_labels, pack_npz, sample_latents
@@ -26,8 +25,9 @@ from tokbench.generation.score import (
     read_statistics,
 )
 from tokbench.generation.train import find_preset, train
+from tokbench.records.result import read_result
 from tokbench.registry import create
-from tokbench.result import read_result
+from tokbench.runtime.processes import World
 
 CPU = torch.device("cpu")
 SETTINGS = [
@@ -268,7 +268,7 @@ def test_other_weights_settings_or_code_of_a_tokenizer_decode_anew(monkeypatch: 
     assert images_key(Scaled(2.0), "a") == key
     assert len({key, images_key(scaled, "b"), images_key(Scaled(3.0), "a"), images_key(Failing(), "a")}) == 4
     assert images_key(scaled, None) != images_key(scaled, None)  # nobody can tell whether it is the same
-    monkeypatch.setattr("tokbench.provenance.source_hash", lambda modules: "other code")
+    monkeypatch.setattr("tokbench.records.provenance.source_hash", lambda modules: "other code")
     assert images_key(scaled, "a") != key
 
 

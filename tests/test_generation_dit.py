@@ -8,7 +8,7 @@ from tokbench.errors import InputError
 from tokbench.generation.dit import DiT, DiTConfig, dit_config
 from tokbench.generation.flow import draw_times, guided, integrate, noised, velocity
 from tokbench.generation.train import flow_loss
-from tokbench.seeding import normal
+from tokbench.runtime.seeding import normal
 
 TINY = DiTConfig(channels=2, patch=2, width=32, depth=2, heads=2, num_classes=3)
 

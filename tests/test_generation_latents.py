@@ -7,7 +7,7 @@ import torch
 
 from tests.test_generation import CPU
 from tokbench.errors import InputError
-from tokbench.generation.fit import latent_space
+from tokbench.generation.compatibility import latent_space
 from tokbench.generation.latents import Images, LatentConfig, Latents, encode
 from tokbench.registry import create
 

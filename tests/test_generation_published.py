@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tokbench.errors import CellError, InputError
-from tokbench.generation.fit import check_fits
+from tokbench.generation.compatibility import check_fits
 from tokbench.generation.generate import open_generator
 from tokbench.generation.sample import Sampling
 from tokbench.registry import create
-from tokbench.seeding import normal
+from tokbench.runtime.seeding import normal
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from tests.test_generation import CPU, Brightness
-from tokbench.distributed import World
 from tokbench.errors import InputError
 from tokbench.generation.score import (
     Reference,
@@ -20,8 +19,9 @@ from tokbench.generation.score import (
 )
 from tokbench.generation.table import is_best, print_table
 from tokbench.metrics import frechet
-from tokbench.result import EvalResult, TokenizerInfo
-from tokbench.store import SampleStore
+from tokbench.records.result import EvalResult, TokenizerInfo
+from tokbench.records.samples import SampleStore
+from tokbench.runtime.processes import World
 
 
 def reference_of(text: Path, folder: Path, **extractors: Brightness) -> Reference:
@@ -56,7 +56,7 @@ def test_features_are_kept_by_weights_and_resize_and_by_the_code(
     assert (first.seen, again.seen, added.seen) == (12, 0, 12)
     assert reference_of(labelled, tmp_path, inception=other).features("inception").shape == (12, 12)
     assert other.seen == 12
-    monkeypatch.setattr("tokbench.provenance.source_hash", lambda modules: "other code")
+    monkeypatch.setattr("tokbench.records.provenance.source_hash", lambda modules: "other code")
     reference_of(labelled, tmp_path, inception=edited)
     assert edited.seen == 12
 
@@ -85,7 +85,7 @@ def test_adm_statistics_give_moments_and_images_and_what_needs_images_says_so(tm
 
 
 def test_the_best_guidance_of_a_sweep_is_the_lowest_distance(tmp_path: Path) -> None:
-    from tokbench.result import Dataset, Value
+    from tokbench.records.result import Dataset, Value
 
     def result(name: str, value: float) -> EvalResult:
         return EvalResult("p", "", TokenizerInfo(name, ""), Dataset("d", None, 8, 9, ""), {"gfid": Value(value)})
@@ -95,7 +95,7 @@ def test_the_best_guidance_of_a_sweep_is_the_lowest_distance(tmp_path: Path) -> 
 
 
 def test_the_table_gives_errors_and_marks_what_the_decoder_was_trained_for(capsys: pytest.CaptureFixture[str]) -> None:
-    from tokbench.result import Dataset, Value
+    from tokbench.records.result import Dataset, Value
 
     info = TokenizerInfo("a", "", losses=("dinov2",))
     run = {"guidance": 1.0, "generator": {"name": "dit-b-2", "steps_trained": 1000}}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tokbench.data.decode import ON_WHITE, TURNED, decode
 from tokbench.errors import InputError
-from tokbench.images import ON_WHITE, TURNED, decode
 
 COLOUR = (200, 100, 50)
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tokbench.data import SAMPLES, open_source
+from tokbench.data.crops import crop
+from tokbench.data.loader import CropCache, Loader, refuse_unusable
+from tokbench.data.open import SAMPLES, open_source
+from tokbench.data.sources import Source
 from tokbench.errors import InputError
-from tokbench.images import crop
-from tokbench.loader import CropCache, Loader, refuse_unusable
 from tokbench.protocols import PROTOCOLS
-from tokbench.seeding import image_seeds
-from tokbench.sources import Source
+from tokbench.runtime.seeding import image_seeds
 
 ADM = PROTOCOLS["adm"]
 

@@ -19,7 +19,7 @@ from ssdd_models.train import cancel_noise, make_repa
 from ssdd_models.uvit import SIZES
 from tests.reference import CASES, GOLDEN, inputs, model
 from tokbench.errors import InputError
-from tokbench.training import parameter_groups
+from tokbench.training.optimisation import parameter_groups
 
 CASE = next(case for case in CASES if case["file"].startswith("train_"))
 TINY = replace(SIZES["XS"], widths=(32, 32, 32, 32), layers=6, heads=2, groups=4)

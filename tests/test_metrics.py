@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from tests.conftest import SAMPLES
-from tokbench import weights, weights_convert
+from tokbench import weights
 from tokbench.errors import InputError
 from tokbench.metrics import DEFAULT, METRICS, find_metrics, perceptual, pixel
-from tokbench.metrics.scoring import instruments, scorers
+from tokbench.metrics.suite import instruments, scorers
 from tokbench.protocols import PROTOCOLS
+from tokbench.weights import convert as weights_convert
 
 GAUSS = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
 

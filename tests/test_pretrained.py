@@ -15,10 +15,10 @@ from torch import Tensor
 
 from baselines.pretrained import code_bits, latent_shape, nearest_codes
 from baselines.published import PUBLISHED
-from tokbench.device import hash_state
 from tokbench.errors import CellError, InputError
 from tokbench.registry import create
-from tokbench.seeding import normal
+from tokbench.runtime.device import hash_state
+from tokbench.runtime.seeding import normal
 
 TWO = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 FOUR = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torchvision import transforms as T
 
-from tokbench.data import SAMPLES
+from tokbench.data.crops import crop
+from tokbench.data.open import SAMPLES
 from tokbench.errors import InputError
-from tokbench.images import crop
 from tokbench.protocols import PROTOCOLS, Protocol, find_protocol
 
 PHOTOS = sorted(SAMPLES.glob("*.jpg"))[::3]

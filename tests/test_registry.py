@@ -156,4 +156,4 @@ def test_a_checkout_that_is_not_installed_has_its_plugins(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [])
     monkeypatch.setattr("importlib.metadata.distribution", missing)
-    assert {point.name for point in registry._plugins()} == {"baselines", "ssdd"}
+    assert {point.name for point in registry._plugins()} == {"baselines", "ssdd", "generation"}

@@ -12,12 +12,12 @@ from rich.console import Console
 
 from tests.records import record, rows, write
 from tokbench.errors import InputError
+from tokbench.records.result import EvalResult, TokenizerInfo, Value
 from tokbench.report.build import Report, ReportOptions, build, text
 from tokbench.report.collect import frame, gather, where
 from tokbench.report.columns import Entry, column, compression
 from tokbench.report.leaderboard import blocks, ranking
 from tokbench.report.tables import LATEX_PACKAGES, WIDTH, latex, leaderboard_table, markdown, plain_latex
-from tokbench.result import EvalResult, TokenizerInfo, Value
 
 
 def entry(folder: Path, name: str, **options: object) -> Entry:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from tests.records import record, rows, write
-from tokbench.picture import save_pairs
+from tokbench.evaluation.picture import save_pairs
 from tokbench.report.collect import gather
 from tokbench.report.columns import Entry
 from tokbench.report.html import script_json, write_page

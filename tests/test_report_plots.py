@@ -10,6 +10,7 @@ from matplotlib.text import Text
 
 from tests.records import record, rows, write
 from tokbench.errors import InputError
+from tokbench.records.result import TokenizerInfo, Value
 from tokbench.report import plots
 from tokbench.report.columns import Entry, metric_column
 from tokbench.report.curves import (
@@ -23,7 +24,6 @@ from tokbench.report.curves import (
 from tokbench.report.plots import Point, label_points, pareto, quality_vs_time, save, scatter
 from tokbench.report.reported import compare, comparison_cells, ordered, read_reported
 from tokbench.report.speed import of_one_place
-from tokbench.result import TokenizerInfo, Value
 
 REPORTED = Path(__file__).parents[1] / "results" / "reported.csv"
 

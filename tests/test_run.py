@@ -12,13 +12,14 @@ import pytest
 from PIL import Image
 
 from tests.conftest import TINY, Ran
-from tokbench import kits
-from tokbench.finish import checked, clear
-from tokbench.metrics.scoring import Instruments, instruments
-from tokbench.networks import find_network
-from tokbench.reconstruct import Conditions
-from tokbench.result import EvalResult, read_result
-from tokbench.store import SampleStore, read_per_image
+from tokbench.evaluation import kits
+from tokbench.evaluation.reconstruct import Conditions
+from tokbench.evaluation.summary import checked, clear
+from tokbench.metrics.suite import Instruments, instruments
+from tokbench.records.files import read_per_image
+from tokbench.records.result import EvalResult, read_result
+from tokbench.records.samples import SampleStore
+from tokbench.weights.networks import find_network
 
 Command = Callable[..., Ran]
 FAST = ("--metrics", "psnr,psnr-global,ssim", "--res", "32", "--batch-size", "5")

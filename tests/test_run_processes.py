@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import TINY, Ran
 from tokbench import cli
-from tokbench.result import Value, read_result
+from tokbench.records.result import Value, read_result
 
 METRICS = ("--metrics", "psnr,psnr-global,ssim")
 SECONDS = 0.15  # an image takes

@@ -17,19 +17,21 @@ from torch import nn
 
 from tests.conftest import Ran
 from tests.records import record, rows
-from tokbench import kits, registry, score
-from tokbench.compare import compare
-from tokbench.data import open_source
+from tokbench import registry
+from tokbench.comparison.compare import compare
+from tokbench.data.crops import crop
+from tokbench.data.open import open_source
+from tokbench.data.pixels import quantise
 from tokbench.errors import InputError
-from tokbench.features import Extractor, Shared
-from tokbench.images import crop
+from tokbench.evaluation import kits, score
 from tokbench.metrics import METRICS as TABLE
 from tokbench.metrics import kernel_of
-from tokbench.metrics.scoring import Instruments
+from tokbench.metrics.extractors import Extractor, Shared
+from tokbench.metrics.suite import Instruments
 from tokbench.protocols import find_protocol
-from tokbench.reconstruct import quantise
-from tokbench.result import Value, read_result, to_json
-from tokbench.store import SampleStore, per_image_path, read_per_image, write_per_image
+from tokbench.records.files import per_image_path, read_per_image, write_per_image
+from tokbench.records.result import Value, read_result, to_json
+from tokbench.records.samples import SampleStore
 
 METRICS = "psnr,psnr-global,ssim"
 

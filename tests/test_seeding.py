@@ -3,7 +3,7 @@ import math
 import torch
 from scipy import stats
 
-from tokbench.seeding import image_seeds, normal
+from tokbench.runtime.seeding import image_seeds, normal
 
 
 def test_noise_is_standard_normal_and_uncorrelated():

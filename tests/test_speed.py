@@ -7,11 +7,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from tokbench.errors import InputError
+from tokbench.records.result import TokenizerInfo, read_speed
 from tokbench.registry import parse
 from tokbench.report import speed as report
-from tokbench.result import TokenizerInfo, read_speed
-from tokbench.speed import SpeedOptions, equality_gate, measure, other_steps, parse_numbers
-from tokbench.timing import QUICK, Row, count_flops, find_batch, interleave
+from tokbench.speed.measure import SpeedOptions, equality_gate, measure, other_steps, parse_numbers
+from tokbench.speed.timing import QUICK, Row, count_flops, find_batch, interleave
 
 
 class Attention(nn.Module):
@@ -54,7 +54,7 @@ def test_flops_of_attention_are_counted_by_hand():
 
 def test_batch_search_takes_the_smallest_near_the_best(monkeypatch):
     rates = {1: 10.0, 2: 50.0, 4: 99.5, 8: 100.0, 16: 100.5, 32: None}
-    monkeypatch.setattr("tokbench.timing.rate_at", lambda row, stage, size, effort: rates[size])
+    monkeypatch.setattr("tokbench.speed.timing.rate_at", lambda row, stage, size, effort: rates[size])
     assert find_batch(row(), "decode", (1, 2, 4, 8, 16, 32), QUICK) == 4
 
 

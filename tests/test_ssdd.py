@@ -15,7 +15,7 @@ from ssdd_models.layers import Upsample, group_norm, timestep_embedding
 from ssdd_models.ssdd import SSDD, SSDDConfig
 from ssdd_models.uvit import SIZES, AdaGroupNorm, AdaLayerNorm, UViT
 from tests.reference import CASES, GOLDEN, TOLERANCE, filled, full_shapes, inputs, manifest, model, noise
-from tokbench.reconstruct import quantise
+from tokbench.data.pixels import quantise
 
 UNITS = np.load(GOLDEN / "units.npz")
 TINY = {"encoder": EncoderConfig(8, 4, 32), "decoder": replace(SIZES["XS"], widths=(32, 32, 32, 32), layers=2, heads=2)}

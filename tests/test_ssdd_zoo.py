@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 
 from ssdd_models.encoder import EncoderConfig
 from ssdd_models.ssdd import SSDD, SSDDConfig, read_checkpoint
+from ssdd_models.tokenizer import SSDDTokenizer
 from ssdd_models.uvit import SIZES, DecoderConfig
-from ssdd_models.zoo import SSDDTokenizer
 from tests.reference import full_shapes
-from tokbench.device import hash_state
 from tokbench.errors import CellError, InputError
 from tokbench.registry import create
-from tokbench.seeding import image_seeds
+from tokbench.runtime.device import hash_state
+from tokbench.runtime.seeding import image_seeds
 
 ENCODER, DECODER = EncoderConfig(8, 4, 32), DecoderConfig((32, 32, 32, 32), 2, 2)
 IMAGES = torch.randint(0, 256, (2, 3, 32, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -175,7 +175,7 @@ def test_a_decoder_alone_reads_the_latents_of_sd_vae(tmp_path: Path) -> None:
 
 
 def _decoded(model: SSDD, z: torch.Tensor) -> torch.Tensor:
-    from tokbench.seeding import normal
+    from tokbench.runtime.seeding import normal
 
     return model.decode(z, 1, normal(SEEDS ^ 0x55D0, (3, 32, 40), device="cpu"))
 

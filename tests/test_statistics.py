@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tokbench import statistics
+from tokbench.metrics import statistics
 
 
 def test_t_quantiles_equal_scipys() -> None:

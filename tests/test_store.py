@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 
 from tests.records import record
-from tokbench import store as store_module
 from tokbench.errors import InputError
-from tokbench.result import to_json
-from tokbench.store import (
-    SampleStore,
+from tokbench.records import files as store_module
+from tokbench.records.files import (
     hold,
     image_name,
     per_image_path,
@@ -26,6 +24,8 @@ from tokbench.store import (
     write_per_image,
     write_whole,
 )
+from tokbench.records.result import to_json
+from tokbench.records.samples import SampleStore
 
 IDS = [f"s{i}" for i in range(10)]
 PSNR = np.random.default_rng(0).random(10) * 40
@@ -138,7 +138,9 @@ def test_two_stores_in_one_folder_do_not_disturb_each_other(tmp_path: Path) -> N
 
 
 def test_held_folder_refuses_another_run_and_is_free_after_a_kill(tmp_path: Path) -> None:
-    code = f"import pathlib,time\nfrom tokbench.store import hold\nwith hold(pathlib.Path({str(tmp_path)!r})):\n"
+    code = (
+        f"import pathlib,time\nfrom tokbench.records.files import hold\nwith hold(pathlib.Path({str(tmp_path)!r})):\n"
+    )
     code += " print('held', flush=True)\n time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -166,7 +168,7 @@ def test_append_that_fits_only_in_part_leaves_none_of_it(tmp_path: Path) -> None
     code = f"""
 import pathlib, resource, numpy
 from tokbench.errors import InputError
-from tokbench.store import SampleStore
+from tokbench.records.samples import SampleStore
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 store = SampleStore(pathlib.Path({str(tmp_path)!r}))
 for i in range(20):

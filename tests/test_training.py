@@ -18,12 +18,13 @@ from torch import nn
 
 from tests.reference import GOLDEN
 from tokbench.config import describe, from_dict, override, to_dict
-from tokbench.crops import CropConfig, PhotoCrops, batches, hold_out
-from tokbench.data import open_source
+from tokbench.data.open import open_source
+from tokbench.data.training_crops import CropConfig, PhotoCrops, batches, hold_out
 from tokbench.errors import CellError, InputError
-from tokbench.progress import bar
-from tokbench.training import Ema, EmaConfig, OptimConfig, RunConfig, learning_rate, load_checkpoint, save_checkpoint
-from tokbench.training_log import Log, Meter, check_losses, is_best
+from tokbench.runtime.terminal import bar
+from tokbench.training.log import Log, Meter, check_losses, is_best
+from tokbench.training.optimisation import Ema, EmaConfig, OptimConfig, RunConfig, learning_rate
+from tokbench.training.session import load_checkpoint, save_checkpoint
 
 
 class Photos:
@@ -251,7 +252,7 @@ def test_a_tar_shard_gives_the_crops_of_its_folder(photographs: Path, tmp_path: 
 
 def test_photographs_that_do_not_fit_into_memory_give_the_same_crops(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = [crops(CONFIG)[number, 16][0] for number in range(4)]
-    monkeypatch.setattr("tokbench.crops.KEEP_BYTES", 1)
+    monkeypatch.setattr("tokbench.data.training_crops.KEEP_BYTES", 1)
     streamed = crops(CONFIG)
     assert not streamed.kept
     assert all(torch.equal(streamed[number, 16][0], kept[number]) for number in range(4))

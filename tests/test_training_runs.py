@@ -18,7 +18,8 @@ from baselines.train import KLVAETraining, train_klvae
 from ssdd_models.ssdd import SSDD, read_checkpoint
 from tokbench.config import override
 from tokbench.errors import CellError
-from tokbench.training import Machine, RunConfig
+from tokbench.runtime.processes import Machine
+from tokbench.training.optimisation import RunConfig
 
 RUN = ["run.batch_size=4", "run.log_every=1", "run.save_every=2", "run.eval_every=0", "run.sample_every=0"]
 RUN += ["run.held_out=0", "run.dtype=float32", "run.device=cpu", "ema.start_step=1", "crops.size=16"]

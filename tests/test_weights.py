@@ -18,9 +18,11 @@ import pytest
 import torch
 
 from tests.conftest import Ran
-from tokbench import networks, weights, weights_convert
-from tokbench.networks import Network, Source
-from tokbench.weights import WeightsError
+from tokbench import weights
+from tokbench.weights import convert as weights_convert
+from tokbench.weights import networks
+from tokbench.weights.files import WeightsError
+from tokbench.weights.networks import Network, Source
 
 DATA = bytes(range(256)) * 4000  # a megabyte
 SHA = hashlib.sha256(DATA).hexdigest()

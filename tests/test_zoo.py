@@ -11,10 +11,10 @@ from torch import Tensor
 
 from baselines.published import PUBLISHED
 from tests.test_classic import crops, psnr, reconstruct
-from tokbench.api import evaluate
 from tokbench.errors import CellError
+from tokbench.evaluation.evaluate import evaluate
+from tokbench.records.result import EvalResult
 from tokbench.registry import create, entries
-from tokbench.result import EvalResult
 from tokbench.tokenizer import Tokenizer
 
 EXAMPLE = Path(__file__).with_name("example_tokenizer.py")
@@ -76,8 +76,8 @@ def measured(spec: str, photographs: Path) -> EvalResult:
 
 
 def test_results_tell_the_mean_and_deviation_of_latents_and_the_scale_they_imply(photographs: Path) -> None:
-    from tokbench.data import open_source
-    from tokbench.images import crop
+    from tokbench.data.crops import crop
+    from tokbench.data.open import open_source
     from tokbench.protocols import PROTOCOLS
 
     source = open_source(photographs)

@@ -5,8 +5,8 @@ import time
 import torch
 from torch import Tensor, nn
 
-from tokbench.result import TokenizerInfo
-from tokbench.seeding import normal
+from tokbench.records.result import TokenizerInfo
+from tokbench.runtime.seeding import normal
 
 
 class Tiny:

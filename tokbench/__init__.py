@@ -1,3 +1,56 @@
-"""tokbench: one command measures any image tokenizer, under a protocol that is written down."""
+"""Measure image tokenizers: reconstruction, generation quality and speed, under one written protocol.
+
+    import tokbench as tb
+
+    result = tb.evaluate("ssdd", "photos/", resolution=256)   # an EvalResult; its table is tb.results("runs")
+    tokenizer = tb.load("klvae")
+
+Every name of the face is imported when it is first used, so `import tokbench` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tokbench.data.sources import Source
+    from tokbench.errors import CellError, InputError
+    from tokbench.evaluation.evaluate import evaluate
+    from tokbench.metrics import Metric
+    from tokbench.records.files import results
+    from tokbench.records.result import EvalResult, TokenizerInfo, Value
+    from tokbench.registry import create as load
+    from tokbench.registry import register
+    from tokbench.tokenizer import Tokenizer
+
+_HOMES = {
+    "CellError": "tokbench.errors:CellError",
+    "EvalResult": "tokbench.records.result:EvalResult",
+    "InputError": "tokbench.errors:InputError",
+    "Metric": "tokbench.metrics:Metric",
+    "Source": "tokbench.data.sources:Source",
+    "Tokenizer": "tokbench.tokenizer:Tokenizer",
+    "TokenizerInfo": "tokbench.records.result:TokenizerInfo",
+    "Value": "tokbench.records.result:Value",
+    "evaluate": "tokbench.evaluation.evaluate:evaluate",
+    "load": "tokbench.registry:create",
+    "register": "tokbench.registry:register",
+    "results": "tokbench.records.files:results",
+}
+
+__all__ = [
+    "CellError", "EvalResult", "InputError", "Metric", "Source", "Tokenizer", "TokenizerInfo", "Value", "evaluate",
+    "load", "register", "results",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tokbench' has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

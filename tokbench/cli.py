@@ -47,8 +47,8 @@ def run(
     save_images: Annotated[int, typer.Option(min=0, help="First N and worst N images in the picture of a cell.")] = 4,
 ) -> None:
     """Reconstruct images with tokenizers and measure what is lost."""
-    from tokbench.run import RunOptions
-    from tokbench.run import run as run_cells
+    from tokbench.evaluation.run import RunOptions
+    from tokbench.evaluation.run import run as run_cells
 
     options = RunOptions(
         models=models, resolutions=res, data=data, split=split, limit=limit, protocol=protocol, metrics=metrics,
@@ -94,7 +94,7 @@ def data_info(
     decode: Annotated[bool, typer.Option("--decode", help="Decode every image to its end.")] = False,
 ) -> None:
     """Show count, sizes, formats, problems and fingerprint of a data set."""
-    from tokbench.data import describe, open_source
+    from tokbench.data.open import describe, open_source
 
     typer.echo("\n".join(describe(open_source(data, split, limit), decode=decode)))
 
@@ -114,7 +114,7 @@ def speed(
     out: Annotated[Path, typer.Option(help="Folder for records.")] = Path("runs/speed"),
 ) -> None:
     """Measure throughput, latency, memory and cost, models in turns."""
-    from tokbench.speed import SpeedOptions, measure, parse_numbers, show
+    from tokbench.speed.measure import SpeedOptions, measure, parse_numbers, show
 
     options = SpeedOptions.read(
         models=models, resolutions=parse_numbers(res, "--res"), device=device, dtype=dtype, compile=compile,
@@ -142,7 +142,7 @@ def check(
     accept: Annotated[bool, typer.Option("--accept", help="With --update: even where it is worse.")] = False,
 ) -> None:
     """Fail when quality got worse than a baseline."""
-    from tokbench.report.verdicts import CheckOptions, run_check
+    from tokbench.comparison.verdicts import CheckOptions, run_check
 
     options = CheckOptions(
         new=new, against=against, tolerance=tolerance, metrics=metrics, exact=exact, two_sided=two_sided,
@@ -168,7 +168,7 @@ def train(
     show_help: Annotated[bool, typer.Option("--help", help="Show this, and all settings of MODEL.")] = False,
 ) -> None:
     """Train a tokenizer, or a generator in its latents. Under torchrun or accelerate: in several processes."""
-    from tokbench.trainers import TrainOptions, train_help, train_model
+    from tokbench.registry import TrainOptions, train_help, train_model
 
     if show_help or model is None:
         typer.echo(context.get_help() + "\n" + train_help(model, stage, preset))
@@ -221,7 +221,7 @@ def score(
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs"),
 ) -> None:
     """Measure images made elsewhere, matched to real ones by name."""
-    from tokbench.score import ScoreOptions, run_score
+    from tokbench.evaluation.score import ScoreOptions, run_score
 
     options = ScoreOptions(
         real=real, fake=fake, metrics=metrics, protocol=protocol, name=name, allow_lossy=allow_lossy, workers=workers,
@@ -236,7 +236,7 @@ def compare(
     b: Annotated[Path, typer.Argument(help="Another on the same images.")],
 ) -> None:
     """Say of every metric whether B is better than A: paired differences with intervals."""
-    from tokbench.compare import run_compare
+    from tokbench.comparison.compare import run_compare
 
     raise typer.Exit(run_compare(a, b))
 
@@ -250,16 +250,17 @@ Networks = Annotated[list[str] | None, typer.Argument(help="Networks; default: a
 @weights_app.command(name="list")
 def weights_list(weights_dir: WeightsDir = None) -> None:
     """Show every network: used by, size, licence, where it is or why it is missing."""
-    from tokbench import weights
+    from tokbench.metrics import users_of_networks
+    from tokbench.weights import download as weights
 
     weights.use_folder(weights_dir)
-    typer.echo("\n".join(weights.describe()))
+    typer.echo("\n".join(weights.describe(users_of_networks())))
 
 
 @weights_app.command(name="fetch")
 def weights_fetch(names: Networks = None, weights_dir: WeightsDir = None) -> None:
     """Download what is not on this machine."""
-    from tokbench import weights
+    from tokbench.weights import download as weights
 
     weights.use_folder(weights_dir)
     raise typer.Exit(weights.fetch_all(names or []))
@@ -268,7 +269,7 @@ def weights_fetch(names: Networks = None, weights_dir: WeightsDir = None) -> Non
 @weights_app.command(name="verify")
 def weights_verify(weights_dir: WeightsDir = None) -> None:
     """Check the sha256 of every network that is here."""
-    from tokbench import weights
+    from tokbench.weights import download as weights
 
     weights.use_folder(weights_dir)
     raise typer.Exit(weights.verify())
@@ -281,7 +282,7 @@ def weights_export(
     weights_dir: WeightsDir = None,
 ) -> None:
     """Copy networks into a folder that TOKBENCH_WEIGHTS can name elsewhere."""
-    from tokbench import weights
+    from tokbench.weights import download as weights
 
     weights.use_folder(weights_dir)
     typer.echo("\n".join(f"{path}" for path in weights.export(folder, names or [])))
@@ -290,7 +291,7 @@ def weights_export(
 @app.command(name="list")
 def list_known(what: Annotated[str, typer.Argument(help="models, metrics or protocols")] = "models") -> None:
     """Show what can be named: models with their options, metrics, protocols."""
-    from tokbench.api import known
+    from tokbench.evaluation.evaluate import known
 
     for name, text in known(what):
         typer.echo(f"{name:<28} {text}")

@@ -1,5 +1,7 @@
 """The two ways things go wrong that a user can do something about."""
 
+from collections.abc import Sequence
+
 # What a model's own code may raise: its cell fails and the run goes on.
 MODEL_ERRORS = (
     RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError,
@@ -13,3 +15,12 @@ class InputError(Exception):
 
 class CellError(Exception):
     """One model could not be measured (NaN, out of memory, unloadable weights) while others can. Exit status 1."""
+
+
+SHOWN = 5  # names in a message
+
+
+def shown(names: Sequence[str]) -> str:
+    """A few names for a message."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

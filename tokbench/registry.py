@@ -8,14 +8,14 @@ import difflib
 import importlib.metadata
 import importlib.util
 import inspect
-import json
 import logging
 import re
 import sys
+import tempfile
 import tomllib
 import typing
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from tokbench.checkpoints import checkpoint_metadata
 from tokbench.config import parse_value
 from tokbench.errors import MODEL_ERRORS, CellError, InputError
+from tokbench.records.files import writable
 
 if TYPE_CHECKING:
     from tokbench.tokenizer import Tokenizer
@@ -34,7 +36,6 @@ log = logging.getLogger("tokbench")
 PLUGINS = "tokbench.plugins"
 ROW_NAME = re.compile(r"[a-z0-9._-]+")
 LOAD_ERRORS = (SafetensorError, *MODEL_ERRORS)
-HEADER_LIMIT = 100_000_000  # bytes; the safetensors format allows no longer header
 
 
 @dataclass(frozen=True)
@@ -272,23 +273,6 @@ def _entry_from_source(head: str, text: str) -> Entry:
     return Entry(attribute, factory, f"{file}:{attribute}")
 
 
-def checkpoint_metadata(path: Path) -> dict[str, Any]:
-    """The `tokbench` metadata of a safetensors file ({} without one), read without torch.
-
-    Raises InputError for a file that is no safetensors file.
-    """
-    try:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(HEADER_LIMIT, path.stat().st_size):
-                raise ValueError("its header is not one of safetensors")
-            metadata = json.loads(stream.read(length)).get("__metadata__", {})
-        record = json.loads(metadata.get("tokbench", "{}"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
-    return record if isinstance(record, dict) else {}
-
-
 def _entry_for_file(path: Path, text: str) -> Entry:
     """The entry that opens a bare file or folder: its own metadata names it, or an entry accepts it."""
     if path.suffix == ".safetensors":
@@ -314,3 +298,78 @@ def _typed(entry: Entry, texts: Mapping[str, str], text: str) -> dict[str, Any]:
         if default is inspect.Parameter.empty and key not in values:
             raise InputError(f'model "{text}": option {key} is needed: {entry.name}@{key}=...')
     return values
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What the command line says about a training run."""
+
+    data: str  # as for `tokbench run`
+    out: Path
+    stage: str | None = None
+    preset: str | None = None
+    start: Path | None = None  # --from: the previous stage's file
+    encoder_from: Path | None = None
+    encoder: str | None = None  # sizes by name: f8c4, S
+    decoder: str | None = None
+    settings: tuple[str, ...] = ()  # key=value
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """`run` trains and returns the file of the finished model; `settings` gives the key=value lines of its defaults for
+    a stage and a preset (None: the default one). Both raise InputError for a stage or preset that is not known."""
+
+    run: Callable[[TrainOptions], Path]
+    settings: Callable[[str | None, str | None], list[str]]
+    summary: str
+
+
+_trainers: dict[str, Trainer] = {}
+
+
+def register_trainer(name: str, trainer: Trainer) -> None:
+    """Make `tokbench train NAME` known; a plugin's `register` calls it. ValueError for a second use of a name."""
+    if name in _trainers:
+        raise ValueError(f"{name}: a trainer of this name is registered already")
+    _trainers[name] = trainer
+
+
+def trainers() -> dict[str, Trainer]:
+    """All of them, plugins included, by name."""
+    _load_plugins()
+    return dict(sorted(_trainers.items()))
+
+
+def find_trainer(name: str) -> Trainer:
+    known = trainers()
+    if name not in known:
+        raise InputError(f'unknown model to train "{name}"; {suggest(name, list(known))}')
+    return known[name]
+
+
+def train_model(name: str, options: TrainOptions) -> Path:
+    """Train and return the finished file. Raises InputError for a missing --data or for an --out that is missing or
+    cannot be written, before anything is fetched or built."""
+    trainer = find_trainer(name)
+    if not options.data or options.out == Path():
+        raise InputError(f"train {name}: --data DIR and --out DIR are needed")
+    existing = next(place for place in (options.out, *options.out.absolute().parents) if place.exists())
+    with writable(options.out):
+        tempfile.TemporaryFile(dir=existing).close()
+    return trainer.run(options)
+
+
+def train_help(name: str | None, stage: str | None, preset: str | None) -> str:
+    """What can be trained, or every setting of one of them as key=value."""
+    if name is None:
+        return "\n".join(["Models:", *(f"  {known:<8} {trainer.summary}" for known, trainer in trainers().items())])
+    which = " ".join(f"{what} {given}" for what, given in (("stage", stage), ("preset", preset)) if given)
+    return "\n  ".join([f"Settings of {name} {which}".rstrip() + ":", *find_trainer(name).settings(stage, preset)])
+
+
+def choose(known: Sequence[str], name: str | None, what: str, default: str) -> str:
+    """`name`, or the default for None; InputError naming all choices if it is not known."""
+    if name is not None and name not in known:
+        raise InputError(f'unknown {what} "{name}"; known: {", ".join(known)}')
+    return name or default

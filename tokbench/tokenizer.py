@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from tokbench.errors import InputError
-from tokbench.result import TokenizerInfo
+from tokbench.records.result import TokenizerInfo
 
 
 class Tokenizer(Protocol):

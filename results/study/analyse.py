@@ -13,10 +13,10 @@ from PIL import Image
 from run import ARMS, FRONT, STEPS
 
 from tokbench.metrics import METRICS
+from tokbench.records.files import per_image_path, read_per_image, write_whole
+from tokbench.records.result import EvalResult, SpeedResult, read_result, read_speed
 from tokbench.report.columns import metric_column
 from tokbench.report.plots import Point, axis_label, figure, label_points, log_axis, save, scatter, styles
-from tokbench.result import EvalResult, SpeedResult, read_result, read_speed
-from tokbench.store import per_image_path, read_per_image, write_whole
 
 HERE = Path(__file__).parent
 PRIMARY = "lpips-alex"  # endpoint

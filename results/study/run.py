@@ -14,8 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokbench.registry import checkpoint_metadata
-from tokbench.store import write_whole
+from tokbench.checkpoints import checkpoint_metadata
+from tokbench.records.files import write_whole
 
 HERE = Path(__file__).parent
 ARMS = ("a", "b", "c-teacher", "c-student", "c-control", "d")

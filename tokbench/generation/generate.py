@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tokbench import provenance, registry
-from tokbench.device import find_dtype, prepare, select_device
-from tokbench.distributed import World, join, leave
+from tokbench import registry
 from tokbench.errors import CellError, InputError
-from tokbench.generation.fit import check_fits
+from tokbench.evaluation.plan import attributes, code_of, parts_of, with_facts
+from tokbench.evaluation.reconstruct import Album, Cell, Conditions, Stopwatch
+from tokbench.evaluation.run import numbers
+from tokbench.generation.compatibility import check_fits
 from tokbench.generation.sample import (
     FIRST,
     Draw,
@@ -35,17 +36,18 @@ from tokbench.generation.sample import (
 from tokbench.generation.score import Reference, generation_metrics, open_reference, score
 from tokbench.generation.table import print_table
 from tokbench.metrics import find_metrics
-from tokbench.metrics.scoring import Instruments as Tools
-from tokbench.metrics.scoring import instruments
-from tokbench.plan import attributes, code_of, describe, parts_of
+from tokbench.metrics.suite import Instruments as Tools
+from tokbench.metrics.suite import instruments
 from tokbench.protocols import find_protocol
-from tokbench.reconstruct import Album, Cell, Conditions, Stopwatch
-from tokbench.result import Dataset, EvalResult, TokenizerInfo, to_json
-from tokbench.run import numbers
-from tokbench.store import SampleStore, result_path, write_whole
+from tokbench.records import provenance
+from tokbench.records.files import result_path, write_whole
+from tokbench.records.result import Dataset, EvalResult, TokenizerInfo, to_json
+from tokbench.records.samples import SampleStore
+from tokbench.runtime.device import describe_device, find_dtype, prepare, select_device
+from tokbench.runtime.processes import World, join, leave
 from tokbench.tokenizer import Tokenizer
-from tokbench.training_log import image_grid, save_image
-from tokbench.weights import file_sha256
+from tokbench.training.log import image_grid, save_image
+from tokbench.weights.files import file_sha256
 
 log = logging.getLogger("tokbench")
 BATCH = {"cpu": 8, "cuda": 64}
@@ -140,7 +142,7 @@ def _generate(options: GenerateOptions, world: World) -> int:
         draw = Draw(generator, how, labels, folder, device, dtype, batch_size or BATCH[device.type], world)
         seconds = together(world, partial(sample_latents, draw))
         for spec, tokenizer in models:
-            info = describe(tokenizer)
+            info = with_facts(tokenizer)
             place = draw.folder / f"{info.name}-{world.share(images_key(tokenizer, info.weights))}"
             try:
                 with SampleStore(place, rank=world.rank) as store:
@@ -214,7 +216,12 @@ def record(
         settings={"spec": spec, "dtype": options.dtype, "seeds": [options.seed]}
         | describe_run(generator, how, options.labels, reference),
         provenance=provenance.collect(
-            draw.device, draw.world.size, batch_size=draw.batch_size, seconds=times, extractors=networks
+            describe_device(draw.device),
+            draw.device.type,
+            draw.world.size,
+            batch_size=draw.batch_size,
+            seconds=times,
+            extractors=networks,
         ),
     )
 

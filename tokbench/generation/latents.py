@@ -17,17 +17,17 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tokbench.archives import Member
-from tokbench.crops import CropConfig, PhotoCrops
-from tokbench.data import open_source
-from tokbench.device import hash_state, precision
+from tokbench.data.archives import Member
+from tokbench.data.loader import Loader
+from tokbench.data.open import open_source
+from tokbench.data.sources import HuggingFaceSource, Source
+from tokbench.data.training_crops import CropConfig, PhotoCrops
 from tokbench.errors import CellError, InputError
-from tokbench.loader import Loader
-from tokbench.progress import bar
 from tokbench.protocols import find_protocol
-from tokbench.seeding import image_seeds
-from tokbench.sources import HuggingFaceSource, Source
-from tokbench.store import write_whole
+from tokbench.records.files import write_whole
+from tokbench.runtime.device import hash_state, precision
+from tokbench.runtime.seeding import image_seeds
+from tokbench.runtime.terminal import bar
 from tokbench.tokenizer import Tokenizer
 
 SHARD = 512  # samples, before mirroring

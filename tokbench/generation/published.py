@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tokbench.device import hash_state
 from tokbench.errors import CellError, InputError
-from tokbench.generation.fit import LatentSpace, measure, probe_images
+from tokbench.generation.compatibility import LatentSpace, measure, probe_images
 from tokbench.generation.sample import Sampling
-from tokbench.seeding import normal
+from tokbench.runtime.device import hash_state
+from tokbench.runtime.seeding import normal
 from tokbench.tokenizer import Tokenizer
 
 

@@ -22,18 +22,17 @@ from torch import Tensor
 
 from tokbench.checkpoints import load_strictly, read_model
 from tokbench.config import from_dict
-from tokbench.device import is_out_of_memory, precision
-from tokbench.distributed import World
 from tokbench.errors import CellError, InputError
+from tokbench.evaluation.reconstruct import MODEL_ERRORS, Cell, Stopwatch, decode_uint8
+from tokbench.generation.compatibility import LatentSpace, from_record
 from tokbench.generation.dit import DiT, DiTConfig
-from tokbench.generation.fit import LatentSpace, from_record
 from tokbench.generation.flow import SAMPLERS, guided, integrate
 from tokbench.generation.latents import Normaliser
-from tokbench.progress import bar
-from tokbench.reconstruct import MODEL_ERRORS, Cell, Stopwatch, decode_uint8
-from tokbench.seeding import normal
-from tokbench.store import writable, write_whole
-from tokbench.training import sample_seeds
+from tokbench.records.files import writable, write_whole
+from tokbench.runtime.device import is_out_of_memory, precision
+from tokbench.runtime.processes import World
+from tokbench.runtime.seeding import normal, sample_seeds
+from tokbench.runtime.terminal import bar
 
 CHUNK = 128  # samples of a file of latents
 FIRST = 16  # samples whose images are always kept, for a picture

@@ -12,18 +12,18 @@ from typing import IO
 import numpy as np
 import torch
 
-from tokbench import provenance
-from tokbench.data import open_source
-from tokbench.distributed import World
+from tokbench.data.loader import Loader
+from tokbench.data.open import open_source
 from tokbench.errors import InputError
-from tokbench.features import Extractor
-from tokbench.loader import Loader
 from tokbench.metrics import FRECHET_MINIMUM, METRICS, find_metrics, frechet
-from tokbench.progress import bar
+from tokbench.metrics.extractors import Extractor
+from tokbench.metrics.statistics import half_sample_error, half_samples
 from tokbench.protocols import find_protocol
-from tokbench.result import Value
-from tokbench.statistics import half_sample_error, half_samples
-from tokbench.store import SampleStore
+from tokbench.records import provenance
+from tokbench.records.result import Value
+from tokbench.records.samples import SampleStore
+from tokbench.runtime.processes import World
+from tokbench.runtime.terminal import bar
 
 DEFAULT = ("gfid", "is", "precision", "recall", "kid", "fd-dinov2", "fd-mobilenet")
 INCEPTION_DIM = 2048

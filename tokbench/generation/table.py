@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tokbench.errors import InputError
 from tokbench.metrics import METRICS
+from tokbench.records.files import read_results
+from tokbench.records.result import EvalResult
 from tokbench.report.columns import DAGGER, trained_on
-from tokbench.result import EvalResult
-from tokbench.store import read_results
 
 BEST_BY = ("gfid", "fd-dinov2", "fd-mobilenet", "kid")  # the first that was measured marks the best of a sweep
 ALWAYS = ("gfid", "is", "precision", "recall")

@@ -10,32 +10,30 @@ from torch import Tensor
 
 from tokbench.checkpoints import write_model
 from tokbench.config import to_dict
-from tokbench.crops import CropConfig
-from tokbench.device import prepare
+from tokbench.data.training_crops import CropConfig
 from tokbench.errors import InputError
+from tokbench.generation.compatibility import latent_space, to_record
 from tokbench.generation.dit import Block, DiT, dit_config
-from tokbench.generation.fit import latent_space, to_record
 from tokbench.generation.flow import draw_times, guided, integrate, noised, velocity
 from tokbench.generation.latents import Images, LatentConfig, Latents, Normaliser, encode
-from tokbench.progress import bar, say
 from tokbench.registry import create, row_name
-from tokbench.seeding import normal
+from tokbench.runtime.device import prepare
+from tokbench.runtime.processes import Machine
+from tokbench.runtime.seeding import normal, sample_seeds
+from tokbench.runtime.terminal import bar, say
 from tokbench.tokenizer import Tokenizer
-from tokbench.training import (
+from tokbench.training.log import Log, Meter, check_losses, image_grid, interrupts, plot_curves, save_image
+from tokbench.training.optimisation import (
     Ema,
     EmaConfig,
-    Machine,
     OptimConfig,
     RunConfig,
     learning_rate,
-    load_checkpoint,
     make_optimizer,
     optimizer_step,
     recompute,
-    sample_seeds,
-    save_checkpoint,
 )
-from tokbench.training_log import Log, Meter, check_losses, image_grid, interrupts, plot_curves, save_image
+from tokbench.training.session import load_checkpoint, save_checkpoint
 
 NOISE, UNIFORM = 1, 2  # streams of random numbers
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from tokbench.errors import InputError
 from tokbench.metrics import distribution, frechet
-from tokbench.result import Value
-from tokbench.statistics import mean_and_error
+from tokbench.metrics.statistics import mean_and_error
+from tokbench.records.result import Value
 
 INCEPTION_TENTHS = 10  # parts of the Inception score
 IDENTICAL = 100.0  # dB of images that do not differ, whose PSNR would be infinite; also the cap
@@ -257,3 +257,12 @@ def find_metrics(names: Sequence[str], scope: Literal["reconstruction", "both"] 
         if scope == "reconstruction" and name == "gfid":
             raise InputError("gfid is a generator's: `tokbench generate`; of reconstructions the name is rfid")
     return [metric for metric in METRICS.values() if metric.name in names]
+
+
+def users_of_networks() -> dict[str, list[str]]:
+    """Which metrics need each network, by the network's name."""
+    users: dict[str, list[str]] = {}
+    for metric in METRICS.values():
+        for network in metric.networks:
+            users.setdefault(network, []).append(metric.name)
+    return users

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tokbench.errors import InputError
-from tokbench.statistics import half_sample_error, half_samples
+from tokbench.metrics.statistics import half_sample_error, half_samples
 
 KID_SUBSET = 1000  # torch-fidelity's defaults: 100 subsets of 1000, seed 2020
 KID_REPEATS = 100

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokbench import weights
-from tokbench.features import IMAGENET_MEAN, IMAGENET_STD, resize_positions
+from tokbench.metrics.extractors import IMAGENET_MEAN, IMAGENET_STD, resize_positions
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PARTS = ("dino", "clip", "open_clip")

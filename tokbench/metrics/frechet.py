@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokbench.errors import InputError
-from tokbench.statistics import half_sample_error as error_of_halves
-from tokbench.statistics import half_samples
+from tokbench.metrics.statistics import half_sample_error as error_of_halves
+from tokbench.metrics.statistics import half_samples
 
 CHUNK = 4096  # rows turned to float64 at a time
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokbench import weights
-from tokbench.features import imagenet_normalised
+from tokbench.metrics.extractors import imagenet_normalised
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokbench.device import precision
 from tokbench.metrics import IDENTICAL
+from tokbench.runtime.device import precision
 
 C1, C2 = 0.01**2, 0.03**2  # Wang et al. 2004, for data_range 1
 GAUSSIAN = torch.exp(-((torch.arange(11.0, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))

@@ -7,6 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from tokbench.errors import InputError
+from tokbench.records.files import write_whole
+from tokbench.records.result import SpeedResult
 from tokbench.report import tables
 from tokbench.report.collect import frame, gather, where
 from tokbench.report.columns import Entry, column
@@ -22,8 +24,6 @@ from tokbench.report.reported import (
     reported_cells,
 )
 from tokbench.report.speed import speed_markdown, speed_table
-from tokbench.result import SpeedResult
-from tokbench.store import write_whole
 
 FORMATS = ("table", "markdown", "latex", "csv", "html")
 

@@ -8,11 +8,11 @@ from typing import Any
 import pandas as pd
 
 from tokbench.errors import InputError
+from tokbench.records.files import read_results, results_frame
+from tokbench.records.result import SpeedResult, Value
 from tokbench.report.columns import FACTS, Entry
 from tokbench.report.leaderboard import block_key
 from tokbench.report.speed import read_speeds
-from tokbench.result import SpeedResult, Value
-from tokbench.store import read_results, results_frame
 
 
 def gather(folder: Path) -> tuple[list[Entry], list[SpeedResult], list[str]]:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from tokbench.errors import InputError
 from tokbench.metrics import METRICS
-from tokbench.result import EvalResult, TokenizerInfo, Value
-from tokbench.store import per_image_path, read_per_image
+from tokbench.records.files import per_image_path, read_per_image
+from tokbench.records.result import EvalResult, TokenizerInfo, Value
 
 ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}
 

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from tokbench.errors import InputError
+from tokbench.records.result import SpeedResult
 from tokbench.report import speed
 from tokbench.report.columns import Entry, clipped, elements_ratio, metric_column, place_of, tokens
 from tokbench.report.leaderboard import UNRANKED_FAMILIES, Block, blocks
@@ -30,7 +31,6 @@ from tokbench.report.plots import (
     styles,
 )
 from tokbench.report.reported import Reported
-from tokbench.result import SpeedResult
 
 MOST_BLOCKS = 12  # of whose rows figures are drawn: a figure takes a quarter of a second
 RATE_METRICS = ("psnr", "lpips-alex", "rfid")

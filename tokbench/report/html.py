@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from tokbench.records.files import image_folders, per_image_path, writable, write_whole
+from tokbench.records.result import SpeedResult
 from tokbench.report import speed
 from tokbench.report.columns import Entry, compression, metric_column
 from tokbench.report.leaderboard import UNRANKED_FAMILIES, Block, Row, blocks
@@ -20,8 +22,6 @@ from tokbench.report.reported import (
     comparison_cells,
     reported_cells,
 )
-from tokbench.result import SpeedResult
-from tokbench.store import image_folders, per_image_path, writable, write_whole
 
 
 def write_page(

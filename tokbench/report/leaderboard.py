@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tokbench.metrics.statistics import paired_interval
+from tokbench.records.result import EvalResult, TokenizerInfo, Value
 from tokbench.report.columns import (
     DAGGER,
     TIMES,
@@ -20,8 +22,6 @@ from tokbench.report.columns import (
     number_of,
     trained_on,
 )
-from tokbench.result import EvalResult, TokenizerInfo, Value
-from tokbench.statistics import paired_interval
 
 # Say much the same as their neighbour: the first to go where a table has no room.
 SECONDARY = ("psnr-global", "ssim-gauss", "ms-ssim", "encode", "params", "steps")

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, NullFormatter
 
 from tokbench.errors import InputError
+from tokbench.records.files import write_whole
+from tokbench.records.result import EvalResult, Value
 from tokbench.report.columns import Column, Entry, clipped, metric_column, milliseconds
 from tokbench.report.leaderboard import UNRANKED_FAMILIES
-from tokbench.result import EvalResult, Value
-from tokbench.store import write_whole
 
 # Okabe and Ito (2008): told apart with any common colour blindness; yellow left out, too light on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tokbench.errors import InputError
+from tokbench.records.result import SpeedResult, read_speed
 from tokbench.report.columns import Entry, metric_column, place_of
 from tokbench.report.plots import Point, figure, headline_metric, label_points, log_axis, number, save, scatter, styles
 from tokbench.report.tables import clipped, markdown_escape
-from tokbench.result import SpeedResult, read_speed
 
 WIDTH = 130  # of the terminal table where the terminal has none
 HEADINGS = (

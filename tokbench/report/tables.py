@@ -8,9 +8,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from tokbench.records.result import EvalResult
 from tokbench.report.columns import Column, Entry, clipped
 from tokbench.report.leaderboard import ERRORS, MARKS, SECONDARY, Block, Cell, Row, blocks
-from tokbench.result import EvalResult
 
 WIDTH = 100
 

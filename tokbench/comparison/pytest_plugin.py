@@ -1,0 +1,51 @@
+"""The fixture `tokbench_check`: a model's own tests say that its reconstruction is not worse than a baseline."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tokbench.comparison.check import CheckResult
+    from tokbench.tokenizer import Tokenizer
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--tokbench-update", action="store_true", help="make what tokbench_check measures the baseline, where not worse"
+    )
+
+
+@pytest.fixture
+def tokbench_check(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., "CheckResult | None"]:
+    """tokbench_check(model, baseline="...") measures a Tokenizer or a spec and fails the test if it got worse.
+
+    `baseline` is a folder of results; `pytest --tokbench-update` writes it. Other keywords: data, resolution, metrics
+    (of `tokbench.api.evaluate`), tolerances, exact, two_sided, strict (of `tokbench.check.check`). Returns the result,
+    None when updating.
+    """
+
+    def run(
+        model: "Tokenizer | str",
+        *,
+        baseline: str | Path,
+        data: str | Path = "samples",
+        resolution: int = 256,
+        metrics: Sequence[str] = ("psnr", "ssim"),
+        **rules: Any,
+    ) -> "CheckResult | None":
+        from tokbench.comparison.check import check, update
+        from tokbench.comparison.verdicts import verdict_markdown
+        from tokbench.evaluation.evaluate import evaluate
+
+        evaluate(model, data, resolution, metrics, out=tmp_path)
+        if request.config.getoption("--tokbench-update"):
+            print("\n".join(update(tmp_path, Path(baseline))))
+            return None
+        result = check(tmp_path, Path(baseline), **rules)
+        if result.failures:
+            pytest.fail(verdict_markdown(result), pytrace=False)
+        return result
+
+    return run

@@ -1,0 +1,219 @@
+"""Image sources by name, and what is in them."""
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tokbench.data.archives import list_archive, unpacked
+from tokbench.data.sources import (
+    ArchiveSource,
+    FileSource,
+    HuggingFaceSource,
+    Source,
+    list_folder,
+    sample_id,
+    unique_ids,
+)
+from tokbench.errors import InputError
+
+SAMPLES = Path(__file__).parents[1] / "samples"
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+IMAGENET = {  # where each split lies, as shipped, as Kaggle unpacks it, or unpacked by hand
+    "val": ("val", "ILSVRC2012_img_val", "ILSVRC/Data/CLS-LOC/val", "ILSVRC2012_img_val.tar"),
+    "train": ("train", "ILSVRC2012_img_train", "ILSVRC/Data/CLS-LOC/train", "ILSVRC2012_img_train.tar"),
+}
+IMAGENET_IMAGES = {"val": 50_000, "train": 1_281_167}
+
+
+def open_source(spec: str | Path, split: str | None = None, limit: int | None = None) -> Source:
+    """`samples`, `imagenet:ROOT`, `folder:DIR`, `tar:FILE` (or zip), `list:FILE`, `hf:NAME`, or a path of one of these.
+
+    InputError if there is nothing there, or no image in it, or two images share an id.
+    """
+    text = os.fspath(spec)
+    kind, colon, rest = text.partition(":")
+    openers = {"imagenet": _imagenet, "folder": _folder, "tar": _archive, "list": _list, "hf": _hugging_face}
+    if text == "samples":
+        _no_split("samples", split)
+        source: Source = _files("samples", None, SAMPLES)
+    elif colon and kind in openers:
+        source = openers[kind](rest, split)
+    else:
+        source = _guess(Path(text), split)
+    if not source.ids:
+        raise InputError(f"{text}: no images in it ({', '.join(source.problems) or 'of a type that is read here'})")
+    if limit is not None:
+        source.limit(limit)
+    return source
+
+
+def _guess(path: Path, split: str | None) -> Source:
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such file or folder; --data takes samples, a path, or imagenet:ROOT, hf:NAME, ..."
+        )
+    name = path.name.lower()
+    if path.is_dir():
+        parquet = next(path.glob("*.parquet"), None)
+        return _hugging_face(str(path), split) if parquet else _folder(str(path), split)
+    if name.endswith(ARCHIVES):
+        return _archive(str(path), split)
+    if name.endswith(".parquet"):
+        return _hugging_face(str(path), split)
+    if name.endswith((".txt", ".lst")):
+        return _list(str(path), split)
+    raise InputError(f"{path}: not a folder, {', '.join(ARCHIVES)}, .parquet, or .txt list of paths")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "images"
+
+
+def _no_split(name: str, split: str | None) -> None:
+    if split is not None:
+        raise InputError(f"{name}: has no splits; leave --split {split} out")
+
+
+def _files(name: str, split: str | None, root: Path) -> Source:
+    names, problems = list_folder(root)
+    return FileSource(name, split, root, unique_ids(names, root), names, problems)
+
+
+def _folder(root: str, split: str | None) -> Source:
+    folder = Path(root)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    name = _slug(folder.resolve().name)
+    if split is not None:
+        if not (folder / split).is_dir():
+            raise InputError(f"{folder}: has no split {split!r}")
+        return _files(f"{name}-{_slug(split)}", split, folder / split)
+    if (folder / "train").is_dir() and (folder / "val").is_dir():
+        raise InputError(f"{folder}: holds train and val; choose one with --split")
+    return _files(name, None, folder)
+
+
+def _archive(file: str, split: str | None) -> Source:
+    path = Path(file)
+    _no_split(file, split)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    name = path.name
+    for suffix in ARCHIVES:
+        name = name[: -len(suffix)] if name.lower().endswith(suffix) else name
+    path = unpacked(path)
+    members = list_archive(path)
+    return ArchiveSource(_slug(name), None, path, unique_ids([m.name for m in members], path), members)
+
+
+def _list(file: str, split: str | None) -> Source:
+    """Paths, one a line, absolute or relative to the list's folder; ids are the paths as written."""
+    path = Path(file)
+    _no_split(file, split)
+    try:
+        names = [line for line in os.fsdecode(path.read_bytes()).splitlines() if line.strip()]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    names.sort()
+    return FileSource(_slug(path.stem), None, path.parent, unique_ids(names, path), names)
+
+
+def _imagenet(root: str, split: str | None) -> Source:
+    """ILSVRC 2012; every layout gives the same ids (the files' stems), hence the same fingerprint."""
+    folder, split = Path(root), {"validation": "val", None: "val"}.get(split, split)
+    if split not in IMAGENET:
+        raise InputError(f"imagenet: has no split {split!r}; choose val or train")
+    found = next((folder / place for place in IMAGENET[split] if (folder / place).exists()), folder)
+    if not found.exists():
+        raise InputError(f"{folder}: no such folder; it should hold {' or '.join(IMAGENET[split])}")
+    name = "imagenet" if split == "val" else f"imagenet-{split}"
+    if found.is_file():
+        members = list_archive(found)
+        ids = unique_ids([m.name for m in members], found, _stem)
+        source: Source = ArchiveSource(name, split, found, ids, members)
+    else:
+        if any((found / other).is_dir() for other in IMAGENET):
+            raise InputError(f"{folder}: holds no {' or '.join(IMAGENET[split])}")
+        names, problems = list_folder(found)
+        source = FileSource(name, split, found, unique_ids(names, found, _stem), names, problems)
+    order = sorted(range(len(source)), key=lambda i: source.ids[i])
+    source.ids, source.entries = [source.ids[i] for i in order], [source.entries[i] for i in order]
+    if len(source) != IMAGENET_IMAGES[split]:
+        source.problems.append(f"{len(source)} images; ImageNet's {split} split has {IMAGENET_IMAGES[split]}")
+    return source
+
+
+def _stem(name: str) -> str:
+    return sample_id(name).rpartition("/")[2]
+
+
+def _hugging_face(name: str, split: str | None) -> Source:
+    """OWNER/NAME[:CONFIG][@REVISION] from the hub, or parquet files on this machine."""
+    if os.environ.get("TOKBENCH_OFFLINE") == "1":
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError("hf: needs the package `datasets`; pip install 'tokbench[hf]'") from error
+    local = Path(name)
+    split = split or ("train" if local.exists() else "validation")
+    try:
+        if local.exists():
+            files = sorted(str(path) for path in local.glob("*.parquet")) if local.is_dir() else [str(local)]
+            rows = datasets.load_dataset("parquet", data_files={split: files}, split=split)
+            label = _slug(local.resolve().stem)
+        else:
+            repository, _, revision = name.partition("@")
+            repository, _, config = repository.partition(":")
+            rows = datasets.load_dataset(repository, config or None, split=split, revision=revision or None)
+            label = _slug(name)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"hf:{name}: split {split!r} cannot be loaded ({reason})") from error
+    column = _image_column(rows, datasets, name)
+    if isinstance(rows.features[column], datasets.Image):
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    return HuggingFaceSource(f"{label}-{_slug(split)}", split, rows, column)
+
+
+def _image_column(rows: Any, datasets: Any, name: str) -> str:
+    for column, feature in rows.features.items():
+        packed = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
+        if isinstance(feature, datasets.Image) or packed:
+            return str(column)
+    raise InputError(f"hf:{name}: no column of images among {', '.join(rows.features)}")
+
+
+def describe(source: Source, *, decode: bool = False) -> list[str]:
+    """Lines for `tokbench data info`: what a run would see. `decode` reads every image to its end to find damage."""
+    facts = source.facts()
+    problems = [*source.problems, *(fact.problem for fact in facts if fact.problem)]
+    if decode:
+        problems += [reason for reason in (_damage(source, i) for i, f in enumerate(facts) if not f.problem) if reason]
+    sizes = sorted((fact.width, fact.height) for fact in facts if not fact.problem)
+    by_area = sorted(sizes, key=lambda size: size[0] * size[1])
+    lines = [f"name         {source.name}" + (f" (split {source.split})" if source.split else "")]
+    lines.append(f"images       {len(source)}")
+    if sizes:
+        small, middle, large = (f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1]))
+        lines.append(f"sizes        {small} to {large}, median {middle}")
+        below = {res: sum(min(size) < res for size in sizes) for res in (128, 256, 512, 1024)}
+        lines.append("too small    " + ", ".join(f"{count} for {res} px" for res, count in below.items()))
+    for title, names in (("formats", [f.format for f in facts]), ("modes", [f.mode for f in facts])):
+        counts = Counter(name for name in names if name).most_common()
+        lines.append(f"{title:<13}" + ", ".join(f"{name} {count}" for name, count in counts))
+    lines.append(f"fingerprint  {source.fingerprint()}")
+    lines.append(
+        f"problems     {len(problems) or 'none' if decode or problems else 'none found (--decode looks closer)'}"
+    )
+    return lines + [f"  {problem}" for problem in problems]
+
+
+def _damage(source: Source, index: int) -> str:
+    try:
+        source.load(index)
+    except InputError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,259 @@
+"""Where images come from: folders, lists, archives read in place, Hugging Face data sets. One id per sample, in order.
+
+A sample's id is its path below the source's root without extension, so that two files of one id are refused; for
+ImageNet it is the file's stem, so that a flat folder, class folders and the official archive are one data set.
+"""
+
+import hashlib
+import os
+import sys
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tokbench.data.archives import Member
+from tokbench.data.decode import SUFFIXES, decode, open_header
+from tokbench.errors import InputError
+from tokbench.records.cache import load_cached, printable, save_cached, stamp_of
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a file's bytes say before it is decoded. `problem` is the reason why it cannot be used, or empty."""
+
+    sha256: str = ""
+    width: int = 0
+    height: int = 0
+    format: str = ""
+    mode: str = ""
+    problem: str = ""
+
+
+@dataclass
+class Source:
+    """Samples by index. Subclasses say how the bytes of an entry are read."""
+
+    name: str  # [a-z0-9._-]+
+    split: str | None
+    root: Path
+    ids: list[str]
+    entries: list[Any]
+    problems: list[str] = field(default_factory=list)  # what listing it showed, for the user to know
+    _facts: list[Facts] | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read_bytes(self, index: int) -> bytes:
+        """The file as it is stored. Raises OSError."""
+        raise OSError("a Source has no bytes of its own")
+
+    def where(self, index: int) -> str:
+        """What a message calls this sample."""
+        return str(self.root / self.ids[index])
+
+    def stamp(self, index: int) -> str:
+        """Changes when the bytes do (size and time), without reading them. Raises OSError."""
+        return stamp_of(self.root)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """The RGB image and notes (bits of images.NOTES). InputError naming the file if it cannot be used."""
+        try:
+            data = self.read_bytes(index)
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"{self.where(index)}: cannot be read ({reason}); restore it") from error
+        return decode(data, self.where(index))
+
+    def read(self, index: int) -> Image.Image:
+        """The RGB image. InputError naming the file if it cannot be used."""
+        return self.load(index)[0]
+
+    def facts(self) -> list[Facts]:
+        """Of every sample. Files are read once; a later call asks only whether size or time has changed."""
+        if self._facts is None:
+            self._facts = _survey(self)
+        return self._facts
+
+    def adopt(self, facts: list[Facts]) -> None:
+        """Take the facts that another process found. InputError if they are not of these samples."""
+        if len(facts) != len(self):
+            raise InputError(f"{self.root}: {len(self)} images seen from here, {len(facts)} from the first process")
+        self._facts = facts
+
+    def fingerprint(self) -> str:
+        """sha256 over (id, sha256 of the file's bytes), in id order."""
+        digest = hashlib.sha256()
+        for sample, facts in sorted(zip(self.ids, self.facts(), strict=True), key=lambda pair: pair[0]):
+            digest.update(f"{sample}\n{facts.sha256}\n".encode())
+        return digest.hexdigest()
+
+    def small(self, resolution: int) -> list[str]:
+        """Names of images whose shorter side is below the resolution."""
+        facts = enumerate(self.facts())
+        return [self.where(i) for i, fact in facts if not fact.problem and min(fact.width, fact.height) < resolution]
+
+    def limit(self, num_images: int) -> None:
+        """Keep the N samples whose ids have the smallest sha256: a fair choice, stable when the set grows."""
+        if num_images < 1:
+            raise InputError(f"--limit {num_images}: must be at least 1")
+        if num_images >= len(self.ids):
+            return
+        order = sorted(range(len(self.ids)), key=lambda i: hashlib.sha256(self.ids[i].encode()).digest())
+        kept = sorted(order[:num_images], key=lambda i: self.ids[i])
+        self.ids, self.entries = [self.ids[i] for i in kept], [self.entries[i] for i in kept]
+        self.name, self._facts = f"{self.name}-{num_images}", None
+
+
+class FileSource(Source):
+    """Files on disk; an entry is a path below the root, or an absolute one."""
+
+    def read_bytes(self, index: int) -> bytes:
+        return (self.root / self.entries[index]).read_bytes()
+
+    def where(self, index: int) -> str:
+        return printable(str(self.root / self.entries[index]))
+
+    def stamp(self, index: int) -> str:
+        return stamp_of(self.root / self.entries[index])
+
+
+class ArchiveSource(Source):
+    """Members of a tar or zip, read in place; an entry is a Member."""
+
+    def read_bytes(self, index: int) -> bytes:
+        member: Member = self.entries[index]
+        with open(self.root, "rb", buffering=0) as file:  # a file of its own: forked readers must not share a position
+            file.seek(member.offset)
+            data = file.read(member.packed)
+        if len(data) != member.packed:
+            raise OSError("the archive ends inside it")
+        if member.method == zipfile.ZIP_DEFLATED:
+            try:
+                data = zlib.decompressobj(-15).decompress(data, member.size)
+            except zlib.error as error:
+                raise OSError(str(error)) from error
+        if member.crc is not None and (len(data) != member.size or zlib.crc32(data) != member.crc):
+            raise OSError("checksum of the archive does not match")
+        return data
+
+    def where(self, index: int) -> str:
+        return printable(f"{self.root}:{self.entries[index].name}")
+
+
+class HuggingFaceSource(Source):
+    """Rows of a `datasets` data set; an entry is a row number."""
+
+    def __init__(self, name: str, split: str, dataset: Any, column: str) -> None:
+        super().__init__(name, split, Path(name), [f"{i:08d}" for i in range(len(dataset))], list(range(len(dataset))))
+        self.dataset, self.column = dataset, column
+
+    def read_bytes(self, index: int) -> bytes:
+        value = self.dataset[self.entries[index]][self.column]
+        if isinstance(value, dict):
+            value = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+        return bytes(value)
+
+    def stamp(self, index: int) -> str:
+        return str(self.dataset._fingerprint)  # of the data set's files and of what was done to them
+
+    def where(self, index: int) -> str:
+        return f"{self.name} row {self.entries[index]}"
+
+
+def sample_id(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return printable(stem if suffix.lower() in SUFFIXES else name).lstrip("/")
+
+
+def unique_ids(names: Sequence[str], where: Path, to_id: Callable[[str], str] = sample_id) -> list[str]:
+    """Ids of files; InputError naming two files that share one."""
+    ids = [to_id(name) for name in names]
+    if len(set(ids)) < len(ids):
+        seen: dict[str, str] = {}
+        for sample, name in zip(ids, names, strict=True):
+            if sample in seen:
+                both = printable(f"{seen[sample]} and {name}")
+                raise InputError(f"{where}: {both} have the same id {sample!r}; rename or remove one")
+            seen[sample] = name
+    return ids
+
+
+def list_folder(root: Path) -> tuple[list[str], list[str]]:
+    """Image files below a folder, sorted, and what was odd. Links are followed; each folder is listed once."""
+    names: list[str] = []
+    problems: list[str] = []
+    visited: set[tuple[int, int]] = set()
+    folders = [""]
+    links: list[str] = []  # they wait until all real folders are done, so that a loop never decides a name
+    while folders or links:
+        prefix = folders.pop() if folders else links.pop(0)
+        status = os.stat(os.path.join(root, prefix))
+        if (status.st_dev, status.st_ino) in visited:
+            problems.append(f"{printable(prefix)}: a link to a folder that is listed already; not followed")
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        try:
+            entries = sorted(os.scandir(os.path.join(root, prefix)), key=lambda entry: entry.name)
+        except OSError as error:
+            raise InputError(f"{root / prefix}: cannot be listed ({error.strerror})") from error
+        for entry in entries:
+            name = os.path.join(prefix, entry.name)
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(name)
+            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+                names.append(name)
+    return sorted(names), problems
+
+
+def _survey(source: Source) -> list[Facts]:
+    """Facts of all samples, from the cache where size and time are unchanged; read by a few threads otherwise."""
+    from rich.console import Console
+    from rich.progress import track
+
+    key = f"facts {type(source).__name__} {source.root.resolve()}"
+    kept: dict[str, list[Any]] = load_cached(key) or {}
+    lock = threading.Lock()
+    fresh = 0
+
+    def look(index: int) -> Facts:
+        nonlocal fresh
+        try:
+            stamp = source.stamp(index)
+            known = kept.get(source.ids[index])
+            if known is not None and known[0] == stamp:
+                return Facts(**known[1])
+            facts = inspect(source.read_bytes(index), source.where(index))
+        except OSError as error:
+            return Facts(problem=f"{source.where(index)}: cannot be read ({error.strerror or error})")
+        with lock:
+            kept[source.ids[index]] = [stamp, asdict(facts)]
+            fresh += 1
+        return facts
+
+    with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
+        answers = pool.map(look, range(len(source)))
+        quiet = not sys.stderr.isatty() or len(source) < 1000
+        facts = list(track(answers, "reading files", len(source), console=Console(stderr=True), disable=quiet))
+    if fresh:
+        save_cached(key, kept)
+    return facts
+
+
+def inspect(data: bytes, where: str) -> Facts:
+    """Facts of a file's bytes; what is wrong with it becomes its `problem`."""
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        image = open_header(data, where)
+    except InputError as error:
+        return Facts(digest, problem=str(error))
+    return Facts(digest, image.width, image.height, image.format or "", image.mode)

@@ -1,0 +1,56 @@
+"""What can be made again, kept in the user's cache folder between runs. Never imports torch."""
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+from tokbench.errors import InputError
+from tokbench.records.files import write_whole
+
+log = logging.getLogger("tokbench")
+
+
+def cache_folder() -> Path:
+    """The user's cache: $XDG_CACHE_HOME/tokbench or ~/.cache/tokbench."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokbench"
+
+
+def stamp_of(path: Path) -> str:
+    """Changes when a file does, without reading it: size and time. Raises OSError."""
+    status = os.stat(path)
+    return f"{status.st_size}:{status.st_mtime_ns}"
+
+
+def printable(name: str) -> str:
+    """A file name as text: bytes that are not UTF-8 become \\xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def load_cached(key: str) -> Any:
+    """What `save_cached` kept under this key, or None; a damaged file is named, and made again by the caller."""
+    path = _cache_path(key)
+    try:
+        checksum, _, text = path.read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    if checksum != b"%08x" % zlib.crc32(text):
+        log.warning("%s: damaged, set aside and made again", path)
+        return None
+    return json.loads(text)
+
+
+def save_cached(key: str, value: Any) -> None:
+    """Keep a JSON value in the user's cache; where that cannot be written, it only costs time."""
+    text = json.dumps(value)
+    try:
+        write_whole(_cache_path(key), f"{zlib.crc32(text.encode()):08x}\n{text}")
+    except InputError as error:
+        log.warning("%s", error)
+
+
+def _cache_path(key: str) -> Path:
+    return cache_folder() / "data" / f"{hashlib.sha256(printable(key).encode()).hexdigest()[:24]}.json"

@@ -1,0 +1,185 @@
+"""Files of a run: whole writes, per-sample rows and features, per-image tables, folders of results. No torch here.
+
+Every process appends to files of its own and never touches another's, so any number of ranks and of runs may share a
+folder. Each record carries a checksum: one torn by a kill, or changed by a disk, is skipped, named in a warning, and
+its sample counts as not yet measured.
+"""
+
+import contextlib
+import csv
+import gzip
+import hashlib
+import io
+import logging
+import os
+import secrets
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import numpy as np
+
+from tokbench.errors import InputError
+from tokbench.records.result import EvalResult, read_result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not kept apart
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger("tokbench")
+
+
+@contextlib.contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Turn an OSError of writing below this path into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path}: cannot be written ({reason}); free space or choose another --out") from error
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Write a file so that readers see the old one or the new one, never a part; InputError if it cannot be written."""
+    raw = data.encode("utf-8") if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a working folder; InputError if one is in it. Ends with the process, however it dies.
+
+    A folder that nothing was written into is removed.
+    """
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "ab")  # noqa: SIM115
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"{folder}: another run is measuring this; wait for it or use another --out"
+                ) from error
+            except OSError as error:  # a file system without locks
+                log.warning("%s: cannot be locked (%s); do not start the same run twice", folder, error.strerror)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if [path.name for path in folder.iterdir()] == ["lock"]:
+                    (folder / "lock").unlink()
+                    folder.rmdir()
+
+
+def result_path(out: Path, result: EvalResult) -> Path:
+    """<out>/<protocol>/<dataset>-<resolution>/<name>.json"""
+    dataset = f"{result.dataset.name}-{result.dataset.resolution}"
+    return out / result.protocol / dataset / f"{result.tokenizer.name}.json"
+
+
+def per_image_path(path: Path) -> Path:
+    """The per-image table that belongs to a result file."""
+    return path.with_name(path.name.removesuffix(".json") + ".per_image.csv.gz")
+
+
+def image_folders(path: Path) -> tuple[Path, Path]:
+    """Where saved images of a result file lie, ID.png each: real crops, which its neighbours share, and its own."""
+    stem = path.name.removesuffix(".json")
+    return path.with_name("+real.images"), path.with_name(f"{stem}.images")  # no row can be called "+real"
+
+
+def image_name(sample: str) -> str:
+    """The file name of a sample's image; `urllib.parse.unquote` of its stem gives an id back that is not overlong."""
+    name = quote(sample, safe="")
+    if len(name) > 200:  # a file system takes 255 bytes, the temporary name included
+        name = f"{name[:180]}-{hashlib.sha256(sample.encode()).hexdigest()[:16]}"
+    return name + ".png"
+
+
+def write_per_image(path: Path, ids: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:
+    """A gzipped CSV: column `id`, then one per name; equal data gives equal bytes."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", *columns])
+    writer.writerows(zip(ids, *([repr(float(value)) for value in values] for values in columns.values()), strict=True))
+    write_whole(path, gzip.compress(text.getvalue().encode(), mtime=0))
+
+
+def read_per_image(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Ids and float64 columns of `write_per_image`'s file; InputError if it is missing or damaged."""
+    try:
+        rows = list(csv.reader(io.StringIO(gzip.decompress(path.read_bytes()).decode())))
+        names = rows[0][1:]
+        table = np.array([row[1:] for row in rows[1:]], dtype=np.float64).reshape(len(rows) - 1, len(names))
+    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
+        raise InputError(f"{path}: not a readable per-image table ({error})") from error
+    return [row[0] for row in rows[1:]], {name: table[:, index] for index, name in enumerate(names)}
+
+
+def read_results(folder: Path) -> tuple[list[tuple[Path, EvalResult]], list[str]]:
+    """All results below a folder (or in one file), sorted by path, and a line for each file that is not one."""
+    if not folder.exists():
+        raise InputError(f"{folder}: no such folder of results")
+    paths = [folder] if folder.is_file() else sorted(folder.glob("*/*/*.json"))
+    results, warnings = [], []
+    for path in paths:
+        parts = path.relative_to(folder).parts
+        if parts[:1] == ("speed",) or any(part.startswith(".") for part in parts):
+            continue  # speed records are another kind (report.speed)
+        try:
+            results.append((path, read_result(path)))
+        except InputError as error:
+            warnings.append(str(error))
+    return results, warnings
+
+
+def results_frame(results: Iterable[EvalResult]) -> "pd.DataFrame":
+    """One row per cell: what was measured, on what, and `<metric>`, `<metric>.stderr` (missing: NaN)."""
+    import pandas as pd  # half a second that other readers of this module need not wait
+
+    rows = []
+    for result in results:
+        info, dataset = result.tokenizer, result.dataset
+        row: dict[str, object] = {
+            "protocol": result.protocol,
+            "protocol_fingerprint": result.protocol_fingerprint,
+            "dataset": dataset.name,
+            "split": dataset.split,
+            "resolution": dataset.resolution,
+            "num_images": dataset.num_images,
+            "fingerprint": dataset.fingerprint,
+            "name": info.name,
+            "family": info.family,
+            "downsample": info.downsample,
+            "channels": info.channels,
+            "codebook_size": info.codebook_size,
+            "decode_steps": info.decode_steps,
+            "device": result.provenance.get("device"),
+        }
+        for metric, value in result.metrics.items():
+            row[metric], row[f"{metric}.stderr"] = value.value, value.stderr
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def results(folder: str | Path = "runs") -> "pd.DataFrame":
+    """The results below a folder as a table, one row per cell (`results_frame`). InputError if there is no folder."""
+    return results_frame(result for _, result in read_results(Path(folder))[0])

@@ -1,0 +1,136 @@
+"""Networks on a device: the one place where they are moved, counted and hashed, and where precision is set."""
+
+import contextlib
+import gc
+import hashlib
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokbench.errors import CellError, InputError
+from tokbench.tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OUT_OF_MEMORY = ("out of memory", "unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+
+
+def select_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N`; plain CUDA is this process's own GPU. InputError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f'unknown device "{name}": auto, cpu, cuda or cuda:N') from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f'device "{name}" is not supported: auto, cpu, cuda or cuda:N')
+    if device.type == "cuda":
+        index = local_rank if device.index is None else device.index
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            raise InputError(
+                f'device "{name}": this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu'
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """What a table's caption calls the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"CPU {model}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def find_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise InputError(f'unknown dtype "{name}": {" or ".join(DTYPES)}')
+    return DTYPES[name]
+
+
+def prepare(tokenizer: Tokenizer, device: torch.device) -> None:
+    """Put every network on the device: eval mode, channels last. CellError if it does not fit."""
+    try:
+        for network in tokenizer.networks.values():
+            network.eval().to(device).to(memory_format=torch.channels_last)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CellError(
+            f"{tokenizer.info.name}: its weights do not fit into the memory of {describe_device(device)}"
+        ) from error
+
+
+def count_parameters(network: nn.Module | None) -> int:
+    return sum(parameter.numel() for parameter in network.parameters()) if network is not None else 0
+
+
+def hash_state(tokenizer: Tokenizer) -> str | None:
+    """sha256 over names, types, shapes and bytes of all parameters and buffers, in `networks` or in attributes.
+
+    None without `networks`, or where a state holds other things than tensors: a hash would promise too much.
+    """
+    networks = getattr(tokenizer, "networks", None)
+    if networks is None:
+        return None
+    known = {id(t) for network in networks.values() for t in [*network.parameters(), *network.buffers()]}
+    states: dict[str, dict[str, Any]] = {part: network.state_dict() for part, network in networks.items()}
+    states[""] = dict(_outside(tokenizer, known))
+    digest = hashlib.sha256()
+    for part, state in sorted(states.items()):
+        for name, tensor in sorted(state.items()):
+            if not isinstance(tensor, torch.Tensor):
+                return None
+            digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _outside(owner: Any, known: set[int], depth: int = 2) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors in attributes of the tokenizer (or of a part of it) and of their modules that are not `known`."""
+    values = dict(getattr(owner, "__dict__", {}))
+    if isinstance(owner, nn.Module):
+        values |= owner._modules | owner._parameters | owner._buffers
+    for name, value in values.items():
+        if isinstance(value, nn.Module):
+            tensors = [*value.named_parameters(), *value.named_buffers()]
+            yield from ((f"{name}.{inner}", tensor) for inner, tensor in tensors if id(tensor) not in known)
+        elif isinstance(value, torch.Tensor):
+            if id(value) not in known:
+                yield name, value
+        elif depth > 1 and hasattr(value, "networks"):
+            yield from ((f"{name}.{inner}", found) for inner, found in _outside(value, known, depth - 1))
+
+
+@contextlib.contextmanager
+def precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Inference mode, under autocast for anything but float32; float32 means float32."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False  # TF32 rounds factors to 10 bits
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch, cuDNN and cuBLAS say it in different ways."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(s in str(error) for s in OUT_OF_MEMORY)
+
+
+def release(device: torch.device) -> None:
+    """Hand back memory that nobody refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,157 @@
+"""What a training run writes besides its weights: log lines, sample grids, curves, the record of how it was made."""
+
+import io
+import json
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tokbench.config import to_dict
+from tokbench.errors import CellError
+from tokbench.metrics import METRICS
+from tokbench.records.files import writable, write_whole
+from tokbench.runtime.device import describe_device
+
+
+class Log:
+    """A JSON line per record in log.jsonl; resuming at a step drops the lines of later ones. One process writes."""
+
+    def __init__(self, path: Path, first_step: int, main: bool = True) -> None:
+        self.path, self.main = path, main
+        if not main:
+            return
+        kept = [record for record in self.records() if record["step"] <= first_step]
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def write(self, **record: Any) -> None:
+        if not self.main:
+            return
+        with writable(self.path), self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Every record on disk, less a line that a power cut or a full disk has left torn."""
+        records = []
+        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
+            with suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
+
+
+class Meter:
+    """Means of losses between two log lines, and the rate of images."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+        self.images, self.since = 0, time.perf_counter()
+
+    def add(self, losses: Mapping[str, Tensor | float], images: int) -> None:
+        self.images += images
+        for name, value in losses.items():
+            self.values.setdefault(name, []).append(float(value))
+
+    def note(self) -> str:
+        """For the progress bar: the rate of images and the losses so far, "45 images/s, loss 0.412, l1 0.11"."""
+        means = {name: sum(values) / len(values) for name, values in self.values.items()}
+        losses = sorted(means.items(), key=lambda item: item[0] != "loss")  # a narrow terminal cuts the others off
+        rate = f"{self.images / (time.perf_counter() - self.since):.3g} images/s"
+        return ", ".join([rate, *(f"{name} {value:.3g}" for name, value in losses)])
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call, and start again."""
+        seconds = time.perf_counter() - self.since
+        record = {name: sum(values) / len(values) for name, values in self.values.items()}
+        record |= {"seconds": round(seconds, 3), "images_per_second": round(self.images / seconds, 2)}
+        self.values, self.images, self.since = {}, 0, time.perf_counter()
+        return record
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done `every` so many steps, and at the end, is to be done after this step. 0: never."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def is_best(records: Sequence[Mapping[str, Any]], metric: str) -> bool:
+    """Whether the last record with this held-out metric is the best of all."""
+    values = [record[metric] for record in records if metric in record]
+    better = max if METRICS[metric].better == "higher" else min
+    return bool(values) and values[-1] == better(values)
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying, so that the loop can save and stop. A second one is not caught."""
+    caught: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    before = {name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def check_losses(losses: Mapping[str, float], step: int, ids: Sequence[str], checkpoint: Path, limit: float) -> None:
+    """Raises CellError naming step, samples and last good checkpoint for a loss that is not finite or above limit."""
+    for name, value in losses.items():
+        if not math.isfinite(value) or abs(value) > limit:
+            saved = f"last good checkpoint: {checkpoint}" if checkpoint.exists() else "no checkpoint yet"
+            raise CellError(f"step {step}: {name} is {value} on {', '.join(ids)}; {saved}")
+
+
+def image_grid(rows: Sequence[Tensor]) -> Image.Image:
+    """Rows of float [B, 3, H, W] in [-1, 1], one under the other."""
+    lines = [torch.cat(list(row.detach().float().cpu().clamp(-1, 1)), dim=2) for row in rows]
+    pixels = ((torch.cat(lines, dim=1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    write_whole(path, buffer.getvalue())
+
+
+def plot_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """One small plot per logged quantity, over steps."""
+    from matplotlib.figure import Figure
+
+    names = [key for key in dict.fromkeys(k for record in records for k in record) if key not in ("step", "images")]
+    figure = Figure(figsize=(9, 2.2 * math.ceil(max(1, len(names)) / 3)), layout="constrained")
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(math.ceil(len(names) / 3), 3, i + 1, title=name, xlabel="step")
+        points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)]
+        axes.plot([x for x, _ in points], [y for _, y in points], linewidth=1)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_whole(path, buffer.getvalue())
+
+
+def training_record(config: Any, stage: str, origin: Mapping[str, str], log: Log) -> dict[str, Any]:
+    """What a model's file and card say about how it was made."""
+    records = [record for record in log.records() if "seconds" in record]
+    return {
+        "stage": stage,
+        "started_from": dict(origin),
+        "images_seen": (records[-1]["step"] if records else 0) * config.run.batch_size,
+        "seconds": round(sum(record["seconds"] for record in records), 1),
+        "machine": describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "command": shlex.join(["tokbench", *sys.argv[1:]]),
+        "settings": to_dict(config),
+    }

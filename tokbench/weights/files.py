@@ -1,0 +1,58 @@
+"""Files of weights: their hashes, and reading them without running anything."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tokbench.errors import InputError
+
+
+class WeightsError(InputError):
+    """A network's weights are missing, or are not what they should be; the message says how to get them."""
+
+
+def offline() -> bool:
+    """TOKBENCH_OFFLINE is set to something that is not 0."""
+    return os.environ.get("TOKBENCH_OFFLINE", "0") not in ("", "0")
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes; read once a process unless size or time changes."""
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _sha256(path: Path, size: int, time: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_file(path: Path, expected: str, what: str) -> Path:
+    """The path, if the file's sha256 begins with `expected`; WeightsError naming both digests if not."""
+    found = file_sha256(path)
+    if not found.startswith(expected):
+        raise WeightsError(
+            f"{what}: {path} has sha256 {found[:16]}..., expected {expected[:16]}...; "
+            f"remove it and run `tokbench weights fetch {what}`"
+        )
+    return path
+
+
+def load(path: Path) -> Mapping[str, Any]:
+    """The tensors of a safetensors or torch file, by name, on the CPU. WeightsError if it is neither."""
+    from pickle import UnpicklingError
+
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError, SafetensorError) as error:
+        raise WeightsError(f"{path}: not a readable file of weights ({error})") from None
