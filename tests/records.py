@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tokbench.records.result import Dataset, EvalResult, TokenizerInfo, Value, to_json
+from tokbench.records.result import Dataset, EvalResult, Provenance, TokenizerInfo, Value, to_json
 
 MEANS = {"psnr": (24.0, 3.0), "ssim": (0.7, 0.1), "lpips-alex": (0.2, 0.05), "lpips-vgg": (0.3, 0.06)}
 
@@ -38,16 +38,15 @@ def record(name: str, *, seed: int = 0, n: int = 29, shift: float = 0.0, res: in
         tokenizer=TokenizerInfo(name=name, **facts),
         dataset=Dataset("samples", None, res, n, "d" * 16),
         metrics=metrics,
-        settings={"dtype": "float32", "seeds": [0]},
-        provenance={
-            "commit": "0" * 40,
-            "dirty": False,
-            "date": "2026-11-20T10:00:00+00:00",
-            "command": f"tokbench run --models {name} --res {res}",
-            "versions": {"torch": "2.14.1"},
-            "device": "CPU, 4 cores",
-            "seconds": {"encode": 0.02, "decode": 0.04 * (1 + seed)},
-        },
+        provenance=Provenance(
+            commit="0" * 40,
+            dirty=False,
+            date="2026-11-20T10:00:00+00:00",
+            command=f"tokbench run --models {name} --res {res}",
+            versions={"torch": "2.14.1"},
+            device="CPU, 4 cores",
+            seconds={"encode": 0.02, "decode": 0.04 * (1 + seed)},
+        ),
     )
 
 

@@ -79,7 +79,7 @@ def test_state_outside_of_the_networks_is_hashed_where_it_is(photographs: Path, 
     model.gain.weight.data += 1
     hashes += [hash_state(model)]
     assert len(set(hashes) - {None}) == 5
-    cells = [evaluate(model, photographs, 32, ["psnr"], out=tmp_path).provenance["cell"] for _ in range(2)]
+    cells = [evaluate(model, photographs, 32, ["psnr"], out=tmp_path).provenance.cell for _ in range(2)]
     assert cells[0] == cells[1] is not None
 
 

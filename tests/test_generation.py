@@ -122,11 +122,10 @@ def test_identity_end_to_end_gives_a_record_images_and_a_table(
     paths = sorted(tmp_path.glob("generate-*/*/identity.json"))
     assert [path.parts[-3] for path in paths] == ["generate-dit-tiny-4-4-g1", "generate-dit-tiny-4-4-g3"]
     result = read_result(paths[0])
-    assert result.settings["scope"] == "generation"
-    assert result.settings["generator"]["steps_trained"] == 4
+    assert result.settings.generation["generator"]["steps_trained"] == 4
     assert result.dataset.name == labelled.name.lower()
     assert result.metrics["kid"].value is not None
-    assert set(result.provenance["seconds"]) == {"generator", "decode"}
+    assert set(result.provenance.seconds) == {"generator", "decode"}
     with np.load(paths[0].with_suffix(".npz")) as file:
         assert file["arr_0"].shape == (5, 16, 16, 3)
         assert file["arr_1"].tolist() == [0, 1, 0, 1, 0]

@@ -95,13 +95,26 @@ def test_the_best_guidance_of_a_sweep_is_the_lowest_distance(tmp_path: Path) -> 
 
 
 def test_the_table_gives_errors_and_marks_what_the_decoder_was_trained_for(capsys: pytest.CaptureFixture[str]) -> None:
-    from tokbench.records.result import Dataset, Value
+    from tokbench.records.result import Dataset, Provenance, Settings, Value
 
     info = TokenizerInfo("a", "", losses=("dinov2",))
     run = {"guidance": 1.0, "generator": {"name": "dit-b-2", "steps_trained": 1000}}
     values = {"gfid": Value(3.21, 0.05, n=50_000), "fd-dinov2": Value(75.0, 1.5, n=50_000)}
-    data, seconds = Dataset("ref", None, 256, 50_000, ""), {"seconds": {"generator": 1.0, "decode": 0.5}}
-    print_table([EvalResult("p", "", info, data, values, settings=run, provenance=seconds)], [])
+    data, seconds = Dataset("ref", None, 256, 50_000, ""), Provenance(seconds={"generator": 1.0, "decode": 0.5})
+    print_table(
+        [
+            EvalResult(
+                protocol="p",
+                protocol_fingerprint="",
+                tokenizer=info,
+                dataset=data,
+                metrics=values,
+                settings=Settings(generation=run),
+                provenance=seconds,
+            )
+        ],
+        [],
+    )
     table = " ".join(capsys.readouterr().out.split())
     for text in ("3.210 ±0.050", "75.000† ±1.500", "N = 50,000 against ref; ± standard error; † the metric's network"):
         assert text in table

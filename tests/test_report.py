@@ -181,7 +181,7 @@ def test_only_what_was_asked_for_is_said_to_be_missing() -> None:
 
 
 def test_images_that_were_left_out_or_enlarged_are_said() -> None:
-    settings = {**record("a").settings, "skipped": 2, "upscaled": 3}
+    settings = dataclasses.replace(record("a").settings, skipped=2, upscaled=3)
     (block,) = blocks([Entry(dataclasses.replace(record("a"), settings=settings)), Entry(record("b"))])
     assert "a: unreadable images left out: 2" in block.footnotes
     assert "a: images enlarged: 3" in block.footnotes
@@ -189,7 +189,7 @@ def test_images_that_were_left_out_or_enlarged_are_said() -> None:
 
 def test_times_of_different_machines_are_not_ranked() -> None:
     a, b = record("a", seed=1), record("b", seed=2)
-    b = dataclasses.replace(b, provenance={**b.provenance, "device": "GPU"})
+    b = dataclasses.replace(b, provenance=dataclasses.replace(b.provenance, device="GPU"))
     (block,) = blocks([Entry(a), Entry(b)])
     assert {row.cells["decode"].rank for row in block.rows} == {0}
     assert any("different machines" in note for note in block.footnotes)
@@ -241,7 +241,7 @@ def test_foreign_newer_and_half_written_files_are_named_and_skipped(
 
 def test_of_two_results_for_a_cell_the_newer_counts(tmp_path: Path) -> None:
     old = record("a", shift=0)
-    new = dataclasses.replace(record("a", shift=1), provenance={**old.provenance, "date": "2026-12-01"})
+    new = dataclasses.replace(record("a", shift=1), provenance=dataclasses.replace(old.provenance, date="2026-12-01"))
     write(tmp_path, old)
     (tmp_path / "adm" / "samples-256" / "copy.json").write_text(write(tmp_path / "other", new).read_text())
     entries, _, warnings = gather(tmp_path)

@@ -104,8 +104,8 @@ def test_seeds_are_averaged_and_the_spread_is_split(tokbench: Command, photograp
     command = ("run", "--data", photographs, "--out", tmp_path, "--seeds", "0,1,2", *FAST)
     assert tokbench(*command, "--models", f"drawn={TINY}@noise=0.5,fixed={TINY}").status == 0
     drawn, fixed = results(tmp_path)["drawn-32"], results(tmp_path)["fixed-32"]
-    assert fixed.settings["seeds"] == [0]
-    assert drawn.settings["seeds"] == [0, 1, 2]
+    assert fixed.settings.seeds == (0,)
+    assert drawn.settings.seeds == (0, 1, 2)
     assert "by noise" in drawn.metrics["psnr"].note
     _, columns = read_per_image(tmp_path / "adm/photographs-32/drawn.per_image.csv.gz")
     per_seed = [columns[f"psnr.seed{seed}"] for seed in (0, 1, 2)]
@@ -176,7 +176,7 @@ def test_memory_decides_the_batch_size_unless_the_user_did(
     assert "out of memory at 32 px with batch size 5; try --batch-size 2, or auto" in ran.err
     assert not list(tmp_path.glob("*/*/*.json"))
     assert tokbench(*command, "--batch-size", "auto").status == 0
-    assert results(tmp_path)["big-32"].provenance["batch_size"] == 1
+    assert results(tmp_path)["big-32"].provenance.batch_size == 1
 
 
 def test_a_size_the_model_cannot_take_is_wrong_use(tokbench: Command, photographs: Path, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_an_unreadable_image_stops_the_run_unless_it_may_be_left_out(
     assert ran.status == 0
     assert "left out: " in ran.err
     result = results(tmp_path / "runs")["tiny-32"]
-    assert (result.dataset.num_images, result.settings["skipped_ids"]) == (12, ["broken"])
+    assert (result.dataset.num_images, result.settings.skipped_ids) == (12, ("broken",))
     assert "0 done, 1 cached" in tokbench(*command, "--skip-bad").err
     assert tokbench(*command).status == 2  # not answered by a result that leaves an image out
 
@@ -264,7 +264,7 @@ def test_small_images_are_refused_by_name_or_enlarged_and_counted(
     assert ran.status == 2
     assert "12 images are smaller than 48 px" in ran.reason
     assert tokbench(*command, "--upscale").status == 0
-    assert results(tmp_path)["identity-48"].settings["upscaled"] == 12
+    assert results(tmp_path)["identity-48"].settings.upscaled == 12
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")

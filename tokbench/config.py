@@ -94,11 +94,14 @@ def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
 
 
 def _typed(value: Any, annotation: Any) -> Any:
-    if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
-        return from_dict(typing.cast(type, annotation), value)
+    kinds = typing.get_args(annotation) or (annotation,)
+    inner = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+    if isinstance(value, Mapping) and inner is not None:
+        if isinstance(typing.get_origin(annotation), type) and issubclass(typing.get_origin(annotation), Mapping):
+            return {key: from_dict(typing.cast(type, inner), item) for key, item in value.items()}
+        return from_dict(typing.cast(type, inner), value)
     if isinstance(value, list):
         return tuple(value)
-    kinds = typing.get_args(annotation) or (annotation,)
     return Path(value) if Path in kinds and isinstance(value, str) else value
 
 

@@ -88,8 +88,8 @@ def opening(results: dict[str, EvalResult], seeds: list[int], preset: str) -> li
     return [
         f"{standing}The design was fixed beforehand in [PLAN.md](PLAN.md). {len(seeds)} training seeds, "
         f"{first.dataset.num_images} test photographs at {first.dataset.resolution} px, protocol `{first.protocol}`, "
-        f"{len(noisy.settings['seeds'])} noise seeds an image for stochastic decoders. "
-        f"Measured on {first.provenance['device']}, {str(first.provenance['date'])[:10]}.",
+        f"{len(noisy.settings.seeds)} noise seeds an image for stochastic decoders. "
+        f"Measured on {first.provenance.device}, {first.provenance.date[:10]}.",
         "",
         f"Repeat: `make study PRESET={preset} TRAIN=PHOTOS`. The records of this page are in [{preset}/]({preset}/).",
         "",

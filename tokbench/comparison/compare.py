@@ -86,7 +86,7 @@ def _difference(
     assert y.value is not None
     difference, n = y.value - x.value, min(x.n, y.n)
     trained = (trained_on(a, metric.name), trained_on(b, metric.name))
-    seeds = [result.settings.get("seeds", [0]) for result in (a, b)]
+    seeds: list[Sequence[int]] = [result.settings.seeds for result in (a, b)]
     low, high, how = _interval(metric, difference, rows, stores, seeds)
     if low is None and x.stderr is not None and y.stderr is not None:
         half = Z * float(np.hypot(x.stderr, y.stderr))

@@ -48,11 +48,11 @@ def finished(path: Path, key: str, plan: Plan, available: Callable[[], Mapping[s
         path.replace(aside)
         log.warning("%s: damaged, set aside as %s; the cell is measured again", path, aside.name)
         return None
-    if result.provenance.get("cell") != key:
+    if result.provenance.cell != key:
         return None
     if result.unavailable and not set(result.unavailable) <= set(available()):
         return None
-    return None if result.settings.get("skipped") and not plan.skip_bad else result
+    return None if result.settings.skipped and not plan.skip_bad else result
 
 
 def applies(name: str, tokenizer: Tokenizer) -> bool:

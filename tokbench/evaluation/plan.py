@@ -67,7 +67,7 @@ def settings(tokenizer: Tokenizer, spec: str, plan: Plan) -> dict[str, Any]:
     return {
         "spec": spec,
         "dtype": str(conditions.autocast).removeprefix("torch."),
-        "seeds": list(conditions.seeds if drawn else conditions.seeds[:1]),
+        "seeds": conditions.seeds if drawn else conditions.seeds[:1],
         **({"upscaled": plan.upscaled} if plan.upscaled is not None else {}),
     }
 
@@ -117,7 +117,13 @@ def attributes(owner: object) -> list[str]:
 
 def cell_path(out: Path, plan: Plan, name: str) -> Path:
     """Where the result of a cell lies."""
-    empty = EvalResult(plan.conditions.protocol.name, "", TokenizerInfo(name, ""), dataset_of(plan, 0), {})
+    empty = EvalResult(
+        protocol=plan.conditions.protocol.name,
+        protocol_fingerprint="",
+        tokenizer=TokenizerInfo(name, ""),
+        dataset=dataset_of(plan, 0),
+        metrics={},
+    )
     return result_path(out, empty)
 
 

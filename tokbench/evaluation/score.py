@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from tokbench.metrics.suite import UNCLAMPED, Instruments, instruments
 from tokbench.protocols import find_protocol
 from tokbench.records import provenance
 from tokbench.records.files import hold, per_image_path, result_path, write_per_image, write_whole
-from tokbench.records.result import Dataset, EvalResult, TokenizerInfo, Value, to_json
+from tokbench.records.result import Dataset, EvalResult, Settings, TokenizerInfo, Value, to_json
 from tokbench.records.samples import SampleStore
 from tokbench.runtime.device import describe_device, release, select_device
 from tokbench.runtime.terminal import bar
@@ -87,7 +87,14 @@ def score(options: ScoreOptions) -> EvalResult:
         raise InputError(f"--name {name}: use lower-case letters, digits, dot, underscore and hyphen")
     info = TokenizerInfo(name, family="images", note="images made elsewhere")
     dataset = Dataset(real.name, real.split, resolution, len(real), real.fingerprint())
-    empty = EvalResult(protocol.name, protocol.fingerprint(), info, dataset, {}, unavailable)
+    empty = EvalResult(
+        protocol=protocol.name,
+        protocol_fingerprint=protocol.fingerprint(),
+        tokenizer=info,
+        dataset=dataset,
+        metrics={},
+        unavailable=unavailable,
+    )
     path = result_path(options.out, empty)
     work = path.with_name(f".{path.stem}-score")
     conditions = Conditions(protocol, resolution, device)
@@ -111,9 +118,9 @@ def score(options: ScoreOptions) -> EvalResult:
         release(device)
         values = {m.name: finite(compute(m.name, store, (0,))) for m in possible if m.name not in unavailable}
         extractors = {name: extract.sha256 for name, extract in tools.extractors.items()}
-        settings = {"real": options.real, "fake": options.fake, "fake_fingerprint": fake.fingerprint(), "seeds": [0]}
+        settings = Settings(scored={"real": options.real, "fake": options.fake, "fake_fingerprint": fake.fingerprint()})
         made = provenance.collect(describe_device(device), device.type, batch_size=batch, extractors=extractors)
-        result = EvalResult(protocol.name, protocol.fingerprint(), info, dataset, values, unavailable, settings, made)
+        result = replace(empty, metrics=values, settings=settings, provenance=made)
         write_per_image(per_image_path(path), store.ids, table(list(values), store, (0,)))
         write_whole(path, to_json(result))
         shutil.rmtree(work, ignore_errors=True)

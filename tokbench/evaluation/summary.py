@@ -21,7 +21,7 @@ from tokbench.metrics import METRICS, too_few
 from tokbench.metrics.statistics import CONFIDENCE, t_quantile
 from tokbench.records import provenance
 from tokbench.records.files import hold, per_image_path, writable, write_per_image, write_whole
-from tokbench.records.result import EvalResult, TokenizerInfo, Value, to_json
+from tokbench.records.result import EvalResult, Settings, TokenizerInfo, Value, to_json
 from tokbench.records.samples import CHUNK, SampleStore
 from tokbench.runtime.device import describe_device
 
@@ -97,7 +97,7 @@ def finish(
         dataset=dataset_of(plan, len(store.ids)),
         metrics=values,
         unavailable=measured.unavailable,
-        settings=dict(chosen) | ({"skipped": len(skipped), "skipped_ids": skipped[:100]} if skipped else {}),
+        settings=Settings(**chosen, skipped=len(skipped), skipped_ids=tuple(skipped[:100])),
         provenance=provenance.collect(
             describe_device(cell.conditions.device),
             cell.conditions.device.type,

@@ -41,7 +41,7 @@ from tokbench.metrics.suite import instruments
 from tokbench.protocols import find_protocol
 from tokbench.records import provenance
 from tokbench.records.files import result_path, write_whole
-from tokbench.records.result import Dataset, EvalResult, TokenizerInfo, to_json
+from tokbench.records.result import Dataset, EvalResult, Settings, TokenizerInfo, to_json
 from tokbench.records.samples import SampleStore
 from tokbench.runtime.device import describe_device, find_dtype, prepare, select_device
 from tokbench.runtime.processes import World, join, leave
@@ -213,8 +213,12 @@ def record(
         dataset=Dataset(reference.name, None, generator.space.resolution, len(draw.labels), reference.fingerprint),
         metrics=values,
         unavailable={**tools.unavailable, **unavailable},
-        settings={"spec": spec, "dtype": options.dtype, "seeds": [options.seed]}
-        | describe_run(generator, how, options.labels, reference),
+        settings=Settings(
+            spec=spec,
+            dtype=options.dtype,
+            seeds=(options.seed,),
+            generation=describe_run(generator, how, options.labels, reference),
+        ),
         provenance=provenance.collect(
             describe_device(draw.device),
             draw.device.type,
@@ -253,7 +257,6 @@ def recipe(generator: Generator) -> str:
 def describe_run(generator: Generator, how: Sampling, labels: str, reference: Reference) -> dict[str, Any]:
     """The part of a record's settings that only generated images have."""
     return {
-        "scope": "generation",
         "generator": {
             "name": generator.name,
             "weights": generator.weights,

@@ -38,7 +38,7 @@ def print_table(results: Sequence[EvalResult], folders: Sequence[Path]) -> None:
     ):
         table.add_column(heading, justify="left" if heading in ("tokenizer", "generator") else "right")
     for result in results:
-        run, seconds = result.settings, result.provenance["seconds"]
+        run, seconds = result.settings.generation, result.provenance.seconds
         rfid = known.get((result.tokenizer.weights or result.tokenizer.name, result.dataset.resolution))
         steps = run["generator"]["steps_trained"]
         times = (seconds["generator"], seconds["decode"], seconds["generator"] + seconds["decode"])

@@ -172,7 +172,7 @@ def results_frame(results: Iterable[EvalResult]) -> "pd.DataFrame":
             "channels": info.channels,
             "codebook_size": info.codebook_size,
             "decode_steps": info.decode_steps,
-            "device": result.provenance.get("device"),
+            "device": result.provenance.device,
         }
         for metric, value in result.metrics.items():
             row[metric], row[f"{metric}.stderr"] = value.value, value.stderr

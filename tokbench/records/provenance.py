@@ -14,26 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import tokbench
+from tokbench.records.result import Provenance
 
 STANDARD = sysconfig.get_path("stdlib")
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "diffusers")
 
 
-def collect(device: str, device_type: str, world_size: int = 1, **more: Any) -> dict[str, Any]:
-    """What a result says about its making; `more` is added as it is."""
+def collect(device: str, device_type: str, world_size: int = 1, **more: Any) -> Provenance:
+    """What a result says about its making; `more` are other fields of `Provenance`."""
     commit, dirty = git_state()
-    return {
-        "tokbench": tokbench.__version__,
-        "commit": commit,
-        "dirty": dirty,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command(),
-        "versions": versions(),
-        "device": device,
-        "device_type": device_type,
-        "world_size": world_size,
+    return Provenance(
+        tokbench=tokbench.__version__,
+        commit=commit,
+        dirty=dirty,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command(),
+        versions=versions(),
+        device=device,
+        device_type=device_type,
+        world_size=world_size,
         **more,
-    }
+    )
 
 
 def command() -> str:

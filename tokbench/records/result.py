@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokbench.config import from_dict
 from tokbench.errors import InputError
+from tokbench.records.measurement import Measurement
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,43 @@ class Dataset:
     fingerprint: str  # hash over (sample id, sha256 of the file's bytes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What was chosen, as it took effect: everything besides protocol, images and weights that can change a number."""
+
+    spec: str = ""
+    dtype: str = "float32"
+    seeds: tuple[int, ...] = (0,)  # those that were run: one is enough where nothing is drawn
+    upscaled: int | None = None  # images below the resolution, which were enlarged; None: none was allowed
+    skipped: int = 0  # unreadable images that were left out
+    skipped_ids: tuple[str, ...] = ()  # the first hundred of them
+    scored: Mapping[str, str] = field(default_factory=dict)  # `score`: real, fake, fake_fingerprint
+    # `generate`: generator {name, weights, steps_trained, note}, reference {name, fingerprint, num_images, statistics},
+    # guidance, interval, steps, sampler, seed, labels
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """How a number came about."""
+
+    tokbench: str = ""
+    commit: str | None = None
+    dirty: bool | None = None
+    date: str = ""
+    command: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    device: str = ""
+    device_type: str = ""
+    world_size: int = 1
+    batch_size: int | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)  # an image: encode, decode, generator
+    image_notes: Mapping[str, int] = field(default_factory=dict)  # images turned, put on white, ...
+    extractors: Mapping[str, str] = field(default_factory=dict)  # name -> sha256 of its weights
+    cell: str | None = None  # the key by which a later run knows that it may answer from this record
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalResult:
     """One cell: a tokenizer measured on a data set at a resolution under a protocol."""
 
@@ -74,37 +112,44 @@ class EvalResult:
     dataset: Dataset
     metrics: Mapping[str, Value]
     unavailable: Mapping[str, str] = field(default_factory=dict)  # metric -> reason and the command that helps
-    settings: Mapping[str, Any] = field(default_factory=dict)  # spec, dtype, seeds, skipped images, ...
-    # commit, dirty, date, command, versions, device, world_size, batch_size, extractors {name: sha256},
-    # seconds {encode, decode} per image
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=Settings)
+    measurement: Measurement | None = None  # what was asked for; None: not known, of an older schema
+    provenance: Provenance = field(default_factory=Provenance)
     schema: int = SCHEMA
 
 
 def to_json(result: "EvalResult | SpeedResult") -> str:
     """The record as JSON text. Raises ValueError for a NaN or infinity: such a value belongs in `unavailable`."""
-    return json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    record = dataclasses.asdict(result)
+    return json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False, default=str) + "\n"
 
 
 def from_json(text: str, where: str = "result") -> EvalResult:
-    """Read `to_json`'s text; raises InputError naming `where` for anything that is not such a record."""
+    """Read `to_json`'s text, of this or an older schema; InputError naming `where` for anything else."""
     try:
         record = json.loads(text)
         if not isinstance(record, dict) or "schema" not in record:
             raise InputError(f"{where}: not a tokbench result")
-        if record["schema"] != SCHEMA:
-            raise InputError(f"{where}: schema {record['schema']}, this tokbench reads {SCHEMA}; measure it again")
-        info = record.pop("tokenizer")
-        info["losses"] = tuple(info["losses"])
-        metrics = {name: Value(**value) for name, value in record.pop("metrics").items()}
-        dataset = Dataset(**record.pop("dataset"))
-        result = EvalResult(tokenizer=TokenizerInfo(**info), metrics=metrics, dataset=dataset, **record)
+        if record["schema"] not in (1, SCHEMA):
+            raise InputError(f"{where}: schema {record['schema']}, this tokbench reads up to {SCHEMA}; update tokbench")
+        result = from_dict(EvalResult, _of_schema_1(record) if record["schema"] == 1 else record)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where}: not a readable tokbench result ({error})") from error
-    for name, value in metrics.items():
+    except InputError as error:
+        raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from error
+    for name, value in result.metrics.items():
         if value.value is not None and not math.isfinite(value.value):
             raise InputError(f"{where}: metric {name} is {value.value}")
     return result
+
+
+def _of_schema_1(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Schema 1 had no `measurement` and put all that only `score` or `generate` has among the settings."""
+    settings = {key: value for key, value in record["settings"].items() if key != "scope"}
+    own = {field.name for field in dataclasses.fields(Settings)}
+    others = {key: settings.pop(key) for key in list(settings) if key not in own}
+    settings["generation" if "generator" in others else "scored"] = others
+    return {**record, "settings": settings, "schema": SCHEMA}
 
 
 def read_result(path: Path) -> EvalResult:
@@ -152,11 +197,8 @@ def read_speed(path: Path) -> SpeedResult:
     """The speed record in a file; InputError if it is missing or is not one."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or record.get("kind") != "speed" or record.get("schema") != SCHEMA:
-            raise InputError(f"{path}: not a tokbench speed record of schema {SCHEMA}")
-        info = record.pop("tokenizer")
-        info["losses"] = tuple(info["losses"])
-        stages = {name: Stage(**stage) for name, stage in record.pop("stages").items()}
-        return SpeedResult(tokenizer=TokenizerInfo(**info), stages=stages, **record)
+        if not isinstance(record, dict) or record.get("kind") != "speed" or record.get("schema") not in (1, SCHEMA):
+            raise InputError(f"{path}: not a tokbench speed record")
+        return from_dict(SpeedResult, record)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a readable speed record ({error})") from error

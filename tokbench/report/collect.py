@@ -34,7 +34,7 @@ def newest(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
     """One entry per comparable cell and row name, the latest by date; and a warning for each that it replaced."""
     kept: dict[tuple[Any, ...], Entry] = {}
     warnings = []
-    for entry in sorted(entries, key=lambda e: (str(e.result.provenance.get("date", "")), str(e.path))):
+    for entry in sorted(entries, key=lambda e: (e.result.provenance.date, str(e.path))):
         key = (*block_key(entry.result), entry.name)
         if key in kept:
             warnings.append(f"skipped {kept[key].path}: the same cell as {entry.path}, which is newer")

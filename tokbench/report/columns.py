@@ -70,7 +70,7 @@ def compression(info: TokenizerInfo) -> str:
 
 def milliseconds(result: EvalResult, part: str) -> Value | None:
     """Time per image of "encode" or "decode" as the run saw it, in ms."""
-    seconds = (result.provenance.get("seconds") or {}).get(part)
+    seconds = result.provenance.seconds.get(part)
     return None if seconds is None else Value(1000 * float(seconds), n=result.dataset.num_images)
 
 
@@ -139,7 +139,7 @@ _FACTS = (
     ),
     Column("n", "", "neither", 0, "images", lambda r: Value(r.dataset.num_images)),
     Column("device", "", "neither", 0, "machine", lambda r: device(r)),
-    Column("date", "", "neither", 0, "day of the measurement", lambda r: str(r.provenance.get("date", ""))[:10]),
+    Column("date", "", "neither", 0, "day of the measurement", lambda r: r.provenance.date[:10]),
 )
 FACTS = {column.key: column for column in _FACTS}
 TIMES = ("encode", "decode")
@@ -167,7 +167,7 @@ def place_of(entry: Entry) -> tuple[str, str]:
 
 
 def device(result: EvalResult) -> str:
-    return str(result.provenance.get("device") or "unknown device")
+    return result.provenance.device or "unknown device"
 
 
 def column(key: str, entries: Sequence[Entry]) -> Column:

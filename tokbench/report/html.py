@@ -95,8 +95,8 @@ def _row(row: Row, heading: str) -> dict[str, Any]:
 def provenance(entry: Entry) -> list[tuple[str, str]]:
     """What is shown about a row on hover: where the model and the number come from."""
     result, info, origin = entry.result, entry.result.tokenizer, entry.result.provenance
-    commit = str(origin.get("commit") or "")[:12] + (" (changed)" if origin.get("dirty") else "")
-    versions = origin.get("versions")
+    commit = (origin.commit or "")[:12] + (" (changed)" if origin.dirty else "")
+    settings = {"spec": result.settings.spec, "dtype": result.settings.dtype, "seeds": result.settings.seeds}
     facts = {
         "compression": compression(info),
         "parameters": f"{info.encoder_params / 1e6:.1f} M + {info.decoder_params / 1e6:.1f} M",
@@ -106,12 +106,12 @@ def provenance(entry: Entry) -> list[tuple[str, str]]:
         "paper": info.paper,
         "note": info.note,
         "weights": (info.weights or "")[:16],
-        "date": str(origin.get("date", "")),
-        "device": str(origin.get("device", "")),
+        "date": origin.date,
+        "device": origin.device,
         "commit": commit,
-        "command": str(origin.get("command", "")),
-        "settings": ", ".join(f"{k} {v}" for k, v in result.settings.items()),
-        "versions": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "",
+        "command": origin.command,
+        "settings": ", ".join(f"{k} {v}" for k, v in settings.items()),
+        "versions": ", ".join(f"{k} {v}" for k, v in origin.versions.items()),
     }
     return [(name, text) for name, text in facts.items() if text.strip()]
 

@@ -230,7 +230,7 @@ def _cell(entry: Entry, c: Column, decimals: int, rank: int) -> Cell:
 
 def _caption(entries: Sequence[Entry]) -> str:
     results = [entry.result for entry in entries]
-    types = sorted({str(r.settings["dtype"]) for r in results if "dtype" in r.settings})
+    types = sorted({r.settings.dtype for r in results})
     devices = sorted({device(r) for r in results})
     errors = any(v.stderr for r in results for v in r.metrics.values())
     parts = [f"N = {results[0].dataset.num_images:,}", "; ".join(devices), ", ".join(types)]
@@ -250,7 +250,7 @@ def _footnotes(
         if not info.verified:
             remarks.setdefault("facts not checked against the published weights", []).append(info.name)
         for setting, what in (("skipped", "unreadable images left out"), ("upscaled", "images enlarged")):
-            if count := entry.result.settings.get(setting):
+            if count := getattr(entry.result.settings, setting):
                 remarks.setdefault(f"{what}: {count}", []).append(entry.name)
     notes = [f"{', '.join(names)}: {remark}" for remark, names in remarks.items()]
     if any(trained_on(entry.result, c.key) for entry in entries for c in columns):

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -265,9 +265,8 @@ def conditions(options: SpeedOptions) -> tuple[dict[str, object], dict[str, obje
         "seconds": effort.seconds,
         "memory_format": "channels_last",
     }
-    about = provenance.collect(
-        describe_device(device), device.type, load_average=os.getloadavg()[0], host=platform.system()
-    )
+    about: dict[str, object] = asdict(provenance.collect(describe_device(device), device.type))
+    about |= {"load_average": os.getloadavg()[0], "host": platform.system()}
     about["peak_flops_per_second"] = peak_rate(device, options.dtype)
     if device.type != "cuda":
         return settings | {"threads": torch.get_num_threads()}, about

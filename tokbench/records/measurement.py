@@ -1,0 +1,30 @@
+"""The options of one measurement: listed here and nowhere else. The command line fills it, a record keeps it."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with the help that the command line shows."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """How images are measured, whatever the tokenizer and the data: of run, score, generate and held-out images alike.
+
+    The texts are those of `tokbench run --help`, which turns every field but `resolution` into an option.
+    """
+
+    resolution: int = 256  # pixels of a side
+    protocol: str = option("adm", "Evaluation protocol; see `tokbench list protocols`.")
+    metrics: tuple[str, ...] = option((), "Metrics, comma-separated; see `tokbench list metrics`. Default: its set.")
+    seeds: tuple[int, ...] = option((0,), "Seeds of a stochastic decoder, comma-separated.")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "float32 or bfloat16.")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+    batch_size: int | None = option(None, "auto or a number of images; a CPU computes one at a time.")
+    workers: int | None = option(None, "Processes that load images; auto: by their number.")
+    upscale: bool = option(False, "Enlarge images below the resolution, and count them.")
+    skip_bad: bool = option(False, "Leave out unreadable images, and count them.")
+    keep_features: bool = option(False, "Keep features beside the result.")
+    save_images: int = option(4, "First N and worst N images in the picture of a cell.")
