@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.records import record, rows, write
+from tests.made_records import record, rows, write
 from tokbench.records.files import image_folders
 from tokbench.report.build import ReportOptions, build
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import ROOT
 from tests.conftest import SAMPLES, Ran
 from tests.tiny import tiny
 from tokbench import registry
 
-CLAIMS = (Path(__file__).parents[1] / "results" / "CLAIMS.md").read_text()
+CLAIMS = (ROOT / "results" / "CLAIMS.md").read_text()
 COMMANDS = re.findall(r"`(?:torchrun --nproc-per-node 8 -m )?(tokbench (?:run|speed|train|generate) [^`]+)`", CLAIMS)
 PUBLISHED = [command for command in COMMANDS if "hf:facebook" in command]  # dry-run in test_generation_published
 RUN = "run.steps=2 run.batch_size=2 run.device=cpu run.dtype=float32 run.compile=false run.log_every=1"

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tokbench.errors import InputError
 from tokbench.report.build import Report, ReportOptions, text
 from tokbench.report.collect import gather
 from tokbench.report.curves import all_plots
 from tokbench.report.reported import ordered, read_reported
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = ROOT / "results"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-STUDY = Path(__file__).parents[1] / "results" / "study"
+from tests import ROOT
+
+STUDY = ROOT / "results" / "study"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from tests.records import record, rows, write
+from tests.made_records import record, rows, write
 from tokbench.comparison.check import check, judge, parse_tolerances, update
 from tokbench.comparison.verdicts import (
     HEADINGS,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import TESTS
 from tests.conftest import TINY, Ran
 from tokbench.evaluation import kits
 from tokbench.evaluation.reconstruct import Conditions
@@ -75,7 +76,7 @@ def test_edited_code_changed_images_and_other_weights_are_measured_again(
     tokbench: Command, photographs: Path, tmp_path: Path
 ) -> None:
     code, data = tmp_path / "model.py", tmp_path / "data"
-    shutil.copy(Path(__file__).with_name("tiny.py"), code)
+    shutil.copy(TESTS / "tiny.py", code)
     shutil.copytree(photographs, data)
     command = ("run", "--data", data, "--out", tmp_path / "runs", *FAST)
     spec = f"m={code}:tiny"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_metrics import Stored
+from tests.metrics.test_metrics import Stored
 from tokbench.errors import InputError
 from tokbench.metrics import METRICS, distribution, frechet, kernel_of
 

@@ -11,6 +11,7 @@ from PIL import Image, features
 from torch import Tensor
 
 from baselines.classic import FITTED, LENGTH_BYTES, codec, fit_linear, linear
+from tests import ROOT
 from tokbench.data.crops import crop
 from tokbench.data.open import open_source
 from tokbench.data.pixels import quantise
@@ -20,7 +21,7 @@ from tokbench.registry import create
 from tokbench.tokenizer import Tokenizer
 
 FORMATS = ["jpeg", "webp", pytest.param("avif", marks=pytest.mark.skipif(not features.check("avif"), reason="no AVIF"))]
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "photos" / "train"
+SHARED = ROOT.resolve().parent / "shared" / "photos" / "train"
 
 
 def crops(number: int, resolution: int) -> Tensor:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests import ROOT
 from tokbench.comparison.check import CheckResult, check
 from tokbench.data import crops
 from tokbench.evaluation import reconstruct
@@ -19,7 +20,6 @@ from tokbench.metrics import pixel
 
 METRICS = ("psnr", "ssim")
 FILES = {"klvae": Path("baselines/weights/klvae.safetensors"), "ssdd": Path("ssdd_models/weights/ssdd.safetensors")}
-ROOT = Path(__file__).parent.parent
 
 
 def measure(spec: str, out: Path, **how: object) -> None:

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from baselines.published import PUBLISHED
-from tests.test_classic import crops, psnr, reconstruct
+from tests import ROOT, TESTS
+from tests.baselines.test_classic import crops, psnr, reconstruct
 from tokbench.errors import CellError
 from tokbench.evaluation.evaluate import evaluate
 from tokbench.records.result import EvalResult
 from tokbench.registry import create, entries
 from tokbench.tokenizer import Tokenizer
 
-EXAMPLE = Path(__file__).with_name("example_tokenizer.py")
-README = Path(__file__).parents[1] / "README.md"
+EXAMPLE = TESTS / "example_tokenizer.py"
+README = ROOT / "README.md"
 FIXED = {"quality": "50", "factor": "8"}
 # Names that are quick to build; those of the table's other rows are checked without memory in test_pretrained.
 SMALL = ["identity", "bicubic-f8", "pca-f8c4", "linear-f8c4", "jpeg-q50", "webp-q50", "taesd", "taef1", "llamagen-vq16"]
@@ -114,7 +115,7 @@ def test_the_example_of_the_readme_is_a_tokenizer(photographs: Path) -> None:
 
 def published_psnr() -> dict[str, float]:
     """PSNR on ImageNet's validation images at 256 px that papers give for our rows."""
-    with (Path(__file__).parents[1] / "results" / "reported.csv").open(encoding="utf-8", newline="") as file:
+    with (ROOT / "results" / "reported.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["psnr"] and row["resolution"] == "256"]
     chosen = [row for row in rows if row["tokenizer"] in PUBLISHED and row["dataset"] == "ImageNet-1k val"]
     return {row["tokenizer"]: float(row["psnr"]) for row in chosen}

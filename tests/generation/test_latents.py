@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_generation import CPU
+from tests.generation.test_generation import CPU
 from tokbench.errors import InputError
 from tokbench.generation.compatibility import latent_space
 from tokbench.generation.latents import Images, LatentConfig, Latents, encode

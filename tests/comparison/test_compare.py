@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import Ran
-from tests.records import record
+from tests.made_records import record
 from tokbench.comparison.compare import compare, describe
 from tokbench.evaluation.reconstruct import seeded
 from tokbench.evaluation.summary import compute

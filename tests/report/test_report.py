@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tests.records import record, rows, write
+from tests.made_records import record, rows, write
 from tokbench.errors import InputError
 from tokbench.records.result import EvalResult, TokenizerInfo, Value
 from tokbench.report.build import Report, ReportOptions, build, text

@@ -236,7 +236,7 @@ def test_a_decoder_that_fails_is_named_and_the_other_goes_on(
     trained: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     use_brightness(monkeypatch)
-    (tmp_path / "failing.py").write_text("from tests.test_generation import Failing as failing")
+    (tmp_path / "failing.py").write_text("from tests.generation.test_generation import Failing as failing")
     tokenizers = f"bad={tmp_path}/failing.py:failing,identity"
     assert run_generate(options(trained, labelled, tmp_path, tokenizer=tokenizers)) == 1
     assert "bad: no decoder today" in caplog.text

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-EXAMPLE = Path(__file__).parent / "example_tokenizer.py"
+from tests import ROOT, TESTS
+
+README = ROOT / "README.md"
+EXAMPLE = TESTS / "example_tokenizer.py"
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from tests.records import record, rows, write
+from tests import ROOT
+from tests.made_records import record, rows, write
 from tokbench.errors import InputError
 from tokbench.records.result import TokenizerInfo, Value
 from tokbench.report import plots
@@ -25,7 +26,7 @@ from tokbench.report.plots import Point, label_points, pareto, quality_vs_time, 
 from tokbench.report.reported import compare, comparison_cells, ordered, read_reported
 from tokbench.report.speed import of_one_place
 
-REPORTED = Path(__file__).parents[1] / "results" / "reported.csv"
+REPORTED = ROOT / "results" / "reported.csv"
 
 
 def entry(folder: Path, name: str, seed: int, bpp: float | None = None, **info: object) -> Entry:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_pretrained import CLASSES, save
+from tests.baselines.test_pretrained import CLASSES, save
 from tokbench.errors import CellError, InputError
 from tokbench.registry import create
 

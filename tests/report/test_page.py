@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.records import record, rows, write
+from tests import ROOT
+from tests.made_records import record, rows, write
 from tokbench.evaluation.picture import save_pairs
 from tokbench.report.collect import gather
 from tokbench.report.columns import Entry
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 NASTY = "<script>window.harm=1</script><img src=x onerror=window.harm=1>"
-REPORTED = Path(__file__).parents[1] / "results" / "reported.csv"
+REPORTED = ROOT / "results" / "reported.csv"
 IDS = [f"img{i:05}" for i in range(12)]
 
 

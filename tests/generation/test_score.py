@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_generation import CPU, Brightness
+from tests.generation.test_generation import CPU, Brightness
 from tokbench.errors import InputError
 from tokbench.generation.score import (
     Reference,

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.test_metrics import noisy, photographs
+from tests.metrics.test_metrics import noisy, photographs
 from tokbench import weights
 from tokbench.errors import InputError
 from tokbench.metrics import extractors as features

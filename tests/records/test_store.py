@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.records import record
+from tests.made_records import record
 from tokbench.errors import InputError
 from tokbench.records import files as store_module
 from tokbench.records.files import (

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from tests.conftest import Ran
-from tests.records import record, rows
+from tests.made_records import record, rows
 from tokbench import registry
 from tokbench.comparison.compare import compare
 from tokbench.data.crops import crop
