@@ -21,9 +21,7 @@ from tokbench.generation.compatibility import check_fits, latent_space
 from tokbench.generation.generate import GenerateOptions, images_key, open_generator, parse_labels, run_generate
 from tokbench.generation.latents import Latents, Normaliser
 from tokbench.generation.sample import Draw, Sampling, balanced_labels, pack_npz, sample_latents
-from tokbench.generation.score import (
-    read_statistics,
-)
+from tokbench.generation.score import read_statistics
 from tokbench.generation.train import find_preset, train
 from tokbench.records.result import read_result
 from tokbench.registry import create
@@ -111,11 +109,7 @@ def test_presets_are_the_recipes_they_name() -> None:
 
 
 def test_identity_end_to_end_gives_a_record_images_and_a_table(
-    trained: Path,
-    labelled: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    trained: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     use_brightness(monkeypatch)
     assert run_generate(options(trained, labelled, tmp_path, guidance="1,3", save="npz")) == 0
@@ -332,12 +326,7 @@ def test_a_tokenizer_of_another_grid_or_normalisation_is_refused_with_both_value
     ],
 )
 def test_bad_input_is_refused_before_anything_is_drawn(
-    trained: Path,
-    labelled: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    change: dict[str, Any],
-    message: str,
+    trained: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
 ) -> None:
     use_brightness(monkeypatch)
     with pytest.raises(InputError, match=message):

@@ -97,10 +97,7 @@ def test_every_figure_is_drawn_once_there_is_something_to_show(tmp_path: Path) -
         for i, q in enumerate((10, 50))
     ]
     entries += [entry(tmp_path, f"ssdd-steps-{s}", 3 + s, family="ssdd", decode_steps=s) for s in (1, 2, 4)]
-    entries += [
-        entry(tmp_path, "f16", 4, downsample=16, channels=8),
-        entry(tmp_path, "f16", 3, downsample=16, res=512),
-    ]
+    entries += [entry(tmp_path, "f16", 4, downsample=16, channels=8), entry(tmp_path, "f16", 3, downsample=16, res=512)]
     log = tmp_path / "train" / "a" / "log.jsonl"
     log.parent.mkdir(parents=True)
     log.write_text("".join(json.dumps({"step": i, "l1": 1 / i, "lr": 1e-4}) + "\n" for i in (1, 2, 3)))

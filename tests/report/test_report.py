@@ -110,10 +110,7 @@ def test_rows_are_gathered_by_compression_and_ranked_within() -> None:
     (block,) = blocks(entries, ["psnr"])
     assert [
         (heading, [(row.entry.name, row.cells["psnr"].rank) for row in rows]) for heading, rows in block.groups
-    ] == [
-        ("f8c4", [("b", 1), ("a", 2)]),
-        ("f8c16", [("d", 1), ("c", 2)]),
-    ]
+    ] == [("f8c4", [("b", 1), ("a", 2)]), ("f8c16", [("d", 1), ("c", 2)])]
     (flat,) = blocks(entries, ["psnr"], group=False)
     assert [row.cells["psnr"].rank for row in flat.rows] == [1, 2, 0, 0]
 

@@ -69,14 +69,7 @@ def test_resume_after_kill_9_is_bit_for_bit(photographs: Path, tmp_path: Path, t
 
 
 def test_two_processes_take_the_steps_of_one(photographs: Path, tmp_path: Path, tokbench: Callable[..., Any]) -> None:
-    settings = [
-        *KLVAE_TINY,
-        "run.steps=3",
-        "gan.weight=0.5",
-        "gan.start_step=1",
-        "gan.width=8",
-        "gan.layers=1",
-    ]
+    settings = [*KLVAE_TINY, "run.steps=3", "gan.weight=0.5", "gan.start_step=1", "gan.width=8", "gan.layers=1"]
     single, double = tmp_path / "one", tmp_path / "two"
     assert tokbench(*command("klvae", photographs, single, *settings)[3:]).status == 0
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

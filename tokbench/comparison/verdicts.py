@@ -165,11 +165,7 @@ def run_check(options: CheckOptions) -> int:
         rules["two_sided"] = options.two_sided
         result = check(options.new, options.against, **rules)
     console.print(verdict_table(result))
-    texts = {
-        options.markdown: verdict_markdown,
-        options.junit: verdict_junit,
-        options.json: verdict_json,
-    }
+    texts = {options.markdown: verdict_markdown, options.junit: verdict_junit, options.json: verdict_json}
     for path, text in texts.items():
         if path is not None:
             write_whole(path, text(result))

@@ -157,11 +157,7 @@ def encode(
 
 
 def _encode_batch(
-    tokenizer: Tokenizer,
-    batch: list[tuple[str, int, Tensor]],
-    config: LatentConfig,
-    seed: int,
-    device: torch.device,
+    tokenizer: Tokenizer, batch: list[tuple[str, int, Tensor]], config: LatentConfig, seed: int, device: torch.device
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Latents of a few images (those of mirrored ones after each) with labels and flips, and their ids."""
     copies = 2 if config.flips else 1

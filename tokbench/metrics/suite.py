@@ -74,10 +74,7 @@ _PIXELS: dict[str, tuple[Scorer, int]] = {  # column -> scorer, smallest side
     "ssim": (lambda real, fake, _: {"ssim": pixel.ssim(real, fake)}, 7),
     "ssim-range2": (lambda real, fake, _: {"ssim-range2": pixel.ssim(real, fake, data_range=2)}, 7),
     "ssim-gauss": (lambda real, fake, _: {"ssim-gauss": pixel.ssim_gauss(real, fake)}, 11),
-    "ssim-gauss-signed": (
-        lambda real, fake, _: {"ssim-gauss-signed": pixel.ssim_gauss(real, fake, signed=True)},
-        11,
-    ),
+    "ssim-gauss-signed": (lambda real, fake, _: {"ssim-gauss-signed": pixel.ssim_gauss(real, fake, signed=True)}, 11),
     "ms-ssim": (lambda real, fake, _: {"ms-ssim": pixel.ms_ssim(real, fake)}, pixel.MS_MINIMUM),
 }
 _NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {

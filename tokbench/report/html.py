@@ -143,11 +143,7 @@ def _images(block: Block, number: int, out: Path) -> dict[str, Any] | None:
     metrics = sorted({key for columns in rows.values() for key in columns})
     content = script_json({"block": number, "rows": rows})
     write_whole(out / "rows" / f"{number}.js", f"tokbenchRows({content});\n")
-    return {
-        "ids": ids,
-        "models": models,
-        "metrics": [{"key": m, "better": metric_column(m).better} for m in metrics],
-    }
+    return {"ids": ids, "models": models, "metrics": [{"key": m, "better": metric_column(m).better} for m in metrics]}
 
 
 def _copy(source: Path, target: Path, place: dict[str, int]) -> list[int]:
