@@ -16,6 +16,7 @@ from PIL import Image, features
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
+from tokbench.data.pixels import to_float
 from tokbench.errors import InputError
 from tokbench.records.result import TokenizerInfo
 
@@ -24,11 +25,6 @@ PATCH = 8  # pixels along the side of a block of the linear projections
 CHANNELS = 4
 NEIGHBOURS = 5  # the ridge decoder sees 5 x 5 latents
 FITTED = "linear-f8c4.safetensors"  # holds the PCA as well
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]; the harness's rounding inverts it exactly."""
-    return images.float() / 127.5 - 1
 
 
 class Identity:

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from tokbench.errors import CellError
+from tokbench.errors import CellError, first_line
 from tokbench.weights.files import offline
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UnpicklingError)
@@ -59,7 +59,7 @@ def load_model(source: str, subfolder: str, kind: str | None, name: str) -> Any:
             chain.append(chain[-1].__context__)
         if any(isinstance(link, UnpicklingError) for link in chain):
             raise CellError(f"{name}: {source} {REFUSED}") from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CellError(f"{name}: {source} does not load ({reason})") from error
     missing = [*report["missing_keys"], *(key for key, *_ in report.get("mismatched_keys", []))]
     if missing:
@@ -102,7 +102,7 @@ def fetch(repo: str, file: str, name: str) -> Path:
     except HFValidationError as error:
         raise CellError(f"{name}: {repo} is no repository name") from error
     except (HfHubHTTPError, OSError) as error:
-        raise CellError(f"{name}: {repo} cannot be fetched ({str(error).splitlines()[0]})") from error
+        raise CellError(f"{name}: {repo} cannot be fetched ({first_line(error)})") from error
 
 
 def model_class(name: str, kind: str) -> Any:

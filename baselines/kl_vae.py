@@ -14,6 +14,7 @@ from ssdd_models.encoder import Encoder, EncoderConfig, Posterior
 from ssdd_models.layers import AttentionBlock, Init, ResBlock, Upsample, initialise
 from tokbench.checkpoints import checkpoint_metadata, load_strictly, read_model
 from tokbench.config import from_dict, to_dict
+from tokbench.data.pixels import to_float
 from tokbench.records.result import TokenizerInfo
 from tokbench.runtime.seeding import normal
 
@@ -170,7 +171,7 @@ class KLVAETokenizer:
         )
 
     def encode(self, images: Tensor, *, sample: bool, seeds: Tensor) -> Tensor:
-        posterior = self.networks["encoder"](images.float() / 127.5 - 1)
+        posterior = self.networks["encoder"](to_float(images))
         mean = posterior.mode()
         return posterior.sample(normal(seeds, mean.shape[1:], device=mean.device)) if sample else mean
 

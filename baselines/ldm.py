@@ -22,7 +22,7 @@ from baselines.pretrained import Continuous, wrap
 from baselines.published import PUBLISHED
 from ssdd_models.encoder import Posterior
 from tokbench.checkpoints import load_strictly
-from tokbench.errors import CellError, InputError
+from tokbench.errors import CellError, InputError, first_line
 
 STATISTICS = "latents_stats.pt"  # VA-VAE's mean and standard deviation of each channel, in a file of its own
 
@@ -228,7 +228,7 @@ def read_tensors(path: Path, name: str) -> dict[str, Any]:
     except UnpicklingError as error:
         raise CellError(f"{name}: {path} {REFUSED}") from error
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CellError(f"{name}: {path} is damaged or half downloaded ({reason})") from error
     for key in ("state_dict", "model"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):

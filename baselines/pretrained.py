@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.classic import to_float
 from baselines.hub import load_model, model_class
 from baselines.published import PUBLISHED, Published
+from tokbench.data.pixels import to_float
 from tokbench.errors import CellError, InputError
 from tokbench.records.result import TokenizerInfo
 from tokbench.runtime.seeding import normal

@@ -16,6 +16,7 @@ from ssdd_models.encoder import EncoderConfig
 from ssdd_models.layers import AttentionBlock, ResBlock
 from tokbench.checkpoints import load_strictly, read_model, write_model
 from tokbench.config import describe, from_dict, override, to_dict
+from tokbench.data.pixels import to_float
 from tokbench.data.training_crops import CropConfig, PhotoCrops, batches
 from tokbench.errors import InputError
 from tokbench.registry import TrainOptions, choose
@@ -183,7 +184,7 @@ def train_klvae(config: KLVAETraining, data: str, out: Path, start: Path | None,
             sums: dict[str, Tensor] = {}
             for part in range(run.accumulate):
                 chosen = slice(part * len(ids) // run.accumulate, (part + 1) * len(ids) // run.accumulate)
-                real = images[chosen].to(machine.device, non_blocking=True).float() / 127.5 - 1  # [B, 3, H, W]
+                real = to_float(images[chosen].to(machine.device, non_blocking=True))  # [B, 3, H, W]
                 real = real.contiguous(memory_format=torch.channels_last)
                 with machine.autocast():
                     with torch.set_grad_enabled(not config.freeze_encoder):
@@ -329,6 +330,6 @@ def latent_statistics(model: KLVAE, crops: PhotoCrops, num_crops: int = 256) -> 
     modes = []
     for number in range(0, num_crops, 16):
         images = torch.stack([crops[i, crops.config.size][0] for i in range(number, number + 16)])
-        modes.append(model.encode(images.float() / 127.5 - 1).mode())
+        modes.append(model.encode(to_float(images)).mode())
     z = torch.cat(modes)
     return z.mean((0, 2, 3)), z.std((0, 2, 3))

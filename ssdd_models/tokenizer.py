@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from tokbench.data.pixels import to_float
 from tokbench.errors import CellError, InputError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class SSDDTokenizer:
         (model,) = self._model
         if model.encoder is None:
             raise CellError(f"{self.info.name}: only a decoder; write sd-vae-ft-mse+{self.info.name} for both")
-        posterior = model.encode(images.float() / 127.5 - 1)
+        posterior = model.encode(to_float(images))
         mean = posterior.mode()
         z = posterior.sample(normal(seeds, mean.shape[1:], device=mean.device)) if sample else mean
         return model.normalise(z)

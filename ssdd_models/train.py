@@ -16,8 +16,9 @@ from ssdd_models.stages import PRESETS, SSDDTraining, Stage
 from ssdd_models.tokenizer import SSDDTokenizer
 from ssdd_models.uvit import SIZES, DecoderConfig, UViT
 from tokbench.config import describe, from_dict, override
+from tokbench.data.pixels import to_float
 from tokbench.data.training_crops import PhotoCrops, batches
-from tokbench.errors import InputError
+from tokbench.errors import InputError, first_line
 from tokbench.registry import TrainOptions, choose
 from tokbench.runtime.processes import Machine
 from tokbench.runtime.seeding import normal, sample_seeds
@@ -114,7 +115,7 @@ def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, e
             sums: dict[str, Tensor] = {}
             for part in range(run.accumulate):
                 chosen = slice(part * len(ids) // run.accumulate, (part + 1) * len(ids) // run.accumulate)
-                real = images[chosen].to(machine.device, non_blocking=True).float() / 127.5 - 1  # [B, 3, H, W]
+                real = to_float(images[chosen].to(machine.device, non_blocking=True))  # [B, 3, H, W]
                 real = real.contiguous(memory_format=torch.channels_last)
                 seeds = [sample_seeds(run.seed, numbers[chosen], stream) for stream in (POSTERIOR, TIME, NOISE)]
                 noise = normal(seeds[NOISE], real.shape[1:], device=machine.device)
@@ -277,7 +278,7 @@ def load_part(part: torch.nn.Module, path: Path, prefix: str) -> None:
         state, _ = read_checkpoint(path)
         part.load_state_dict({k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)})
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: does not fit this model: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path}: does not fit this model: {first_line(error)}") from error
 
 
 def make_repa(model: SSDD, device: torch.device) -> Repa:
@@ -287,7 +288,7 @@ def make_repa(model: SSDD, device: torch.device) -> Repa:
 
         dino: Any = AutoModel.from_pretrained("facebook/dinov2-base").to(device).eval().requires_grad_(False)
     except (ImportError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"REPA needs facebook/dinov2-base ({reason}); `hf download facebook/dinov2-base`, or weights.repa=0"
         ) from error

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssdd_models.tokenizer import SSDDTokenizer
-from tokbench.errors import CellError, InputError
+from tokbench.errors import CellError, InputError, first_line
 from tokbench.registry import Trainer, TrainOptions, register_trainer
 from tokbench.registry import register as add
 
@@ -108,7 +108,7 @@ def fetch_released(folder: str, size: str) -> Path:
     try:
         found = snapshot_download(RELEASED, allow_patterns=[pattern], local_files_only=offline())
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CellError(f"{RELEASED}: {pattern} cannot be fetched ({reason}); or give a file: ssdd:FILE") from error
     files = sorted(path for path in Path(found, folder).rglob("*.safetensors") if f"_{size}_256" in str(path))
     if not files:

@@ -17,10 +17,15 @@ class CellError(Exception):
     """One model could not be measured (NaN, out of memory, unloadable weights) while others can. Exit status 1."""
 
 
-SHOWN = 5  # names in a message
+PREVIEWED = 5  # names in a message
 
 
-def shown(names: Sequence[str]) -> str:
+def preview(names: Sequence[str]) -> str:
     """A few names for a message."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    more = f" and {len(names) - PREVIEWED} more" if len(names) > PREVIEWED else ""
+    return ", ".join(names[:PREVIEWED]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: the first of its text, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

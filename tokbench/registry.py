@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from tokbench.checkpoints import checkpoint_metadata
 from tokbench.config import parse_value
-from tokbench.errors import MODEL_ERRORS, CellError, InputError
+from tokbench.errors import MODEL_ERRORS, CellError, InputError, first_line
 from tokbench.records.files import writable
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _build(part: Part, random_weights: bool) -> Any:
     try:
         made = part.entry.factory(**options)
     except LOAD_ERRORS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CellError(f"{part.text}: does not load: {reason}") from error
     if missing := [name for name in ("info", "networks", "encode", "decode") if not hasattr(made, name)]:
         raise CellError(f"{part.text}: {type(made).__name__} is no tokenizer, it lacks {', '.join(missing)}")

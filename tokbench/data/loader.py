@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tokbench.data.crops import crop
 from tokbench.data.decode import NOTES, UPSCALED
 from tokbench.data.sources import Source
-from tokbench.errors import InputError, shown
+from tokbench.errors import InputError, preview
 from tokbench.protocols import Protocol
 from tokbench.runtime.seeding import image_seeds
 
@@ -203,4 +203,4 @@ def refuse_unusable(source: Source, resolution: int, *, upscale: bool, advice: s
         raise InputError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "") + advice)
     if not upscale and (names := source.small(resolution)):
         count = "1 image is" if len(names) == 1 else f"{len(names)} images are"
-        raise InputError(f"{count} smaller than {resolution} px: {shown(names)}{advice}")
+        raise InputError(f"{count} smaller than {resolution} px: {preview(names)}{advice}")

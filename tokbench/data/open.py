@@ -16,7 +16,7 @@ from tokbench.data.sources import (
     sample_id,
     unique_ids,
 )
-from tokbench.errors import InputError
+from tokbench.errors import InputError, first_line
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
@@ -170,7 +170,7 @@ def _hugging_face(name: str, split: str | None) -> Source:
             rows = datasets.load_dataset(repository, config or None, split=split, revision=revision or None)
             label = _slug(name)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise InputError(f"hf:{name}: split {split!r} cannot be loaded ({reason})") from error
     column = _image_column(rows, datasets, name)
     if isinstance(rows.features[column], datasets.Image):

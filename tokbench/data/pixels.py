@@ -1,9 +1,14 @@
-"""Between uint8 and float: the one place where pixels are rounded."""
+"""Between uint8 and float: the one place where pixels are scaled and rounded."""
 
 import torch
 from torch import Tensor
 
 from tokbench.protocols import Rounding
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]; `quantise` inverts it exactly."""
+    return images.float() / 127.5 - 1
 
 
 def quantise(images: Tensor, rounding: Rounding) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokbench.data.pixels import quantise
-from tokbench.errors import MODEL_ERRORS, CellError, shown
+from tokbench.errors import MODEL_ERRORS, CellError, preview
 from tokbench.metrics.suite import Instruments
 from tokbench.protocols import Protocol
 from tokbench.records.samples import SampleStore
@@ -142,7 +142,7 @@ def decode(cell: Cell, latents: Tensor, seeds: Tensor, ids: Sequence[str]) -> Te
     finite = torch.isfinite(images).flatten(1).all(1).tolist()
     if not all(finite):
         bad = [sample for sample, good in zip(ids, finite, strict=True) if not good]
-        raise CellError(f"{name}: NaN or infinity in the reconstruction of {shown(bad)}")
+        raise CellError(f"{name}: NaN or infinity in the reconstruction of {preview(bad)}")
     return images
 
 

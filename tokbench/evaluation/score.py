@@ -15,7 +15,7 @@ from tokbench.data.decode import open_header
 from tokbench.data.loader import Loader, refuse_unusable
 from tokbench.data.open import open_source
 from tokbench.data.sources import Source
-from tokbench.errors import CellError, InputError, shown
+from tokbench.errors import CellError, InputError, preview
 from tokbench.evaluation.cell import shared_stores
 from tokbench.evaluation.reconstruct import Conditions
 from tokbench.evaluation.summary import compute, table
@@ -162,7 +162,7 @@ def finite(value: Value) -> Value:
 def match(real: Source, fake: Source) -> None:
     """Both sides in the same order of ids; InputError that names ids which only one side has."""
     only = [(side.root, sorted(set(side.ids) - set(other.ids))) for side, other in ((real, fake), (fake, real))]
-    missing = [f"only in {root}: {shown(ids)}" for root, ids in only if ids]
+    missing = [f"only in {root}: {preview(ids)}" for root, ids in only if ids]
     if missing:
         raise InputError(f"images are matched by path without extension, and do not match; {'; '.join(missing)}")
     for side in (real, fake):

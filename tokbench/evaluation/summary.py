@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tokbench.data.pixels import quantise
-from tokbench.errors import InputError, shown
+from tokbench.errors import InputError, preview
 from tokbench.evaluation import picture
 from tokbench.evaluation.kits import Kits
 from tokbench.evaluation.plan import Plan, dataset_of
@@ -156,7 +156,7 @@ def checked(name: str, store: SampleStore, seeds: Sequence[int]) -> Value:
         bad = not_finite(store.ids, [view.features(side, metric.extractor or "") for view in views for side in sides])
     if fault is not None and not bad:
         raise fault
-    note = f"NaN or infinity in {shown(bad)}" if bad else f"not a finite number ({value.value})"
+    note = f"NaN or infinity in {preview(bad)}" if bad else f"not a finite number ({value.value})"
     return Value(None, n=num_images, note=note)
 
 

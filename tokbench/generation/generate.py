@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from tokbench import registry
+from tokbench.data.pixels import to_float
 from tokbench.errors import CellError, InputError
 from tokbench.evaluation.plan import attributes, code_of, parts_of, with_facts
 from tokbench.evaluation.reconstruct import Album, Cell, Conditions, Stopwatch
@@ -280,7 +281,7 @@ def keep(result: EvalResult, options: GenerateOptions, images: Path, labels: Seq
     for start in range(0, min(FIRST, len(labels)), 8):
         files = [images / f"{sample_id(number)}.png" for number in range(start, min(start + 8, len(labels)))]
         pixels = [torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files]
-        rows.append(torch.stack(pixels) / 127.5 - 1)
+        rows.append(to_float(torch.stack(pixels)))
     save_image(image_grid([row for row in rows if len(row) == len(rows[0])]), path.with_suffix(".png"))
     if options.save == "npz":
         pack_npz(images, labels, result.dataset.resolution, path.with_suffix(".npz"))

@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tokbench.errors import CellError, InputError
+from tokbench.data.pixels import to_float
+from tokbench.errors import CellError, InputError, first_line
 from tokbench.generation.compatibility import LatentSpace, measure, probe_images
 from tokbench.generation.sample import Sampling
 from tokbench.runtime.device import hash_state
@@ -38,7 +39,7 @@ class PublishedDiT:
         try:
             pipeline = DiTPipeline.from_pretrained(repository)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise CellError(f"hf:{repository}: does not load as a DiT pipeline: {reason}") from error
         self._use(pipeline, repository, device)
 
@@ -64,7 +65,7 @@ class PublishedDiT:
     def _space(self, vae: Any, sample_size: int, repository: str) -> LatentSpace:
         """What the pipeline's own VAE makes of the probe images, scaled as in training."""
         resolution = sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
-        images = probe_images(resolution).to(self.device).float() / 127.5 - 1
+        images = to_float(probe_images(resolution).to(self.device))
 
         def encode() -> Tensor:
             return vae.encode(images).latent_dist.mode() * vae.config.scaling_factor

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tokbench.checkpoints import load_strictly, read_model
 from tokbench.config import from_dict
-from tokbench.errors import CellError, InputError
+from tokbench.errors import CellError, InputError, first_line
 from tokbench.evaluation.reconstruct import MODEL_ERRORS, Cell, Stopwatch, decode_uint8
 from tokbench.generation.compatibility import LatentSpace, from_record
 from tokbench.generation.dit import DiT, DiTConfig
@@ -199,7 +199,7 @@ def _guarded(name: str, call: Callable[[], Tensor], size: int) -> Tensor:
         if is_out_of_memory(error):
             reason = f"out of memory with batch size {size}; try --batch-size {max(1, size // 2)}"
         else:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
         raise CellError(f"{name}: {reason}") from error
 
 

@@ -38,11 +38,6 @@ BACKBONES = {
 }
 
 
-def signed(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1], channels last."""
-    return images.contiguous(memory_format=torch.channels_last).float().div_(127.5).sub_(1)
-
-
 class Backbone(nn.Module):
     """The convolutions of AlexNet or VGG16, giving the five activations that LPIPS and DISTS compare."""
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tokbench import weights
+from tokbench.data.pixels import to_float
 from tokbench.errors import InputError
 from tokbench.metrics import Metric, dreamsim, perceptual, pixel
 from tokbench.metrics.extractors import EXTRACTORS, Extractor, extractors
@@ -43,6 +44,10 @@ def squared_error_and_psnr(real: Tensor, fake: Tensor, decoded: Tensor | None = 
     return {"mse": errors, "psnr": pixel.psnr(errors)}
 
 
+def _network_input(images: Tensor) -> Tensor:
+    return to_float(images.contiguous(memory_format=torch.channels_last))
+
+
 class NetworkScorer:
     """A column from a network that compares `features` of both sides; those of the last real batch are kept.
 
@@ -57,9 +62,9 @@ class NetworkScorer:
     def __call__(self, real: Tensor, fake: Tensor, decoded: Tensor | None = None) -> dict[str, Tensor]:
         with precision(real.device, torch.float32):
             if real is not self.real:
-                self.real, self.kept = real, self.network.features(perceptual.signed(real))
+                self.real, self.kept = real, self.network.features(_network_input(real))
             if not self.unclamped:
-                images = perceptual.signed(fake)
+                images = _network_input(fake)
             elif decoded is None:
                 raise InputError(f"{self.column} needs a decoder's output, not images")
             else:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from tokbench.errors import InputError
+from tokbench.errors import InputError, first_line
 from tokbench.records.files import read_results, results_frame
 from tokbench.records.result import SpeedResult, Value
 from tokbench.report.columns import FACTS, Entry
@@ -62,7 +62,7 @@ def where(entries: Sequence[Entry], query: str) -> list[Entry]:
     try:
         kept = table.query(query, engine="python").index
     except (ValueError, TypeError, KeyError, SyntaxError, NameError, AttributeError, tokenize.TokenError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         names = ", ".join(str(name) for name in table.columns if not str(name).endswith(".stderr"))
         raise InputError(
             f"--where {query!r}: {reason}; columns are {names} (in backticks if they hold a dash)"

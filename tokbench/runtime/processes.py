@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokbench.errors import CellError, InputError
+from tokbench.errors import CellError, InputError, first_line
 
 TIMEOUT = timedelta(minutes=30)  # how long the others wait for a process that has stopped answering
 
@@ -65,7 +65,7 @@ def join() -> World:
         try:
             dist.init_process_group("gloo", timeout=TIMEOUT)
         except RuntimeError as error:
-            raise InputError(f"cannot reach the other {size - 1} processes: {str(error).splitlines()[0]}") from error
+            raise InputError(f"cannot reach the other {size - 1} processes: {first_line(error)}") from error
     return World(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
 
 

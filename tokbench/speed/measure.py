@@ -22,7 +22,8 @@ from torch import Tensor
 
 from tokbench.data.crops import crop
 from tokbench.data.open import open_source
-from tokbench.errors import CellError, InputError
+from tokbench.data.pixels import to_float
+from tokbench.errors import CellError, InputError, first_line
 from tokbench.evaluation.plan import with_facts
 from tokbench.metrics.perceptual import lpips_network
 from tokbench.metrics.pixel import psnr, squared_error
@@ -191,7 +192,7 @@ def measure_resolution(rows: Sequence[Row], options: SpeedOptions) -> None:
                 row.flops = count_flops(row)
             set_up(row, options)
         except (RuntimeError, ValueError, CellError) as error:
-            row.failed = str(error).splitlines()[0]
+            row.failed = first_line(error)
     for stage in STAGES:
         print(f"{rows[0].resolution} px: {stage}", file=sys.stderr)
         measure_stage([row for row in rows if row.failed is None], stage, sizes, effort)
@@ -238,7 +239,7 @@ def equality_gate(images: Tensor, exact: Tensor, fast: Tensor) -> dict[str, obje
         network = lpips_network("alex", safe=False)
     except InputError as error:  # its weights are not here and cannot be fetched
         return record | {"passed": None, "reason": str(error)}
-    lpips_shift = shift(lambda real, fake: network(real.float() / 127.5 - 1, fake.float() / 127.5 - 1))
+    lpips_shift = shift(lambda real, fake: network(to_float(real), to_float(fake)))
     passed = abs(psnr_shift) <= 0.02 and abs(lpips_shift) <= 0.001
     return record | {"passed": passed, "lpips_alex_shift": lpips_shift}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokbench.data.pixels import quantise
-from tokbench.errors import CellError
+from tokbench.errors import CellError, first_line
 from tokbench.records.result import Stage
 from tokbench.runtime.device import is_out_of_memory, precision, release
 from tokbench.tokenizer import Tokenizer
@@ -237,7 +237,7 @@ def measure_stage(rows: Sequence[Row], stage: str, batch_sizes: Sequence[int], e
             chosen.append((row, find_batch(row, stage, batch_sizes, effort)))
             row.memory[stage] = peak_memory(row.step(stage, chosen[-1][1]), row.device)
         except (CellError, RuntimeError, ValueError) as error:
-            row.failed = f"{stage}: {str(error).splitlines()[0]}"
+            row.failed = f"{stage}: {first_line(error)}"
     chosen = [(row, size) for row, size in chosen if row.failed is None]
     if not chosen:
         return

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokbench.data.training_crops import CropConfig
-from tokbench.errors import InputError
+from tokbench.errors import InputError, first_line
 from tokbench.runtime.processes import Machine
 
 
@@ -90,7 +90,7 @@ def building(settings: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise InputError(f"{settings}: no network can be made of it: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{settings}: no network can be made of it: {first_line(error)}") from error
 
 
 def check_sides(multiple: int, crops: CropConfig, run: RunConfig) -> None:
