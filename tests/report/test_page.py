@@ -18,7 +18,7 @@ from tests import ROOT
 from tests.made_records import record, rows, write
 from tokbench.evaluation.picture import save_pairs
 from tokbench.report.collect import gather
-from tokbench.report.columns import Entry
+from tokbench.report.columns import ResultEntry
 from tokbench.report.html import script_json, write_page
 from tokbench.report.reported import ordered, read_reported
 
@@ -51,7 +51,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def rename(entry: Entry, name: str) -> Entry:
+def rename(entry: ResultEntry, name: str) -> ResultEntry:
     info = dataclasses.replace(entry.result.tokenizer, name=name)
     return dataclasses.replace(entry, result=dataclasses.replace(entry.result, tokenizer=info))
 

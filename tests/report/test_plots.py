@@ -13,7 +13,7 @@ from tests.made_records import record, rows, write
 from tokbench.errors import InputError
 from tokbench.records.result import TokenizerInfo, Value
 from tokbench.report import plots
-from tokbench.report.columns import Entry, metric_column
+from tokbench.report.columns import ResultEntry, metric_column
 from tokbench.report.curves import (
     all_plots,
     bits_per_pixel,
@@ -29,11 +29,11 @@ from tokbench.report.speed import of_one_place
 REPORTED = ROOT / "results" / "reported.csv"
 
 
-def entry(folder: Path, name: str, seed: int, bpp: float | None = None, **info: object) -> Entry:
+def entry(folder: Path, name: str, seed: int, bpp: float | None = None, **info: object) -> ResultEntry:
     result = record(name, seed=seed, shift=0.2 * seed, **info)  # type: ignore[arg-type]
     if bpp is not None:
         result = dataclasses.replace(result, metrics={**result.metrics, "bpp": Value(bpp, n=29)})
-    return Entry(result, write(folder, result, rows(seed, 29, 0.2 * seed)))
+    return ResultEntry(result, write(folder, result, rows(seed, 29, 0.2 * seed)))
 
 
 @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
@@ -131,11 +131,11 @@ def test_reported_rows_are_readable_and_name_known_tokenizers() -> None:
     assert all(row.source for row in found)
 
 
-def ours(**change: object) -> Entry:
+def ours(**change: object) -> ResultEntry:
     result = record("sd-vae-ft-mse", n=50_000)
     data = dataclasses.replace(result.dataset, **{"name": "imagenet", "split": "val", **change})  # type: ignore[arg-type]
     metrics = {**result.metrics, "rfid": Value(0.7, n=50_000)}
-    return Entry(dataclasses.replace(result, dataset=data, metrics=metrics))
+    return ResultEntry(dataclasses.replace(result, dataset=data, metrics=metrics))
 
 
 def test_quality_beside_speed_comes_from_one_data_set(tmp_path: Path) -> None:

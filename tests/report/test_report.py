@@ -15,22 +15,22 @@ from tokbench.errors import InputError
 from tokbench.records.result import EvalResult, TokenizerInfo, Value
 from tokbench.report.build import Report, ReportOptions, build, text
 from tokbench.report.collect import frame, gather, where
-from tokbench.report.columns import Entry, column, compression
+from tokbench.report.columns import ResultEntry, column, compression
 from tokbench.report.leaderboard import blocks, ranking
 from tokbench.report.tables import LATEX_PACKAGES, WIDTH, latex, leaderboard_table, markdown, plain_latex
 
 
-def entry(folder: Path, name: str, **options: object) -> Entry:
+def entry(folder: Path, name: str, **options: object) -> ResultEntry:
     result = record(name, **options)  # type: ignore[arg-type]
     columns = rows(options.get("seed", 0), result.dataset.num_images, options.get("shift", 0.0))  # type: ignore[arg-type]
-    return Entry(result, write(folder, result, columns))
+    return ResultEntry(result, write(folder, result, columns))
 
 
 def with_metrics(result: EvalResult, **metrics: Value) -> EvalResult:
     return dataclasses.replace(result, metrics={name.replace("_", "-"): value for name, value in metrics.items()})
 
 
-def printed(entries: list[Entry], terminal: bool = False) -> str:
+def printed(entries: list[ResultEntry], terminal: bool = False) -> str:
     console = Console(width=WIDTH, force_terminal=terminal, no_color=not terminal)
     with console.capture() as capture:
         console.print(leaderboard_table(entries))
@@ -54,7 +54,7 @@ def test_rows_whose_paired_interval_holds_zero_share_a_rank(tmp_path: Path) -> N
     a, b = entry(tmp_path, "a", seed=1, shift=0.5), entry(tmp_path, "b", seed=2, shift=0.5)
     worse = entry(tmp_path, "c", seed=3, shift=0.3)  # far less than the spread over images, yet behind on nearly each
     assert ranking([a, b, worse], column("psnr", [a])) == {"a": 1, "b": 1, "c": 2}
-    alone = [Entry(e.result) for e in (a, b, worse)]  # without per-image rows only equal values tie
+    alone = [ResultEntry(e.result) for e in (a, b, worse)]  # without per-image rows only equal values tie
     assert sorted(ranking(alone, column("psnr", alone)).values()) == [1, 2]
 
 
@@ -97,14 +97,14 @@ def test_the_identity_wins_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_different_conditions_are_never_ranked_together(change: dict[str, object]) -> None:
-    found = blocks([Entry(record("a", shift=3)), Entry(dataclasses.replace(record("b"), **change))])  # type: ignore[arg-type]
+    found = blocks([ResultEntry(record("a", shift=3)), ResultEntry(dataclasses.replace(record("b"), **change))])  # type: ignore[arg-type]
     assert len(found) == 2
     assert len({block.title for block in found}) == 2
 
 
 def test_rows_are_gathered_by_compression_and_ranked_within() -> None:
     entries = [
-        Entry(record(n, shift=i, seed=i, channels=c))
+        ResultEntry(record(n, shift=i, seed=i, channels=c))
         for i, (n, c) in enumerate([("a", 4), ("b", 4), ("c", 16), ("d", 16)])
     ]
     (block,) = blocks(entries, ["psnr"])
@@ -160,7 +160,7 @@ def test_table_says_units_directions_notes_numbers_and_machine(tmp_path: Path) -
 
 def test_values_keep_the_digits_that_their_error_leaves() -> None:
     result = with_metrics(record("a"), psnr=Value(24.3456, 1.234, n=29), ssim=Value(0.71234, 0.0004, n=29))
-    (block,) = blocks([Entry(result)])
+    (block,) = blocks([ResultEntry(result)])
     cells = block.rows[0].cells
     assert (cells["psnr"].text, cells["psnr"].error) == ("24.3", "±1.2")
     assert (cells["ssim"].text, cells["ssim"].error) == ("0.7123", "±0.0004")
@@ -168,18 +168,18 @@ def test_values_keep_the_digits_that_their_error_leaves() -> None:
 
 def test_unavailable_metrics_are_named_with_their_reason() -> None:
     result = dataclasses.replace(record("a"), unavailable={"dists": "no network; tokbench weights fetch dists"})
-    (block,) = blocks([Entry(result), Entry(record("b"))])
+    (block,) = blocks([ResultEntry(result), ResultEntry(record("b"))])
     assert "dists – (a): no network; tokbench weights fetch dists" in block.footnotes
 
 
 def test_only_what_was_asked_for_is_said_to_be_missing() -> None:
-    (block,) = blocks([Entry(record("a"))], ["psnr"])
+    (block,) = blocks([ResultEntry(record("a"))], ["psnr"])
     assert not any("rfid" in note for note in block.footnotes)
 
 
 def test_images_that_were_left_out_or_enlarged_are_said() -> None:
     settings = dataclasses.replace(record("a").settings, skipped=2, upscaled=3)
-    (block,) = blocks([Entry(dataclasses.replace(record("a"), settings=settings)), Entry(record("b"))])
+    (block,) = blocks([ResultEntry(dataclasses.replace(record("a"), settings=settings)), ResultEntry(record("b"))])
     assert "a: unreadable images left out: 2" in block.footnotes
     assert "a: images enlarged: 3" in block.footnotes
 
@@ -187,13 +187,13 @@ def test_images_that_were_left_out_or_enlarged_are_said() -> None:
 def test_times_of_different_machines_are_not_ranked() -> None:
     a, b = record("a", seed=1), record("b", seed=2)
     b = dataclasses.replace(b, provenance=dataclasses.replace(b.provenance, device="GPU"))
-    (block,) = blocks([Entry(a), Entry(b)])
+    (block,) = blocks([ResultEntry(a), ResultEntry(b)])
     assert {row.cells["decode"].rank for row in block.rows} == {0}
     assert any("different machines" in note for note in block.footnotes)
 
 
 def test_metrics_this_version_does_not_know_are_shown() -> None:
-    (block,) = blocks([Entry(with_metrics(record("a"), new_metric=Value(1.5, n=29)))])
+    (block,) = blocks([ResultEntry(with_metrics(record("a"), new_metric=Value(1.5, n=29)))])
     assert block.rows[0].cells["new-metric"].text == "1.5000"
 
 
@@ -206,14 +206,14 @@ def test_query_keeps_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("query", ["nonsense == 1", "f ==", "f.missing", "1 +", "resolution", "f == 99", "f ~ 'a'"])
 def test_bad_query_is_one_clear_line(query: str) -> None:
     with pytest.raises(InputError) as caught:
-        where([Entry(record("a"))], query)
+        where([ResultEntry(record("a"))], query)
     assert query in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_column_names_the_known() -> None:
     with pytest.raises(InputError, match=r"unknown column 'nope'; choose from .*psnr"):
-        blocks([Entry(record("a"))], ["nope"])
+        blocks([ResultEntry(record("a"))], ["nope"])
 
 
 def test_foreign_newer_and_half_written_files_are_named_and_skipped(
@@ -274,7 +274,7 @@ NASTY = "<script>alert(1)</script> | ` * _ [x](y) \\ & % $ # { } ~ ^ é 中"
 
 
 def test_markdown_lets_nothing_through(tmp_path: Path) -> None:
-    (block,) = blocks([Entry(record("a", note=NASTY))])
+    (block,) = blocks([ResultEntry(record("a", note=NASTY))])
     out = markdown(block)
     assert "<script" not in out
     assert r"\[x\](y)" in out

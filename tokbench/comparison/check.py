@@ -13,7 +13,7 @@ from tokbench.metrics import METRICS
 from tokbench.metrics.statistics import paired_interval
 from tokbench.records.files import per_image_path, read_per_image, read_results, result_path, write_whole
 from tokbench.records.result import EvalResult, SpeedResult, Value, read_speed
-from tokbench.report.columns import trained_on
+from tokbench.report.columns import is_training_loss
 
 Verdict = Literal["worse", "same", "better", "inconclusive"]
 SPEED_TOLERANCE = 0.3  # share of the baseline's rate; clocks and neighbours move a machine by a tenth or more
@@ -182,7 +182,7 @@ def compare_cells(
                 f"{cell_name(new[1])}: {name} has a value on one side only ({sides[0].note or sides[1].note})"
             )
         compared = _compare(cell_name(new[1]), name, sides[0], sides[1], rows, tolerances, exact, two_sided)
-        found.append(replace(compared, trained=(trained_on(base[1], name), trained_on(new[1], name))))
+        found.append(replace(compared, trained=(is_training_loss(base[1], name), is_training_loss(new[1], name))))
     return found
 
 

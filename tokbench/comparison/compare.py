@@ -21,7 +21,7 @@ from tokbench.metrics.statistics import (
 from tokbench.records.files import per_image_path, read_per_image
 from tokbench.records.result import EvalResult, read_result
 from tokbench.records.samples import SampleStore
-from tokbench.report.columns import DAGGER, trained_on
+from tokbench.report.columns import DAGGER, is_training_loss
 
 Z = 1.959964  # of a 95 % interval, where there are no degrees of freedom to count
 
@@ -85,7 +85,7 @@ def _difference(
     assert x.value is not None
     assert y.value is not None
     difference, n = y.value - x.value, min(x.n, y.n)
-    trained = (trained_on(a, metric.name), trained_on(b, metric.name))
+    trained = (is_training_loss(a, metric.name), is_training_loss(b, metric.name))
     seeds: list[Sequence[int]] = [result.settings.seeds for result in (a, b)]
     low, high, how = _interval(metric, difference, rows, stores, seeds)
     if low is None and x.stderr is not None and y.stderr is not None:

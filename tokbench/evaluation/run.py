@@ -184,11 +184,11 @@ def report(outcome: Outcome, out: Path) -> None:
     """The table on stdout, a plot per data set and resolution, the summary on stderr."""
     from rich.console import Console
 
-    from tokbench.report.columns import Entry
+    from tokbench.report.columns import ResultEntry
     from tokbench.report.plots import quality_vs_time
     from tokbench.report.tables import leaderboard_table
 
-    entries = [Entry(result, path) for path, result in outcome.results]
+    entries = [ResultEntry(result, path) for path, result in outcome.results]
     if entries:
         Console(width=None if sys.stdout.isatty() else 100).print(leaderboard_table(entries))
     for folder in dict.fromkeys(path.parent for path, _ in outcome.results):

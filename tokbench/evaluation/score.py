@@ -53,12 +53,12 @@ def run_score(options: ScoreOptions) -> int:
     """Measure, write the record and print its table; the exit status."""
     from rich.console import Console
 
-    from tokbench.report.columns import Entry
+    from tokbench.report.columns import ResultEntry
     from tokbench.report.tables import leaderboard_table
 
     result = score(options)
     Console(width=None if sys.stdout.isatty() else 100).print(
-        leaderboard_table([Entry(result, result_path(options.out, result))])
+        leaderboard_table([ResultEntry(result, result_path(options.out, result))])
     )
     return 0
 

@@ -8,7 +8,7 @@ from tokbench.errors import InputError
 from tokbench.metrics import METRICS
 from tokbench.records.files import read_results
 from tokbench.records.result import EvalResult
-from tokbench.report.columns import DAGGER, trained_on
+from tokbench.report.columns import DAGGER, is_training_loss
 
 BEST_BY = ("gfid", "fd-dinov2", "fd-mobilenet", "kid")  # the first that was measured marks the best of a sweep
 ALWAYS = ("gfid", "is", "precision", "recall")
@@ -65,7 +65,7 @@ def caption(results: Sequence[EvalResult], names: Sequence[str]) -> str:
     marks = {
         "± standard error": any(value.stderr is not None for value in values),
         "* best guidance scale": any(is_best(result, results) for result in results),
-        DAGGER: any(trained_on(result, name) for result in results for name in names),
+        DAGGER: any(is_training_loss(result, name) for result in results for name in names),
     }
     return "; ".join([*sorted(data), *(text for text, there in marks.items() if there), RATES])
 
@@ -76,7 +76,7 @@ def shown(result: EvalResult, name: str) -> str:
     if value is None or value.value is None:
         return "-"
     error = "" if value.stderr is None else f" ±{value.stderr:.{digits}f}"
-    return f"{value.value:.{digits}f}{'†' if trained_on(result, name) else ''}{error}"
+    return f"{value.value:.{digits}f}{'†' if is_training_loss(result, name) else ''}{error}"
 
 
 def is_best(result: EvalResult, results: Sequence[EvalResult]) -> bool:

@@ -11,7 +11,7 @@ from tokbench.records.files import write_whole
 from tokbench.records.result import SpeedResult
 from tokbench.report import tables
 from tokbench.report.collect import frame, gather, where
-from tokbench.report.columns import Entry, column
+from tokbench.report.columns import ResultEntry, column
 from tokbench.report.leaderboard import blocks
 from tokbench.report.reported import (
     COMPARISON_HEADS,
@@ -48,7 +48,7 @@ class ReportOptions:
 class Report:
     """What every format draws from."""
 
-    entries: list[Entry]
+    entries: list[ResultEntry]
     speeds: list[SpeedResult]
     reported: list[Reported]
 

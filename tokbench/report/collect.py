@@ -10,19 +10,19 @@ import pandas as pd
 from tokbench.errors import InputError, first_line
 from tokbench.records.files import read_results, results_frame
 from tokbench.records.result import SpeedResult, Value
-from tokbench.report.columns import FACTS, Entry
+from tokbench.report.columns import FACTS, ResultEntry
 from tokbench.report.leaderboard import block_key
 from tokbench.report.speed import read_speeds
 
 
-def gather(folder: Path) -> tuple[list[Entry], list[SpeedResult], list[str]]:
+def gather(folder: Path) -> tuple[list[ResultEntry], list[SpeedResult], list[str]]:
     """All results and speed records below `folder`, and a warning for every file that is neither or is superseded.
 
     Of two results for the same cell the newer one counts. InputError where there is no folder or nothing in it.
     """
     results, warnings = read_results(folder)
     speeds, other = read_speeds(folder / "speed")
-    entries, superseded = newest([Entry(result, path) for path, result in results])
+    entries, superseded = newest([ResultEntry(result, path) for path, result in results])
     warnings = [f"skipped {warning}" for warning in warnings + other] + superseded
     if not entries and not speeds:
         reasons = f" ({warnings[0]})" if warnings else ""
@@ -30,9 +30,9 @@ def gather(folder: Path) -> tuple[list[Entry], list[SpeedResult], list[str]]:
     return entries, speeds, warnings
 
 
-def newest(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
+def newest(entries: Sequence[ResultEntry]) -> tuple[list[ResultEntry], list[str]]:
     """One entry per comparable cell and row name, the latest by date; and a warning for each that it replaced."""
-    kept: dict[tuple[Any, ...], Entry] = {}
+    kept: dict[tuple[Any, ...], ResultEntry] = {}
     warnings = []
     for entry in sorted(entries, key=lambda e: (e.result.provenance.date, str(e.path))):
         key = (*block_key(entry.result), entry.name)
@@ -42,7 +42,7 @@ def newest(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
     return sorted(kept.values(), key=lambda e: str(e.path)), warnings
 
 
-def frame(entries: Sequence[Entry]) -> pd.DataFrame:
+def frame(entries: Sequence[ResultEntry]) -> pd.DataFrame:
     """One row per result: what `--where` can ask for, what CSV holds, at full precision."""
     table = results_frame(entry.result for entry in entries)
     table.insert(0, "tokenizer", table.pop("name"))
@@ -53,7 +53,7 @@ def frame(entries: Sequence[Entry]) -> pd.DataFrame:
     return table
 
 
-def where(entries: Sequence[Entry], query: str) -> list[Entry]:
+def where(entries: Sequence[ResultEntry], query: str) -> list[ResultEntry]:
     """The entries that a pandas query keeps, for example "f == 8 and resolution == 256"; `lpips-alex` in backticks.
 
     InputError names what is wrong with the query and which columns there are.

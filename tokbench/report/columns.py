@@ -17,7 +17,7 @@ ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}
 
 
 @dataclass(frozen=True)
-class Entry:
+class ResultEntry:
     """A result and where it was read; `path` None for one that was not read from a file."""
 
     result: EvalResult
@@ -161,7 +161,7 @@ def metric_column(name: str) -> Column:
     return Column(name, metric.unit, metric.better, metric.digits, metric.description, read, per_image)
 
 
-def place_of(entry: Entry) -> tuple[str, str]:
+def place_of(entry: ResultEntry) -> tuple[str, str]:
     """Data set and protocol: only numbers of one place belong into one line or column."""
     return entry.result.dataset.name, entry.result.protocol
 
@@ -170,7 +170,7 @@ def device(result: EvalResult) -> str:
     return result.provenance.device or "unknown device"
 
 
-def column(key: str, entries: Sequence[Entry]) -> Column:
+def column(key: str, entries: Sequence[ResultEntry]) -> Column:
     """The column called `key`; InputError with the names to choose from."""
     if key in FACTS:
         return FACTS[key]
@@ -180,7 +180,7 @@ def column(key: str, entries: Sequence[Entry]) -> Column:
     raise InputError(f"unknown column {key!r}; choose from {', '.join(['tokenizer', *FACTS, *sorted(measured)])}")
 
 
-def default_columns(entries: Sequence[Entry]) -> list[Column]:
+def default_columns(entries: Sequence[ResultEntry]) -> list[Column]:
     """Latent, steps and size, measured metrics that can be better or worse, time; without what no row has."""
     measured = {name for entry in entries for name, value in entry.result.metrics.items() if value.value is not None}
     told = (name for name, metric in METRICS.items() if name in measured and metric.better != "neither")
@@ -194,7 +194,7 @@ def number_of(value: Value | str | None) -> float | str | None:
     return value.value if isinstance(value, Value) else value or None
 
 
-def trained_on(result: EvalResult, metric: str) -> bool:
+def is_training_loss(result: EvalResult, metric: str) -> bool:
     """Was the metric's network part of this model's training loss?"""
     networks = METRICS[metric].networks if metric in METRICS else ()
     return not {metric, *networks}.isdisjoint(result.tokenizer.losses)

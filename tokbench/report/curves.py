@@ -15,7 +15,7 @@ from matplotlib.ticker import NullLocator
 from tokbench.errors import InputError
 from tokbench.records.result import SpeedResult
 from tokbench.report import speed
-from tokbench.report.columns import Entry, clipped, elements_ratio, metric_column, place_of, tokens
+from tokbench.report.columns import ResultEntry, clipped, elements_ratio, metric_column, place_of, tokens
 from tokbench.report.leaderboard import UNRANKED_FAMILIES, Block, blocks
 from tokbench.report.plots import (
     Point,
@@ -39,7 +39,7 @@ Lines = Mapping[str, Sequence[tuple[float, float]]]
 
 
 def all_plots(
-    entries: Sequence[Entry],
+    entries: Sequence[ResultEntry],
     speeds: Sequence[SpeedResult],
     reported: Sequence[Reported],
     folder: Path,
@@ -84,7 +84,7 @@ def _plain(text: str) -> str:
     return "".join(c if c.isalnum() and c.isascii() else "-" for c in text.lower()).strip("-")
 
 
-def bits_per_pixel(entry: Entry) -> float | None:
+def bits_per_pixel(entry: ResultEntry) -> float | None:
     """Measured bits, or log2 K a token for a discrete latent; None for a continuous one, which has no rate."""
     measured = number(entry.result, "bpp")
     size, pixels = entry.result.tokenizer.codebook_size, entry.result.dataset.resolution**2
@@ -94,7 +94,7 @@ def bits_per_pixel(entry: Entry) -> float | None:
     return None if count is None else count * math.log2(size) / pixels
 
 
-def rate_distortion(entries: Sequence[Entry], metric: str, path: Path) -> Path | None:
+def rate_distortion(entries: Sequence[ResultEntry], metric: str, path: Path) -> Path | None:
     """Quality against bits per pixel; a family of codecs is a ladder, a continuous latent a line at its quality.
 
     None unless two rows have a rate.
@@ -122,11 +122,11 @@ def rate_distortion(entries: Sequence[Entry], metric: str, path: Path) -> Path |
     return save(fig, path)
 
 
-def _continuous(entry: Entry) -> bool:
+def _continuous(entry: ResultEntry) -> bool:
     return bits_per_pixel(entry) is None and entry.result.tokenizer.channels is not None
 
 
-def _ladder(entry: Entry) -> str:
+def _ladder(entry: ResultEntry) -> str:
     """Rows that differ only in their quality setting: the name without its last number."""
     return entry.name.rstrip("0123456789").rstrip("-q@=") or entry.name
 
@@ -147,7 +147,7 @@ def _ladders(
     return labels
 
 
-def dimension_ratio(entries: Sequence[Entry], metric: str, path: Path) -> Path | None:
+def dimension_ratio(entries: Sequence[ResultEntry], metric: str, path: Path) -> Path | None:
     """Quality against the size of a continuous latent relative to the image. None without two ratios."""
     points = [
         Point(e.name, e.result.tokenizer.family, ratio, quality)
@@ -188,7 +188,7 @@ def _curves(lines: Lines, x_label: str, metric: str, path: Path) -> Path | None:
     return save(fig, path)
 
 
-def against_steps(entries: Sequence[Entry], metric: str, path: Path) -> Path | None:
+def against_steps(entries: Sequence[ResultEntry], metric: str, path: Path) -> Path | None:
     """A metric against decode steps, a line per set of weights. None unless some ran with two numbers of steps."""
     lines: dict[str, list[tuple[float, float]]] = {}
     names: dict[str, str] = {}
@@ -200,7 +200,7 @@ def against_steps(entries: Sequence[Entry], metric: str, path: Path) -> Path | N
     return _curves(lines, "decode steps", metric, path)
 
 
-def against_resolution(entries: Sequence[Entry], metric: str, path: Path) -> Path | None:
+def against_resolution(entries: Sequence[ResultEntry], metric: str, path: Path) -> Path | None:
     """A metric against resolution on the same data and protocol, a line per tokenizer. None without two resolutions."""
     lines: dict[str, list[tuple[float, float]]] = {}
     places = {place_of(e) for e in entries}
@@ -212,7 +212,7 @@ def against_resolution(entries: Sequence[Entry], metric: str, path: Path) -> Pat
     return _curves(lines, "resolution (px)", metric, path)
 
 
-def ecdf(entries: Sequence[Entry], metric: str, path: Path, most: int = 7) -> Path | None:
+def ecdf(entries: Sequence[ResultEntry], metric: str, path: Path, most: int = 7) -> Path | None:
     """Share of images at or below each value, for up to `most` rows. None without two that have per-image values."""
     column = metric_column(metric)
     name = column.per_image or ""
@@ -240,7 +240,7 @@ def _spread(entries: Sequence[Item], most: int) -> Sequence[Item]:
     return [entries[round(i * (len(entries) - 1) / (most - 1))] for i in range(most)]
 
 
-def rfid_vs_gfid(entries: Sequence[Entry], reported: Sequence[Reported], path: Path) -> Path | None:
+def rfid_vs_gfid(entries: Sequence[ResultEntry], reported: Sequence[Reported], path: Path) -> Path | None:
     """Reconstruction against generation: measured rows filled and named, rows of papers hollow behind them."""
     rfid = {(e.name, e.result.dataset.resolution): v for e in entries if (v := number(e.result, "rfid")) is not None}
     measured = [

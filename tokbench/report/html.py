@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from tokbench.records.files import image_folders, per_image_path, writable, write_whole
 from tokbench.records.result import SpeedResult
 from tokbench.report import speed
-from tokbench.report.columns import Entry, compression, metric_column
+from tokbench.report.columns import ResultEntry, compression, metric_column
 from tokbench.report.leaderboard import UNRANKED_FAMILIES, Block, Row, blocks
 from tokbench.report.reported import (
     COMPARISON_HEADS,
@@ -25,7 +25,7 @@ from tokbench.report.reported import (
 
 
 def write_page(
-    entries: Sequence[Entry],
+    entries: Sequence[ResultEntry],
     speeds: Sequence[SpeedResult],
     reported: Sequence[Reported],
     out: Path,
@@ -92,7 +92,7 @@ def _row(row: Row, heading: str) -> dict[str, Any]:
     }
 
 
-def provenance(entry: Entry) -> list[tuple[str, str]]:
+def provenance(entry: ResultEntry) -> list[tuple[str, str]]:
     """What is shown about a row on hover: where the model and the number come from."""
     result, info, origin = entry.result, entry.result.tokenizer, entry.result.provenance
     commit = (origin.commit or "")[:12] + (" (changed)" if origin.dirty else "")
@@ -162,7 +162,7 @@ def _copy(source: Path, target: Path, place: dict[str, int]) -> list[int]:
     return sorted(have)
 
 
-def _values(entry: Entry, ids: Sequence[str]) -> dict[str, list[float | None]]:
+def _values(entry: ResultEntry, ids: Sequence[str]) -> dict[str, list[float | None]]:
     """Per-image columns by the order of `ids`, five digits."""
     samples, columns = entry.rows
     place = {sample: index for index, sample in enumerate(samples)}

@@ -14,13 +14,13 @@ from tokbench.report.columns import (
     DAGGER,
     TIMES,
     Column,
-    Entry,
+    ResultEntry,
     column,
     compression,
     default_columns,
     device,
+    is_training_loss,
     number_of,
-    trained_on,
 )
 
 # Say much the same as their neighbour: the first to go where a table has no room.
@@ -44,7 +44,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    entry: Entry
+    entry: ResultEntry
     cells: Mapping[str, Cell]
 
 
@@ -77,7 +77,7 @@ def block_key(result: EvalResult) -> tuple[Any, ...]:
     )
 
 
-def blocks(entries: Iterable[Entry], columns: Sequence[str] | None = None, group: bool = True) -> list[Block]:
+def blocks(entries: Iterable[ResultEntry], columns: Sequence[str] | None = None, group: bool = True) -> list[Block]:
     """Split entries into comparable blocks and rank each.
 
     `columns` are keys in the order wanted (default: everything measured); with `group`, rows are gathered by
@@ -85,7 +85,7 @@ def blocks(entries: Iterable[Entry], columns: Sequence[str] | None = None, group
     """
     entries = list(entries)
     chosen = None if columns is None else [column(key, entries) for key in columns if key != "tokenizer"]
-    by_key: dict[tuple[Any, ...], list[Entry]] = {}
+    by_key: dict[tuple[Any, ...], list[ResultEntry]] = {}
     for entry in entries:
         by_key.setdefault(block_key(entry.result), []).append(entry)
     keys = sorted(by_key)
@@ -107,8 +107,8 @@ def _title(key: tuple[Any, ...]) -> str:
     return f"{where} at {resolution} px · protocol {protocol}"
 
 
-def _block(entries: list[Entry], chosen: list[Column] | None, group: bool, title: str) -> Block:
-    gathered: dict[str, list[Entry]] = {}
+def _block(entries: list[ResultEntry], chosen: list[Column] | None, group: bool, title: str) -> Block:
+    gathered: dict[str, list[ResultEntry]] = {}
     for entry in entries:
         gathered.setdefault(compression(entry.result.tokenizer) if group else "", []).append(entry)
     if len(gathered) == 1:
@@ -135,7 +135,7 @@ def _size_order(info: TokenizerInfo) -> tuple[float, ...]:
 
 
 def _ranked(
-    entries: list[Entry], columns: list[Column], decimals: Mapping[str, int], one_device: bool
+    entries: list[ResultEntry], columns: list[Column], decimals: Mapping[str, int], one_device: bool
 ) -> tuple[Row, ...]:
     """Rows of one group, ordered by the first column that has a direction, with best and second marked."""
     ranked = [entry for entry in entries if entry.result.tokenizer.family not in UNRANKED_FAMILIES]
@@ -155,7 +155,7 @@ def _order(row: Row, lead: Column | None) -> tuple[float, str]:
     return (value if lead is not None and lead.better == "lower" else -value, row.entry.name)
 
 
-def ranking(entries: Sequence[Entry], c: Column) -> dict[str, int]:
+def ranking(entries: Sequence[ResultEntry], c: Column) -> dict[str, int]:
     """{row name: 1 best or tied with it, 2 second or tied with that}. Needs two values to mark one."""
     values = [
         (entry, number) for entry in entries if isinstance(number := number_of(c.read(entry.result)), float | int)
@@ -173,7 +173,7 @@ def ranking(entries: Sequence[Entry], c: Column) -> dict[str, int]:
     return ranks
 
 
-def tied(a: tuple[Entry, float], b: tuple[Entry, float], c: Column) -> bool:
+def tied(a: tuple[ResultEntry, float], b: tuple[ResultEntry, float], c: Column) -> bool:
     """Equal values, or a paired 95 % interval of the per-image difference that contains zero, over the same images."""
     if a[0] is b[0] or a[1] == b[1]:
         return True
@@ -186,7 +186,7 @@ def tied(a: tuple[Entry, float], b: tuple[Entry, float], c: Column) -> bool:
     return low <= 0 <= high
 
 
-def paired_columns(a: Entry, b: Entry, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def paired_columns(a: ResultEntry, b: ResultEntry, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """A per-image column of both over the images that both have, in the order of a's ids; empty where one lacks it."""
     (ids, ours), (other_ids, theirs) = a.rows, b.rows
     if name not in ours or name not in theirs:
@@ -198,7 +198,7 @@ def paired_columns(a: Entry, b: Entry, name: str) -> tuple[NDArray[np.float64], 
     return ours[name][[i for i, _ in shared]], theirs[name][[j for _, j in shared]]
 
 
-def _far_apart(a: Entry, b: Entry, c: Column) -> bool:
+def _far_apart(a: ResultEntry, b: ResultEntry, c: Column) -> bool:
     """Spare reading rows: a paired standard error is at most the sum of the two (triangle inequality)."""
     x, y = c.read(a.result), c.read(b.result)
     if not isinstance(x, Value) or not isinstance(y, Value) or not x.stderr or not y.stderr or min(x.n, y.n) < 10:
@@ -206,7 +206,7 @@ def _far_apart(a: Entry, b: Entry, c: Column) -> bool:
     return abs((x.value or 0) - (y.value or 0)) > 3 * (x.stderr + y.stderr)
 
 
-def _decimals(c: Column, entries: Sequence[Entry]) -> int:
+def _decimals(c: Column, entries: Sequence[ResultEntry]) -> int:
     """Digits after the point: the metric's own, fewer where two digits of the typical error already cover them."""
     errors = [v.stderr for e in entries if isinstance(v := c.read(e.result), Value) and v.stderr]
     if not errors:
@@ -214,7 +214,7 @@ def _decimals(c: Column, entries: Sequence[Entry]) -> int:
     return max(0, min(c.digits, 1 - math.floor(math.log10(float(np.median(errors))))))
 
 
-def _cell(entry: Entry, c: Column, decimals: int, rank: int) -> Cell:
+def _cell(entry: ResultEntry, c: Column, decimals: int, rank: int) -> Cell:
     value = c.read(entry.result)
     if value is None or value == "":
         return Cell("–")
@@ -224,11 +224,16 @@ def _cell(entry: Entry, c: Column, decimals: int, rank: int) -> Cell:
         return Cell("–", note=value.note)
     error = f"±{value.stderr:.{decimals}f}" if value.stderr else ""
     return Cell(
-        f"{value.value:.{decimals}f}", error, rank, trained_on(entry.result, c.key), value.note, float(value.value)
+        f"{value.value:.{decimals}f}",
+        error,
+        rank,
+        is_training_loss(entry.result, c.key),
+        value.note,
+        float(value.value),
     )
 
 
-def _caption(entries: Sequence[Entry]) -> str:
+def _caption(entries: Sequence[ResultEntry]) -> str:
     results = [entry.result for entry in entries]
     types = sorted({r.settings.dtype for r in results})
     devices = sorted({device(r) for r in results})
@@ -239,7 +244,7 @@ def _caption(entries: Sequence[Entry]) -> str:
 
 
 def _footnotes(
-    entries: Sequence[Entry], columns: Sequence[Column], one_device: bool, asked: set[str] | None
+    entries: Sequence[ResultEntry], columns: Sequence[Column], one_device: bool, asked: set[str] | None
 ) -> list[str]:
     """†, what the models say about themselves, why numbers are missing; equal remarks are gathered."""
     remarks: dict[str, list[str]] = {}
@@ -253,7 +258,7 @@ def _footnotes(
             if count := getattr(entry.result.settings, setting):
                 remarks.setdefault(f"{what}: {count}", []).append(entry.name)
     notes = [f"{', '.join(names)}: {remark}" for remark, names in remarks.items()]
-    if any(trained_on(entry.result, c.key) for entry in entries for c in columns):
+    if any(is_training_loss(entry.result, c.key) for entry in entries for c in columns):
         notes.insert(0, DAGGER)
     missing: dict[tuple[str, str], list[str]] = {}
     for entry in entries:

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, NullFormat
 from tokbench.errors import InputError
 from tokbench.records.files import write_whole
 from tokbench.records.result import EvalResult, Value
-from tokbench.report.columns import Column, Entry, clipped, metric_column, milliseconds
+from tokbench.report.columns import Column, ResultEntry, clipped, metric_column, milliseconds
 from tokbench.report.leaderboard import UNRANKED_FAMILIES
 
 # Okabe and Ito (2008): told apart with any common colour blindness; yellow left out, too light on white.
@@ -141,7 +141,7 @@ def axis_label(column: Column) -> str:
     )
 
 
-def headline_metric(entries: Sequence[Entry]) -> str | None:
+def headline_metric(entries: Sequence[ResultEntry]) -> str | None:
     """The first of rfid, lpips, psnr that most of these rows have."""
     for name in HEADLINE:
         if 2 * sum(number(e.result, name) is not None for e in entries) > len(entries):
@@ -166,9 +166,9 @@ def log_axis(axis: Any, values: Sequence[float]) -> None:
     axis.set_tick_params(which="both", labelsize=8)
 
 
-def quality_vs_time(results: Sequence[EvalResult | Entry], path: Path, metric: str | None = None) -> Path | None:
+def quality_vs_time(results: Sequence[EvalResult | ResultEntry], path: Path, metric: str | None = None) -> Path | None:
     """Quality against decoding time per image, with the Pareto front. None (nothing written) without two such rows."""
-    entries = [result if isinstance(result, Entry) else Entry(result) for result in results]
+    entries = [result if isinstance(result, ResultEntry) else ResultEntry(result) for result in results]
     metric = metric or headline_metric(entries)
     points = []
     for entry in entries:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokbench.errors import InputError
-from tokbench.report.columns import Entry
+from tokbench.report.columns import ResultEntry
 from tokbench.report.plots import number
 
 METRICS = ("rfid", "psnr", "ssim", "lpips", "gfid")
@@ -34,7 +34,7 @@ class Comparison:
     """One number of a paper against ours. `comparable` "" or why the difference means little."""
 
     reported: Reported
-    entry: Entry
+    entry: ResultEntry
     metric: str
     paper: float
     ours: float
@@ -80,7 +80,7 @@ def ordered(rows: Sequence[Reported]) -> list[Reported]:
     return sorted(rows, key=key)
 
 
-def compare(rows: Sequence[Reported], entries: Sequence[Entry]) -> list[Comparison]:
+def compare(rows: Sequence[Reported], entries: Sequence[ResultEntry]) -> list[Comparison]:
     """Every reported number whose tokenizer we measured at the same resolution, with what speaks against comparing."""
     found = []
     for row in rows:
@@ -96,7 +96,7 @@ def compare(rows: Sequence[Reported], entries: Sequence[Entry]) -> list[Comparis
     return found
 
 
-def _against(row: Reported, entry: Entry, metric: str) -> str:
+def _against(row: Reported, entry: ResultEntry, metric: str) -> str:
     reasons = []
     data = entry.result.dataset
     if _bare(row.dataset) != _bare(f"{data.name} {data.split or ''}"):

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tokbench.errors import InputError
 from tokbench.records.result import SpeedResult, read_speed
-from tokbench.report.columns import Entry, metric_column, place_of
+from tokbench.report.columns import ResultEntry, metric_column, place_of
 from tokbench.report.plots import Point, figure, headline_metric, label_points, log_axis, number, save, scatter, styles
 from tokbench.report.tables import clipped, markdown_escape
 
@@ -61,13 +61,13 @@ def blocks(results: Sequence[SpeedResult]) -> dict[tuple[str, str, int], list[Sp
     return dict(sorted(found.items()))
 
 
-def of_one_place(entries: Sequence[Entry]) -> list[Entry]:
+def of_one_place(entries: Sequence[ResultEntry]) -> list[ResultEntry]:
     """The entries of the data set and protocol that most of them have: the others' numbers are not comparable."""
     places = Counter(map(place_of, entries)).most_common(1)
     return [entry for entry in entries if place_of(entry) == places[0][0]]
 
 
-def qualities(entries: Sequence[Entry]) -> tuple[str, dict[tuple[str, int], str]]:
+def qualities(entries: Sequence[ResultEntry]) -> tuple[str, dict[tuple[str, int], str]]:
     """The headline metric of evaluation records and its text by (name, resolution); ("", {}) without any."""
     entries = of_one_place(entries)
     metric = headline_metric(entries)
@@ -131,7 +131,7 @@ def footnotes(rows: Sequence[SpeedResult], reference: SpeedResult | None) -> lis
 
 
 def speed_table(
-    results: Sequence[SpeedResult], reference: str | None = None, entries: Sequence[Entry] = ()
+    results: Sequence[SpeedResult], reference: str | None = None, entries: Sequence[ResultEntry] = ()
 ) -> RenderableType:
     """What `tokbench speed` prints: one table per hardware, setting and resolution; with `entries` the quality too."""
     parts: list[RenderableType] = []
@@ -153,7 +153,7 @@ def speed_table(
     return Group(*parts)
 
 
-def speed_markdown(results: Sequence[SpeedResult], entries: Sequence[Entry] = (), level: int = 2) -> str:
+def speed_markdown(results: Sequence[SpeedResult], entries: Sequence[ResultEntry] = (), level: int = 2) -> str:
     """The same as GitHub Markdown, speed-ups against the first row."""
     lines: list[str] = []
     heading, quality = qualities(entries)
@@ -221,7 +221,7 @@ def _lines(values: Mapping[str, list[tuple[int, float]]], y_label: str, path: Pa
 
 
 def quality_against_rate(
-    results: Sequence[SpeedResult], entries: Sequence[Entry], path: Path, metric: str | None = None
+    results: Sequence[SpeedResult], entries: Sequence[ResultEntry], path: Path, metric: str | None = None
 ) -> Path | None:
     """Quality against decoded images/s with the Pareto front (the paper's first figure), for tokenizers that have both.
 

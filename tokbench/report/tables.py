@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tokbench.records.result import EvalResult
-from tokbench.report.columns import Column, Entry, clipped
+from tokbench.report.columns import Column, ResultEntry, clipped
 from tokbench.report.leaderboard import ERRORS, MARKS, SECONDARY, Block, Cell, Row, blocks
 
 WIDTH = 100
@@ -35,17 +35,19 @@ class Leaderboard:
                 caption = caption.replace(MARKS, "* best, or tied with it by paired 95 % interval")
             hidden += ["±"] if not errors and ERRORS in block.caption else []
             notes = [caption]
-            notes += [*block.footnotes, *([f"not shown for want of width: {', '.join(hidden)}"] if hidden else [])]
+            notes += [*block.footnotes, *([f"hidden, terminal too narrow: {', '.join(hidden)}"] if hidden else [])]
             yield from (Text(note, style="dim") for note in notes)
             yield Text("")
 
 
-def leaderboard_table(results: Sequence[EvalResult | Entry]) -> Leaderboard:
+def leaderboard_table(results: Sequence[EvalResult | ResultEntry]) -> Leaderboard:
     """What `tokbench run` prints: one block per protocol, data set and resolution.
 
-    Give `Entry(result, path)` where the per-image rows lie beside the JSON, so that ties are found by paired interval.
+    `ResultEntry(result, path)` says where the per-image rows lie, by which ties are found.
     """
-    return Leaderboard(tuple(blocks([result if isinstance(result, Entry) else Entry(result) for result in results])))
+    return Leaderboard(
+        tuple(blocks([result if isinstance(result, ResultEntry) else ResultEntry(result) for result in results]))
+    )
 
 
 def terminal(block: Block, columns: Sequence[Column], errors: bool, gap: int = 2, styled: bool = True) -> Table:
