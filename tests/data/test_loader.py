@@ -157,19 +157,26 @@ def test_cached_crops_are_equal_and_not_decoded_again(
 def test_a_damaged_crop_is_decoded_again(source: Source, tmp_path: Path) -> None:
     cache = CropCache(tmp_path / "crops", source, 64, ADM)
     first = everything(Loader(source, 64, ADM, batch_size=4, workers=0, cache=cache))[1]
-    raw = bytearray(cache.pixels.read_bytes())
-    raw[3 * 64 * 64 * 4 + 5] ^= 1
-    cache.pixels.write_bytes(raw)
-    assert cache.get(4) is None
+    kept = cache.folder / "4.npy"
+    for length in (0, 50, 1000):
+        kept.write_bytes(kept.read_bytes()[:length])
+        assert cache.get(4) is None
     assert torch.equal(everything(Loader(source, 64, ADM, batch_size=4, workers=0, cache=cache))[1], first)
     assert cache.get(4) is not None
 
 
 def test_crops_of_another_rule_size_or_content_are_kept_apart(source: Source, tmp_path: Path) -> None:
-    paths = {CropCache(tmp_path, source, size, PROTOCOLS[name]).pixels for size in (32, 64) for name in ("adm", "ssdd")}
+    paths = {CropCache(tmp_path, source, size, PROTOCOLS[name]).folder for size in (32, 64) for name in ("adm", "ssdd")}
     assert len(paths) == 4
     Image.fromarray(np.zeros((99, 99, 3), np.uint8)).save(source.root / "3.png")
-    assert CropCache(tmp_path, open_source(source.root), 64, ADM).pixels not in paths
+    assert CropCache(tmp_path, open_source(source.root), 64, ADM).folder not in paths
+
+
+def test_a_full_disk_only_costs_time(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = CropCache(tmp_path / "crops", source, 64, ADM)
+    monkeypatch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    assert len(everything(Loader(source, 64, ADM, batch_size=4, workers=0, cache=cache))[0]) == len(source)
+    assert list(cache.folder.iterdir()) == []
 
 
 def test_crops_that_would_fill_the_disk_are_not_kept(tmp_path: Path) -> None:

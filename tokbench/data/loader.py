@@ -2,11 +2,11 @@
 
 import os
 import shutil
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,21 +22,15 @@ from tokbench.runtime.seeding import image_seeds
 
 
 class CropCache:
-    """Crops of one source, resolution and crop rule in a file, so that a second model need not decode them again.
+    """Crops of one source, resolution and crop rule, a file each, so that a second model need not decode them again.
 
-    Plain reads and writes at offsets, safe for any number of processes; a record counts once its checksum is there.
+    A file is written aside and then renamed: any number of processes may write, and none reads a part of one.
     """
-
-    RECORD = 5  # crc32 of the pixels, notes + 128
 
     def __init__(self, folder: Path, source: Source, resolution: int, protocol: Protocol) -> None:
         name = f"{source.fingerprint()[:16]}-{protocol.crop}-{protocol.real_rounding}-{resolution}"
-        self.pixels, self.records = folder / f"{name}.u8", folder / f"{name}.crc"
-        self.shape = (resolution, resolution, 3)
-        self.bytes = 3 * resolution**2
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in (self.pixels, self.records):
-            path.touch()
+        self.folder = folder / name
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     @staticmethod
     def fits(folder: Path, num_images: int, resolution: int) -> bool:
@@ -46,42 +40,44 @@ class CropCache:
 
     def get(self, index: int) -> tuple[np.ndarray, int] | None:
         """The crop uint8 [R, R, 3] and its notes, or None."""
-        record = _read_at(self.records, index * self.RECORD, self.RECORD)
-        if len(record) < self.RECORD or record[4] < 128:
+        try:
+            with open(self.folder / f"{index}.npy", "rb") as file:
+                return np.load(file), int(np.load(file))
+        except (OSError, ValueError, EOFError):  # not there, or damaged
             return None
-        data = _read_at(self.pixels, index * self.bytes, self.bytes)
-        if zlib.crc32(data) != int.from_bytes(record[:4], "little"):
-            return None
-        return np.frombuffer(data, dtype=np.uint8).reshape(self.shape), record[4] - 128
 
     def put(self, index: int, pixels: np.ndarray, notes: int) -> None:
         """Keep a crop; a full disk is not an error, only slower."""
-        data = pixels.tobytes()
+        aside = self.folder / f".{index}.{os.getpid()}"
         try:
-            _write_at(self.pixels, index * self.bytes, data)
-            record = zlib.crc32(data).to_bytes(4, "little") + bytes([notes + 128])
-            _write_at(self.records, index * self.RECORD, record)
+            with open(aside, "wb") as file:
+                np.save(file, pixels)
+                np.save(file, notes)
+            os.replace(aside, self.folder / f"{index}.npy")
         except OSError:
-            return
+            aside.unlink(missing_ok=True)
 
 
-def _read_at(path: Path, offset: int, size: int) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        return file.read(size)
+@dataclass(frozen=True)
+class _Crop:
+    """One sample: its pixels uint8 [3, R, R] and what `image_seeds` gives of them, or why there are none."""
+
+    index: int
+    image: Tensor | None = None
+    seeds: tuple[int, ...] = ()
+    notes: int = 0
+    problem: str = ""
 
 
-def _write_at(path: Path, offset: int, data: bytes) -> None:
-    with open(path, "r+b", buffering=0) as file:
-        file.seek(offset)
-        file.write(data)
+class _Batch(NamedTuple):  # a named tuple, whose tensors the loader can pin
+    indices: list[int]
+    images: Tensor  # uint8 [B, 3, R, R]
+    seeds: Tensor  # int64 [B, S]
+    notes: list[int]
+    problems: list[tuple[int, str]]  # of samples that are not in it
 
 
-# index, crop uint8 [3, R, R], its seeds, notes, why there is no crop
-Loaded = tuple[int, Tensor | None, list[int], int, str]
-
-
-class _Crops(Dataset[Any]):
+class _Crops(Dataset[_Crop]):
     """Crops by index, decoded in whichever process asks."""
 
     def __init__(self, source: Source, resolution: int, protocol: Protocol, upscale: bool, cache: CropCache | None):
@@ -89,18 +85,18 @@ class _Crops(Dataset[Any]):
         self.upscale, self.cache = upscale, cache
         self.seeds: tuple[int, ...] = ()
 
-    def __getitem__(self, index: int) -> Loaded:
+    def __getitem__(self, index: int) -> _Crop:
         kept = self.cache.get(index) if self.cache else None
         if kept is None:
             try:
                 kept = self._make(index)
             except InputError as error:  # as a value: the loader would wrap it in a traceback
-                return index, None, [], 0, str(error)
+                return _Crop(index, problem=str(error))
             if self.cache:
                 self.cache.put(index, *kept)
         pixels, notes = kept
         image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        return index, image, [int(image_seeds(image[None], seed)) for seed in self.seeds], notes, ""
+        return _Crop(index, image, tuple(int(image_seeds(image[None], seed)) for seed in self.seeds), notes)
 
     def _make(self, index: int) -> tuple[np.ndarray, int]:
         image, notes = self.source.load(index)
@@ -112,12 +108,15 @@ class _Crops(Dataset[Any]):
         return crop(image, self.resolution, self.protocol), notes
 
 
-def _collate(items: Sequence[Loaded]) -> tuple[list[int], Tensor, Tensor, list[int], list[tuple[int, str]]]:
-    good = [(index, pixels, seeds, notes) for index, pixels, seeds, notes, _ in items if pixels is not None]
-    bad = [(index, reason) for index, pixels, _, _, reason in items if pixels is None]
-    images = default_collate([pixels for _, pixels, _, _ in good]) if good else torch.empty(0)  # into shared memory
-    seeds = torch.tensor([seeds for _, _, seeds, _ in good], dtype=torch.int64)
-    return [index for index, *_ in good], images, seeds, [notes for *_, notes in good], bad
+def _collate(crops: Sequence[_Crop]) -> _Batch:
+    good = [crop for crop in crops if crop.image is not None]
+    return _Batch(
+        [crop.index for crop in good],
+        default_collate([crop.image for crop in good]) if good else torch.empty(0),  # into shared memory
+        torch.tensor([crop.seeds for crop in good], dtype=torch.int64),
+        [crop.notes for crop in good],
+        [(crop.index, crop.problem) for crop in crops if crop.image is None],
+    )
 
 
 class Loader:
@@ -173,16 +172,16 @@ class Loader:
         Hashed where images are decoded, so that a GPU does not wait for it.
         """
         self._crops.seeds = tuple(seeds)  # worker processes start, and get their copy, at the first batch
-        for indices, images, own, notes, bad in self._alive():
-            for index, reason in bad:
+        for batch in self._alive():
+            for index, reason in batch.problems:
                 if not self.skip_bad:
                     raise InputError(reason + self.advice)
                 self.skipped[self.source.ids[index]] = reason
-            self.notes.update(text for note in notes for bit, text in NOTES.items() if note & bit)
-            if indices:
-                yield [self.source.ids[index] for index in indices], images, own
+            self.notes.update(text for note in batch.notes for bit, text in NOTES.items() if note & bit)
+            if batch.indices:
+                yield [self.source.ids[index] for index in batch.indices], batch.images, batch.seeds
 
-    def _alive(self) -> Iterator[Any]:
+    def _alive(self) -> Iterator[_Batch]:
         try:
             yield from self._batches
         except RuntimeError as error:
@@ -192,7 +191,7 @@ class Loader:
 
 
 def default_workers(num_images: int) -> int:
-    """None for so few images that starting processes costs more than it saves; else one a core, at most 8."""
+    """0 for up to 64 images, where starting processes costs more than it saves; else one a core, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if num_images <= 64 else min(8, cores)
 

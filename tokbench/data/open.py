@@ -1,25 +1,29 @@
 """Image sources by name, and what is in them."""
 
 import os
-import re
+import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokbench.data.archives import list_archive, unpacked
+from tokbench.data.archives import list_tar, list_zip
 from tokbench.data.sources import (
-    ArchiveSource,
     FileSource,
     HuggingFaceSource,
     Source,
+    TarSource,
+    ZipSource,
     list_folder,
     sample_id,
     unique_ids,
 )
 from tokbench.errors import InputError, first_line
+from tokbench.records.files import slug
+from tokbench.weights.files import offline
 
 SAMPLES = Path(__file__).parents[1] / "samples"
-ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+ARCHIVES = (".tar", ".zip")
 IMAGENET = {  # where each split lies, as shipped, as Kaggle unpacks it, or unpacked by hand
     "val": ("val", "ILSVRC2012_img_val", "ILSVRC/Data/CLS-LOC/val", "ILSVRC2012_img_val.tar"),
     "train": ("train", "ILSVRC2012_img_train", "ILSVRC/Data/CLS-LOC/train", "ILSVRC2012_img_train.tar"),
@@ -67,10 +71,6 @@ def _guess(path: Path, split: str | None) -> Source:
     raise InputError(f"{path}: not a folder, {', '.join(ARCHIVES)}, .parquet, or .txt list of paths")
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "images"
-
-
 def _no_split(name: str, split: str | None) -> None:
     if split is not None:
         raise InputError(f"{name}: has no splits; leave --split {split} out")
@@ -85,11 +85,11 @@ def _folder(root: str, split: str | None) -> Source:
     folder = Path(root)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    name = _slug(folder.resolve().name)
+    name = slug(folder.resolve().name)
     if split is not None:
         if not (folder / split).is_dir():
             raise InputError(f"{folder}: has no split {split!r}")
-        return _files(f"{name}-{_slug(split)}", split, folder / split)
+        return _files(f"{name}-{slug(split)}", split, folder / split)
     if (folder / "train").is_dir() and (folder / "val").is_dir():
         raise InputError(f"{folder}: holds train and val; choose one with --split")
     return _files(name, None, folder)
@@ -100,12 +100,15 @@ def _archive(file: str, split: str | None) -> Source:
     _no_split(file, split)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    name = path.name
-    for suffix in ARCHIVES:
-        name = name[: -len(suffix)] if name.lower().endswith(suffix) else name
-    path = unpacked(path)
-    members = list_archive(path)
-    return ArchiveSource(_slug(name), None, path, unique_ids([m.name for m in members], path), members)
+    return _archived(slug(path.stem), None, path, sample_id)
+
+
+def _archived(name: str, split: str | None, path: Path, to_id: Callable[[str], str]) -> Source:
+    if zipfile.is_zipfile(path):
+        names = list_zip(path)
+        return ZipSource(name, split, path, unique_ids(names, path, to_id), names)
+    members = list_tar(path)
+    return TarSource(name, split, path, unique_ids([member.name for member in members], path, to_id), members)
 
 
 def _list(file: str, split: str | None) -> Source:
@@ -117,7 +120,7 @@ def _list(file: str, split: str | None) -> Source:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     names.sort()
-    return FileSource(_slug(path.stem), None, path.parent, unique_ids(names, path), names)
+    return FileSource(slug(path.stem), None, path.parent, unique_ids(names, path), names)
 
 
 def _imagenet(root: str, split: str | None) -> Source:
@@ -130,16 +133,13 @@ def _imagenet(root: str, split: str | None) -> Source:
         raise InputError(f"{folder}: no such folder; it should hold {' or '.join(IMAGENET[split])}")
     name = "imagenet" if split == "val" else f"imagenet-{split}"
     if found.is_file():
-        members = list_archive(found)
-        ids = unique_ids([m.name for m in members], found, _stem)
-        source: Source = ArchiveSource(name, split, found, ids, members)
+        source = _archived(name, split, found, _stem)
     else:
         if any((found / other).is_dir() for other in IMAGENET):
             raise InputError(f"{folder}: holds no {' or '.join(IMAGENET[split])}")
         names, problems = list_folder(found)
         source = FileSource(name, split, found, unique_ids(names, found, _stem), names, problems)
-    order = sorted(range(len(source)), key=lambda i: source.ids[i])
-    source.ids, source.entries = [source.ids[i] for i in order], [source.entries[i] for i in order]
+    source.sort()
     if len(source) != IMAGENET_IMAGES[split]:
         source.problems.append(f"{len(source)} images; ImageNet's {split} split has {IMAGENET_IMAGES[split]}")
     return source
@@ -151,7 +151,7 @@ def _stem(name: str) -> str:
 
 def _hugging_face(name: str, split: str | None) -> Source:
     """OWNER/NAME[:CONFIG][@REVISION] from the hub, or parquet files on this machine."""
-    if os.environ.get("TOKBENCH_OFFLINE") == "1":
+    if offline():
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     try:
         import datasets
@@ -163,19 +163,19 @@ def _hugging_face(name: str, split: str | None) -> Source:
         if local.exists():
             files = sorted(str(path) for path in local.glob("*.parquet")) if local.is_dir() else [str(local)]
             rows = datasets.load_dataset("parquet", data_files={split: files}, split=split)
-            label = _slug(local.resolve().stem)
+            label = slug(local.resolve().stem)
         else:
             repository, _, revision = name.partition("@")
             repository, _, config = repository.partition(":")
             rows = datasets.load_dataset(repository, config or None, split=split, revision=revision or None)
-            label = _slug(name)
+            label = slug(name)
     except (OSError, ValueError, ImportError) as error:
         reason = first_line(error)
         raise InputError(f"hf:{name}: split {split!r} cannot be loaded ({reason})") from error
     column = _image_column(rows, datasets, name)
     if isinstance(rows.features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
-    return HuggingFaceSource(f"{label}-{_slug(split)}", split, rows, column)
+    return HuggingFaceSource(f"{label}-{slug(split)}", split, rows, column)
 
 
 def _image_column(rows: Any, datasets: Any, name: str) -> str:

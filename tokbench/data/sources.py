@@ -10,7 +10,7 @@ import sys
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,9 +18,9 @@ from typing import Any
 
 from PIL import Image
 
-from tokbench.data.archives import Member
+from tokbench.data.archives import Member, opened_zip
 from tokbench.data.decode import SUFFIXES, decode, open_header
-from tokbench.errors import InputError
+from tokbench.errors import InputError, first_line
 from tokbench.records.cache import load_cached, printable, save_cached, stamp_of
 
 
@@ -100,16 +100,21 @@ class Source:
         facts = enumerate(self.facts())
         return [self.where(i) for i, fact in facts if not fact.problem and min(fact.width, fact.height) < resolution]
 
+    def sort(self, among: Iterable[int] | None = None) -> None:
+        """Bring the samples, or only those at these indices, into the order of their ids."""
+        order = sorted(range(len(self)) if among is None else among, key=self.ids.__getitem__)
+        self.ids, self.entries = [self.ids[i] for i in order], [self.entries[i] for i in order]
+        if self._facts is not None:
+            self._facts = [self._facts[i] for i in order]
+
     def limit(self, num_images: int) -> None:
         """Keep the N samples whose ids have the smallest sha256: a fair choice, stable when the set grows."""
         if num_images < 1:
             raise InputError(f"--limit {num_images}: must be at least 1")
-        if num_images >= len(self.ids):
-            return
-        order = sorted(range(len(self.ids)), key=lambda i: hashlib.sha256(self.ids[i].encode()).digest())
-        kept = sorted(order[:num_images], key=lambda i: self.ids[i])
-        self.ids, self.entries = [self.ids[i] for i in kept], [self.entries[i] for i in kept]
-        self.name, self._facts = f"{self.name}-{num_images}", None
+        if num_images < len(self):
+            by_hash = sorted(range(len(self)), key=lambda i: hashlib.sha256(self.ids[i].encode()).digest())
+            self.sort(by_hash[:num_images])
+            self.name = f"{self.name}-{num_images}"
 
 
 class FileSource(Source):
@@ -125,27 +130,33 @@ class FileSource(Source):
         return stamp_of(self.root / self.entries[index])
 
 
-class ArchiveSource(Source):
-    """Members of a tar or zip, read in place; an entry is a Member."""
+class TarSource(Source):
+    """Members of a tar, read in place; an entry is a Member."""
 
     def read_bytes(self, index: int) -> bytes:
         member: Member = self.entries[index]
         with open(self.root, "rb", buffering=0) as file:  # a file of its own: forked readers must not share a position
             file.seek(member.offset)
-            data = file.read(member.packed)
-        if len(data) != member.packed:
+            data = file.read(member.size)
+        if len(data) != member.size:
             raise OSError("the archive ends inside it")
-        if member.method == zipfile.ZIP_DEFLATED:
-            try:
-                data = zlib.decompressobj(-15).decompress(data, member.size)
-            except zlib.error as error:
-                raise OSError(str(error)) from error
-        if member.crc is not None and (len(data) != member.size or zlib.crc32(data) != member.crc):
-            raise OSError("checksum of the archive does not match")
         return data
 
     def where(self, index: int) -> str:
         return printable(f"{self.root}:{self.entries[index].name}")
+
+
+class ZipSource(Source):
+    """Members of a zip, read in place; an entry is a name."""
+
+    def read_bytes(self, index: int) -> bytes:
+        try:
+            return opened_zip(self.root).read(self.entries[index])
+        except (zipfile.BadZipFile, zlib.error, KeyError, RuntimeError, NotImplementedError) as error:
+            raise OSError(first_line(error)) from error  # damaged, gone, encrypted or oddly packed
+
+    def where(self, index: int) -> str:
+        return printable(f"{self.root}:{self.entries[index]}")
 
 
 class HuggingFaceSource(Source):

@@ -7,7 +7,7 @@ processes, nor on where a run was interrupted. So the state of the data order is
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,17 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tokbench.data.sources import Source
 from tokbench.errors import InputError
 
-KEEP_BYTES = 4 << 30  # photographs are kept decoded in memory up to this size in all
-
-
-class Photographs(Protocol):
-    """What tokbench.data.open_source gives: sample ids and RGB images by index."""
-
-    @property
-    def ids(self) -> Sequence[str]: ...
-    def read(self, index: int) -> Image.Image: ...
+KEEP_BYTES = 4 << 30  # images are kept decoded in memory up to this size in all
 
 
 @dataclass(frozen=True)
@@ -35,9 +28,7 @@ class CropConfig:
     size: int = 128
     short_side: tuple[int, ...] = (128, 256)  # the photograph's shorter side becomes a random length between these two
     enlarge: float = 1.0e9  # but is never enlarged by more than this factor; the crop still has to fit
-    sample_by: Literal["shuffle", "area"] = (
-        "shuffle"  # every photograph once an epoch, or by the square root of its area
-    )
+    sample_by: Literal["shuffle", "area"] = "shuffle"  # each once an epoch, or by the square root of its area
     flip: bool = True
     flat: float = 0.0  # a crop whose standard deviation (of 255) is below this is drawn again, up to four times
     late_size: int = 0  # crop size for the end of training; 0: none
@@ -75,7 +66,7 @@ def hold_out(ids: Sequence[str], num_images: int) -> tuple[list[int], list[int]]
 class PhotoCrops(Dataset[tuple[Tensor, str]]):
     """Item (sample number, size) -> (uint8 [3, size, size], sample id)."""
 
-    def __init__(self, source: Photographs, indices: Sequence[int], config: CropConfig, seed: int) -> None:
+    def __init__(self, source: Source, indices: Sequence[int], config: CropConfig, seed: int) -> None:
         self.source, self.indices, self.config, self.seed = source, list(indices), config, seed
         if not self.indices:
             raise InputError("no photograph to train on")
@@ -144,7 +135,7 @@ class PhotoCrops(Dataset[tuple[Tensor, str]]):
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchSampler:
     """Which samples a process takes in each step: lists of (sample number, crop size), made as they are needed.
 
     The global batch of a step is cut into `world` equal parts, so that any number of processes sees the same batch.
@@ -175,10 +166,10 @@ def batches(
 
     Raises InputError naming a photograph that cannot be read.
     """
-    plan = Plan(crops.config, first_step, num_steps, batch_size, rank, world)
-    loader = DataLoader(crops, batch_sampler=plan, num_workers=num_workers)
+    sampler = BatchSampler(crops.config, first_step, num_steps, batch_size, rank, world)
+    loader = DataLoader(crops, batch_sampler=sampler, num_workers=num_workers)
     try:
-        for items, (images, ids) in zip(plan, loader, strict=True):
+        for items, (images, ids) in zip(sampler, loader, strict=True):
             yield [number for number, _ in items], images, list(ids)
     except InputError as error:  # a worker's has its traceback before it
         raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error

@@ -165,9 +165,8 @@ def match(real: Source, fake: Source) -> None:
     missing = [f"only in {root}: {preview(ids)}" for root, ids in only if ids]
     if missing:
         raise InputError(f"images are matched by path without extension, and do not match; {'; '.join(missing)}")
-    for side in (real, fake):
-        order = sorted(range(len(side)), key=lambda i: side.ids[i])
-        side.ids, side.entries, side._facts = [side.ids[i] for i in order], [side.entries[i] for i in order], None
+    real.sort()
+    fake.sort()
 
 
 def common_size(fake: Source) -> int:

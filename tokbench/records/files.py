@@ -12,6 +12,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import secrets
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -87,6 +88,11 @@ def hold(folder: Path) -> Iterator[None]:
                 if [path.name for path in folder.iterdir()] == ["lock"]:
                     (folder / "lock").unlink()
                     folder.rmdir()
+
+
+def slug(text: str) -> str:
+    """A text as a name of files and rows: only a-z 0-9 . _ and -."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.") or "unnamed"
 
 
 def result_path(out: Path, result: EvalResult) -> Path:

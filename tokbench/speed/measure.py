@@ -8,7 +8,6 @@ network run, uint8 images out. Copies between host and device are not in it.
 
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ from tokbench.metrics.perceptual import lpips_network
 from tokbench.metrics.pixel import psnr, squared_error
 from tokbench.protocols import find_protocol
 from tokbench.records import provenance
-from tokbench.records.files import write_whole
+from tokbench.records.files import slug, write_whole
 from tokbench.records.result import SpeedResult, TokenizerInfo, to_json
 from tokbench.registry import Spec, create, parse, parse_all
 from tokbench.runtime.device import describe_device, find_dtype, prepare, select_device
@@ -242,11 +241,6 @@ def equality_gate(images: Tensor, exact: Tensor, fast: Tensor) -> dict[str, obje
     lpips_shift = shift(lambda real, fake: network(to_float(real), to_float(fake)))
     passed = abs(psnr_shift) <= 0.02 and abs(lpips_shift) <= 0.001
     return record | {"passed": passed, "lpips_alex_shift": lpips_shift}
-
-
-def slug(text: str) -> str:
-    """A file name of a text."""
-    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-")
 
 
 def file_name(result: SpeedResult) -> str:
