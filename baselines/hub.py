@@ -3,6 +3,7 @@
 import json
 import socket
 import warnings
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+import torch
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -21,9 +23,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
 
-from tokbench.errors import CellError, first_line
-from tokbench.weights.files import offline
+from baselines.published import Published
+from tokbench.checkpoints import load_strictly
+from tokbench.errors import CellError, InputError, first_line
+from tokbench.records.cache import cache_folder
+from tokbench.weights.download import download
+from tokbench.weights.files import WeightsError, check_file, offline
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UnpicklingError)
 REFUSED = "holds more than tensors: refused, for reading it would run its code; if you trust it, save it as safetensors"
@@ -103,6 +111,56 @@ def fetch(repo: str, file: str, name: str) -> Path:
         raise CellError(f"{name}: {repo} is no repository name") from error
     except (HfHubHTTPError, OSError) as error:
         raise CellError(f"{name}: {repo} cannot be fetched ({first_line(error)})") from error
+
+
+def read_tensors(path: Path, name: str) -> dict[str, Any]:
+    """What a .safetensors, .pt or .ckpt file holds, unwrapped from "state_dict" or "model".
+
+    Raises CellError for a damaged file and for one that torch's weights_only reader refuses.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise CellError(f"{name}: {path} {REFUSED}") from error
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
+        raise CellError(f"{name}: {path} is damaged or half downloaded ({first_line(error)})") from error
+    for key in ("state_dict", "model"):
+        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
+            held = held[key]
+    if not isinstance(held, Mapping):
+        raise CellError(f"{name}: {path} holds a {type(held).__name__}, not named tensors")
+    return dict(held)
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Any], path: Path, name: str) -> None:
+    """Load every tensor as float32. Raises CellError if one is missing, left over or of another shape."""
+    try:
+        load_strictly(module, {key: value.float() for key, value in tensors.items()}, path)
+    except InputError as error:
+        raise CellError(f"{name}: {error}") from error
+
+
+def checkpoint(row: Published, file: Path | None) -> Path:
+    """The file of a row: the one given, or its own from the hub. Raises CellError that says where to get it."""
+    if file is None and not row.repo:
+        raise CellError(f"{row.name}: not on the hub; download {row.file} ({row.note}) and write {row.name}:{row.file}")
+    return file or fetch(row.repo, row.file, row.name)
+
+
+def fetch_url(url: str, sha256: str, size: int, name: str) -> Path:
+    """A file that is not on the hub, from the cache or downloaded and checked. Raises CellError saying what to do."""
+    place = cache_folder() / "models" / url.rpartition("/")[2]
+    try:
+        if not place.is_file():
+            if offline():
+                raise CellError(f"{name}: TOKBENCH_OFFLINE is set; download {url} and write {name}:FOLDER")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            download(url, place.with_suffix(".part"), sha256, size, name).replace(place)
+        return check_file(place, sha256, name)
+    except (WeightsError, OSError) as error:
+        raise CellError(f"{name}: {error}; or download it by hand and write {name}:FOLDER") from error
 
 
 def model_class(name: str, kind: str) -> Any:

@@ -5,24 +5,17 @@ names are translated. Everything is checked strictly against these names and sha
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
-import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from baselines.hub import REFUSED, fetch
+from baselines.hub import checkpoint, fetch, fill, read_tensors
 from baselines.pretrained import Continuous, wrap
 from baselines.published import PUBLISHED
 from ssdd_models.encoder import Posterior
-from tokbench.checkpoints import load_strictly
-from tokbench.errors import CellError, InputError, first_line
+from tokbench.errors import CellError
 
 STATISTICS = "latents_stats.pt"  # VA-VAE's mean and standard deviation of each channel, in a file of its own
 
@@ -216,28 +209,6 @@ def ldm_name(key: str, levels: int) -> str:
     return key
 
 
-def read_tensors(path: Path, name: str) -> dict[str, Any]:
-    """What a .safetensors, .pt or .ckpt file holds, unwrapped from "state_dict" or "model".
-
-    Raises CellError for a damaged file and for one that torch's weights_only reader refuses.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise CellError(f"{name}: {path} {REFUSED}") from error
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
-        reason = first_line(error)
-        raise CellError(f"{name}: {path} is damaged or half downloaded ({reason})") from error
-    for key in ("state_dict", "model"):
-        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
-            held = held[key]
-    if not isinstance(held, Mapping):
-        raise CellError(f"{name}: {path} holds a {type(held).__name__}, not named tensors")
-    return dict(held)
-
-
 def load(path: Path, config: LDMConfig, name: str) -> LDMAutoencoder:
     """The autoencoder in a file; discriminators, loss networks and counters beside it are ignored.
 
@@ -246,10 +217,7 @@ def load(path: Path, config: LDMConfig, name: str) -> LDMAutoencoder:
     model = LDMAutoencoder(config)
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.embedding.")
     held = {ldm_name(key, len(config.channel_mult)): value for key, value in read_tensors(path, name).items()}
-    try:
-        load_strictly(model, {key: value.float() for key, value in held.items() if key.startswith(parts)}, path)
-    except InputError as error:
-        raise CellError(f"{name}: {error}") from error
+    fill(model, {key: value for key, value in held.items() if key.startswith(parts)}, path, name)
     return model.eval()
 
 
@@ -272,10 +240,8 @@ def published(name: str, file: Path | None = None, random_weights: bool = False)
     row, config = PUBLISHED[name], CONFIGS[name]
     if random_weights:
         model = LDMAutoencoder(config).eval()
-    elif file is None and not row.repo:
-        raise CellError(f"{name}: not on the hub; download {row.file} ({row.note}) and write {name}:{row.file}")
     else:
-        file = file or fetch(row.repo, row.file, name)
+        file = checkpoint(row, file)
         model = load(file, config, name)
     if config.unit_codes:  # only directions count: distances to unit codes order as products with them
         model.quantize.embedding.weight.data = F.normalize(model.quantize.embedding.weight.data, dim=-1)

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.hub import load_model, model_class
-from baselines.published import PUBLISHED, Published
+from baselines.published import PUBLISHED, VERIFIED, Published
 from tokbench.data.pixels import to_float
 from tokbench.errors import CellError, InputError
 from tokbench.records.result import TokenizerInfo
 from tokbench.runtime.seeding import normal
 
 FRAME_CLASSES = ("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLCosmos", "AutoencoderKLHunyuanVideo")
+ANY = "diffusers"  # family of a model that states its own facts
 
 
 class Half(nn.Module):
@@ -223,7 +224,7 @@ def any_autoencoder(source: str, latent_space: str = "") -> Any:
     kind = type(model).__name__
     downsample, channels = latent_shape(kind, model.config, source)
     note = f"{kind}; scale and shift from its config"
-    row = Published(source, "diffusers", kind, downsample, repo, channels, latent_space=latent_space, note=note)
+    row = Published(source, ANY, kind, downsample, repo, channels, latent_space=latent_space, note=note)
     if kind == "VQModel":
         row = replace(row, channels=None, codebook_size=model.config.num_vq_embeddings)
     return wrap(model, row, random_weights=False)
@@ -232,7 +233,8 @@ def any_autoencoder(source: str, latent_space: str = "") -> Any:
 def wrap(model: Any, row: Published, random_weights: bool) -> Continuous:
     """The tokenizer around a model, with the row's scale and shift or, where it has none, those of the config."""
     shift, scale = config_scale(model)
-    facts, verified = [row.note], not random_weights
+    facts = [row.note]
+    verified = not random_weights and (row.name in VERIFIED or row.family == ANY)
     if row.scale is not None:
         if not random_weights and (shift, scale) != (row.shift, row.scale):
             found = "states neither" if row.kind == "ldm" else f"says {shift} and {scale}"

@@ -15,7 +15,7 @@ from typing import Any
 class Published:
     """A row of published.csv, whose columns these are; an empty one is the default, `losses` are cut at spaces.
 
-    `kind` is the diffusers class, or "ldm" for a checkpoint in latent diffusion's own format.
+    `kind` is the diffusers class, or the module of baselines that reads the checkpoint ("ldm", "taesd", ...).
     """
 
     name: str
@@ -113,3 +113,7 @@ def _row(line: Mapping[str, str]) -> Published:
 
 with (Path(__file__).parent / "published.csv").open(newline="", encoding="utf-8") as _file:
     PUBLISHED = {row.name: row for row in map(_row, csv.DictReader(_file))}
+
+# Rows that were run with their published files: sha256 of these, day, PSNR on the bundled photographs at 256 px (adm).
+with (Path(__file__).parent / "verified.csv").open(newline="", encoding="utf-8") as _file:
+    VERIFIED = {line["name"]: line for line in csv.DictReader(_file)}

@@ -1,6 +1,7 @@
 """Names of the baselines, for the registry. Cheap to import: each factory imports what it needs."""
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,8 @@ def _codec(file_format: str) -> Callable[..., Any]:
 
 def _published(name: str) -> Callable[..., Any]:
     def factory(file: Path | None = None, random_weights: bool = False) -> Any:
-        if PUBLISHED[name].kind == "ldm":
-            from baselines.ldm import published
-        else:
-            from baselines.pretrained import published
-
-        return published(name, file, random_weights)
+        kind = PUBLISHED[name].kind  # a class of diffusers, or the module of a family
+        module = import_module(f"baselines.{kind if kind.islower() else 'pretrained'}")
+        return module.published(name, file, random_weights)
 
     return factory
