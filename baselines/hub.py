@@ -30,8 +30,8 @@ from baselines.published import Published
 from tokbench.checkpoints import load_strictly
 from tokbench.errors import CellError, InputError, first_line
 from tokbench.records.cache import cache_folder
-from tokbench.weights.download import download
 from tokbench.weights.files import WeightsError, check_file, offline
+from tokbench.weights.transfer import download
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UnpicklingError)
 REFUSED = "holds more than tensors: refused, for reading it would run its code; if you trust it, save it as safetensors"
@@ -149,7 +149,7 @@ def checkpoint(row: Published, file: Path | None) -> Path:
     return file or fetch(row.repo, row.file, row.name)
 
 
-def fetch_url(url: str, sha256: str, size: int, name: str) -> Path:
+def fetch_url(url: str, sha256: str, name: str) -> Path:
     """A file that is not on the hub, from the cache or downloaded and checked. Raises CellError saying what to do."""
     place = cache_folder() / "models" / url.rpartition("/")[2]
     try:
@@ -157,7 +157,7 @@ def fetch_url(url: str, sha256: str, size: int, name: str) -> Path:
             if offline():
                 raise CellError(f"{name}: TOKBENCH_OFFLINE is set; download {url} and write {name}:FOLDER")
             place.parent.mkdir(parents=True, exist_ok=True)
-            download(url, place.with_suffix(".part"), sha256, size, name).replace(place)
+            download(url, place.with_suffix(".part"), sha256, name).replace(place)
         return check_file(place, sha256, name)
     except (WeightsError, OSError) as error:
         raise CellError(f"{name}: {error}; or download it by hand and write {name}:FOLDER") from error

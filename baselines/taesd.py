@@ -33,9 +33,9 @@ CONFIGS = {
 }
 
 UPSTREAM = "https://github.com/madebyollin/taesd/raw/5cccb12dc72074a4be35680c3b108548a7c69978"
-FILES = {  # sha256 and bytes, where they are known
-    "taef2_encoder.pth": ("10a4e1021e89d7551eaf161352da8dbd0b1aa83872ae28b150c1df1ce2f147b6", 2_704_692),
-    "taef2_decoder.pth": ("0a44a31e1ae59eb9dbf9359d24942fd3ef5928162c1800d97a28c61d51be0ab5", 2_704_756),
+FILES = {  # sha256, where it is known
+    "taef2_encoder.pth": "10a4e1021e89d7551eaf161352da8dbd0b1aa83872ae28b150c1df1ce2f147b6",
+    "taef2_decoder.pth": "0a44a31e1ae59eb9dbf9359d24942fd3ef5928162c1800d97a28c61d51be0ab5",
 }
 
 
@@ -114,7 +114,7 @@ def published(name: str, file: Path | None = None, random_weights: bool = False)
     for side in () if random_weights else ("encoder", "decoder"):
         part = f"{name}_{side}.pth"
         if file is None and part in FILES:
-            path = fetch_url(f"{UPSTREAM}/{part}", *FILES[part], name)
+            path = fetch_url(f"{UPSTREAM}/{part}", FILES[part], name)
         else:
             path = checkpoint(row, file) / part
         fill(getattr(model, side), read_tensors(path, name), path, name)

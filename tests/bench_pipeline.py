@@ -27,7 +27,7 @@ from tokbench.metrics.suite import Instruments, instruments
 from tokbench.protocols import find_protocol
 from tokbench.runtime.device import precision, prepare
 from tokbench.runtime.seeding import image_seeds
-from tokbench.weights.download import weights_dir
+from tokbench.weights import weights_dir
 
 TARGET = 1.15
 ROUNDS = 2  # in turns, so that a busy machine hurts both alike

