@@ -10,6 +10,7 @@ import csv
 import gzip
 import hashlib
 import io
+import json
 import logging
 import os
 import re
@@ -17,7 +18,7 @@ import secrets
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -60,6 +61,15 @@ def write_whole(path: Path, data: bytes | str) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log.jsonl, less a line that a power cut or a full disk has left torn; [] without a file."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
 @contextlib.contextmanager

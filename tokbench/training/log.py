@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from tokbench.config import to_dict
 from tokbench.errors import CellError
 from tokbench.metrics import METRICS
-from tokbench.records.files import writable, write_whole
+from tokbench.records.files import read_log, writable, write_whole
 from tokbench.runtime.device import describe_device
 
 
@@ -41,12 +41,7 @@ class Log:
             file.write(json.dumps(record) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
-        """Every record on disk, less a line that a power cut or a full disk has left torn."""
-        records = []
-        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
-            with suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-        return records
+        return read_log(self.path)
 
 
 class Meter:
