@@ -5,8 +5,10 @@ summed over an image's latent, as SSDD has it, so that kl_weight means the same 
 makes its 1e-6 weaker by 3 * H * W.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,41 +19,26 @@ from ssdd_models.layers import AttentionBlock, ResBlock
 from tokbench.checkpoints import load_strictly, read_model, write_model
 from tokbench.config import describe, from_dict, override, to_dict
 from tokbench.data.pixels import to_float
-from tokbench.data.training_crops import CropConfig, PhotoCrops, batches
+from tokbench.data.training_crops import CropConfig, PhotoCrops
 from tokbench.errors import InputError
 from tokbench.registry import TrainOptions, choose
-from tokbench.runtime.processes import Machine
+from tokbench.runtime.processes import Processes
 from tokbench.runtime.seeding import normal, sample_seeds
-from tokbench.runtime.terminal import bar, say
-from tokbench.training.held_out import open_photographs, score
-from tokbench.training.log import (
-    Log,
-    Meter,
-    check_losses,
-    due,
-    image_grid,
-    interrupts,
-    is_best,
-    plot_curves,
-    save_image,
-    training_record,
-)
+from tokbench.training.held_out import open_images
+from tokbench.training.log import image_grid
 from tokbench.training.optimisation import (
-    Ema,
     EmaConfig,
     OptimConfig,
     Perceptual,
     RunConfig,
-    averaged,
-    building,
     check_sides,
-    learning_rate,
     make_optimizer,
     optimizer_step,
     perceptual_loss,
     recompute,
+    size_errors_as_input_errors,
 )
-from tokbench.training.session import Parts, load_checkpoint, save_checkpoint
+from tokbench.training.session import open_session
 from tokbench.weights.files import file_sha256
 
 DEFAULT = "ldm-f8c4"  # preset
@@ -85,7 +72,6 @@ class KLVAETraining:
     learn_logvar: bool = True  # the reconstruction's variance is a parameter, as in LDM
     freeze_encoder: bool = False  # decoder-only training, as of sd-vae-ft
     normalise_latents: bool = False  # the finished model's latents get mean 0 and deviation 1
-    loss_limit: float = 1e4  # a loss above this stops the run
 
 
 _SMALL_RUN = RunConfig(steps=1700, batch_size=16, log_every=20, sample_every=500, save_every=100, eval_every=500)
@@ -117,144 +103,61 @@ PRESETS = {
 def train_klvae(config: KLVAETraining, data: str, out: Path, start: Path | None, encoder_from: Path | None) -> Path:
     """Train until config.run.steps, or go on from where `out` stopped; returns out/model.safetensors.
 
-    Writes into `out`: last.ckpt, model.safetensors, best.safetensors, log.jsonl, curves.png, samples/. `start` gives
-    all weights, `encoder_from` (a KL-VAE or an SSDD) those of the encoder. Raises InputError for data or files that
-    cannot be used, CellError for a loss that is no number, KeyboardInterrupt after saving when asked to stop.
+    Writes into `out`: model.safetensors, best.safetensors and what a Session writes. `start` gives all weights,
+    `encoder_from` (a KL-VAE or an SSDD) those of the encoder. Raises InputError for data or files that cannot be used,
+    CellError for a loss that is no number, KeyboardInterrupt after saving when asked to stop.
     """
-    # Set up: processes, model, data, what judges it.
-    run, machine = config.run, Machine(config.run)
-    torch.manual_seed(run.seed)
-    model, origin = build(config, start, encoder_from)
-    check_sides(config.model.encoder.downsample, config.crops, run)
-    source, train, real_held = open_photographs(data, run)
-    crops = PhotoCrops(source, train, config.crops, run.seed)
-    model.to(machine.device).to(memory_format=torch.channels_last)
-    if run.checkpoint_activations:
-        recompute(model, (ResBlock, AttentionBlock))
-    if run.compile:
-        model.encoder.compile()
-        model.decoder.compile()
-    perceptual = perceptual_loss(config.perceptual if config.perceptual_weight else "none", machine.device)
-    logvar = nn.ParameterDict({"logvar": nn.Parameter(torch.zeros((), device=machine.device))})
-    logvar.requires_grad_(config.learn_logvar)
-    named = [*model.named_parameters(), *logvar.named_parameters()]
-    parameters = [parameter for _, parameter in named if parameter.requires_grad]
-    optimizer, ema = make_optimizer(named, config.optim), Ema(model, config.ema)
-    with building("gan.*"):
-        critic = PatchGAN(config.gan.width, config.gan.layers).to(machine.device)
-    critic_parameters = list(critic.parameters())
-    critic_optim = replace(config.optim, name="adamw", learning_rate=config.gan.learning_rate)
-    critic_optimizer = make_optimizer(critic.named_parameters(), critic_optim)
-    everything = {"model": model, "logvar": logvar, "ema": ema, "optimizer": optimizer}
-    parts = Parts(everything | {"critic": critic, "critic_optimizer": critic_optimizer})
+    run, gan = config.run, config.gan
+    with open_session("klvae", config, out) as session:
+        # Set up: model, data, what judges it.
+        torch.manual_seed(run.seed)
+        model, origin = build(config, start, encoder_from)
+        source, train, held_out = open_images(data, run)
+        crops = PhotoCrops(source, train, config.crops, run.seed)
+        place(model, run, session.device)
+        losses = Losses(config, model, session.device)
+        critic = make_critic(gan, session.device)
+        critic_optim = replace(config.optim, name="adamw", learning_rate=gan.learning_rate)
+        critic_optimizer = make_optimizer(critic.named_parameters(), critic_optim)
+        session.start(
+            model, [*model.named_parameters(), *losses.logvar.named_parameters()],
+            logvar=losses.logvar, critic=critic, critic_optimizer=critic_optimizer,
+        )  # fmt: skip
+        networks = [config.perceptual] if config.perceptual_weight else []
+        info = {"losses": networks, "trained_on": f"{source.name}, {len(train)} images"}
+        normalised_on = crops if config.normalise_latents else None
+        stage = "frozen" if config.freeze_encoder else "joint"
 
-    # Resume.
-    checkpoint, first = out / "last.ckpt", 0
-    if (state := load_checkpoint(checkpoint, config)) is not None:
-        parts.restore(state["parts"])
-        first = state["step"]
-    log, meter = Log(out / "log.jsonl", first, machine.main), Meter()
-
-    def save(step: int) -> None:
-        if machine.main:
-            save_checkpoint(checkpoint, config, {"parts": parts.state(), "step": step})
-
-    def export(path: Path) -> None:
-        """Write the averaged weights as a model of their own; inside `averaged` and `ema.applied`."""
-        finished = KLVAE(model.config)
-        finished.load_state_dict(model.state_dict())
-        if config.normalise_latents:
-            finished.normalise_latents(*latent_statistics(finished, crops))
-        about = {
-            "losses": [config.perceptual] if config.perceptual_weight else [],
-            "trained_on": f"{source.name}, {len(train)} images",
-        }
-        record = training_record(config, "frozen" if config.freeze_encoder else "joint", origin, log)
-        metadata = {"model": "klvae", "config": to_dict(model.config), "info": about, "training": record}
-        write_model(path, finished.state_dict(), metadata, torch.float32)
-
-    # Loop. A step's batch is cut evenly over processes, then into `accumulate` parts.
-    stream = batches(
-        crops, first_step=first, num_steps=run.steps, batch_size=run.batch_size,
-        rank=machine.rank, world=machine.world, num_workers=run.workers,
-    )  # fmt: skip
-    with interrupts() as stop, bar("train klvae", run.steps, "steps", first, machine.main) as advance:
-        for step, (numbers, images, ids) in enumerate(stream, first + 1):
-            adversarial = bool(config.gan.weight) and step > config.gan.start_step
-            sums: dict[str, Tensor] = {}
-            for part in range(run.accumulate):
-                chosen = slice(part * len(ids) // run.accumulate, (part + 1) * len(ids) // run.accumulate)
-                real = to_float(images[chosen].to(machine.device, non_blocking=True))  # [B, 3, H, W]
-                real = real.contiguous(memory_format=torch.channels_last)
-                with machine.autocast():
-                    with torch.set_grad_enabled(not config.freeze_encoder):
-                        posterior = model.encode(real)
-                    noise = normal(
-                        sample_seeds(run.seed, numbers[chosen], POSTERIOR),
-                        posterior.mean.shape[1:],
-                        device=machine.device,
-                    )
-                    fake = model.decode(posterior.sample(noise)).float()
-                    losses = {"l1": (fake - real).abs().mean(), "kl": posterior.kl().mean()}
-                    loss = config.l1_weight * losses["l1"]
-                    if config.perceptual_weight and step > config.perceptual_start:
-                        losses["perceptual"] = perceptual(real, fake).mean()
-                        loss = loss + config.perceptual_weight * losses["perceptual"]
-                if config.learn_logvar:
-                    loss = loss / logvar["logvar"].exp() + logvar["logvar"]
-                if not config.freeze_encoder:
-                    loss = loss + config.kl_weight * losses["kl"]
+        for step in session.steps(session.batches(crops)):
+            numbers, images, ids = step.batch
+            adversarial = bool(gan.weight) and step.number > gan.start_step
+            for part in step.parts():
+                real = session.images(images[part])  # [B, 3, H, W]
+                with session.autocast():
+                    seeds = sample_seeds(run.seed, numbers[part], POSTERIOR)
+                    fake, terms = losses.reconstruct(real, seeds, step.number)
+                loss = losses.total(terms)
                 if adversarial:
-                    critic.requires_grad_(False)
-                    losses["generator"] = -critic(fake).mean()
-                    losses["gan_weight"] = config.gan.weight * adaptive_weight(
-                        loss, losses["generator"], model, machine
-                    )
-                    loss = loss + losses["gan_weight"] * losses["generator"]
-                    critic.requires_grad_(True)
-                (loss / run.accumulate).backward()
+                    terms |= generator_terms(gan, critic, fake, loss, model, session.processes)
+                    loss = loss + terms["gan_weight"] * terms["generator"]
+                step.backward(loss, loss=loss, **terms)
                 if adversarial:
-                    losses["critic"] = hinge(critic(real), critic(fake.detach()))
-                    (losses["critic"] / run.accumulate).backward()
-                for name, value in (losses | {"loss": loss}).items():
-                    sums[name] = sums.get(name, 0) + value.detach() / run.accumulate
-            rate = learning_rate(step - 1, run.steps, config.optim)
-            norm = optimizer_step(optimizer, parameters, rate, config.optim.clip, machine)
+                    critic_loss = hinge(critic(real), critic(fake.detach()))
+                    step.backward(critic_loss, critic=critic_loss)
             if adversarial:
                 optimizer_step(
-                    critic_optimizer, critic_parameters, config.gan.learning_rate, config.optim.clip, machine
+                    critic_optimizer, list(critic.parameters()), gan.learning_rate, config.optim.clip, session.processes
                 )
-            means = machine.means(sums | {"stop": torch.tensor(float(len(stop)))}) | {"gradient": norm}
-            stopping = means.pop("stop") > 0  # in all processes after the same step
-            check_losses(means, step, ids, checkpoint, config.loss_limit)
-            with averaged(optimizer):
-                ema.update(step - 1)
-
-            # Log, show, score, save.
-            meter.add(means, run.batch_size)
-            advance(1, meter.note())
-            if due(step, run.log_every, run.steps):
-                log.write(step=step, rate=rate, **meter.take())
-            if machine.main and due(step, run.sample_every, run.steps):
-                save_image(image_grid([real[:8], fake[:8]]), out / "samples" / f"{step:07d}.png")
-            if machine.main and len(real_held) and due(step, run.eval_every, run.steps):
-                with averaged(optimizer), ema.applied():
-                    log.write(
-                        step=step, **score(KLVAETokenizer(model, {}), real_held, run.eval_metrics, machine.device)
-                    )
-                    if is_best(log.records(), run.best_by):
-                        export(out / "best.safetensors")
-                plot_curves(log.records(), out / "curves.png")
-            if due(step, run.save_every, run.steps) or stopping:
-                save(step)
-            if stopping:
-                say(f"stopped at step {step} of {run.steps}, saved; the same command goes on")
-                raise KeyboardInterrupt
-
-    # Hand over the averaged weights.
-    if machine.main:
-        with averaged(optimizer), ema.applied():
-            export(out / "model.safetensors")
+            step.update(ids)
+            if step.shows:
+                step.show(image_grid([real[:8], fake[:8]]))
+            if step.scores and len(held_out):
+                with session.averaged_weights():
+                    if session.score(KLVAETokenizer(model, {}), held_out, step.number):
+                        export(out / "best.safetensors", model, normalised_on, info, session.record(stage, origin))
+        if session.processes.main:
+            with session.averaged_weights():
+                export(out / "model.safetensors", model, normalised_on, info, session.record(stage, origin))
     return out / "model.safetensors"
 
 
@@ -293,8 +196,9 @@ def build(config: KLVAETraining, start: Path | None, encoder_from: Path | None) 
             f"model.decoder.channel_mult has {levels} numbers, the encoder {config.model.encoder.name} needs "
             f"{factor.bit_length()}: one more than it has halvings"
         )
+    check_sides(factor, config.crops, config.run)
     origin = {}
-    with building("model.*"):
+    with size_errors_as_input_errors("model.*"):
         model = KLVAE(config.model)
     if start is not None:
         load_strictly(model, load(start)[0].state_dict(), start)
@@ -313,15 +217,83 @@ def read_encoder(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
     return from_dict(EncoderConfig, metadata["config"]["encoder"]), own
 
 
-def adaptive_weight(loss: Tensor, generator: Tensor, model: KLVAE, machine: Machine) -> Tensor:
+def place(model: KLVAE, run: RunConfig, device: torch.device) -> None:
+    """Move the model to the device, and change how it is run as the settings want."""
+    model.to(device).to(memory_format=torch.channels_last)
+    if run.checkpoint_activations:
+        recompute(model, (ResBlock, AttentionBlock))
+    if run.compile:
+        model.encoder.compile()
+        model.decoder.compile()
+
+
+def make_critic(gan: GanConfig, device: torch.device) -> PatchGAN:
+    with size_errors_as_input_errors("gan.*"):
+        return PatchGAN(gan.width, gan.layers).to(device)
+
+
+class Losses:
+    """Reconstruction, divergence, and the reconstruction's variance, a parameter (`logvar`) as in LDM."""
+
+    def __init__(self, config: KLVAETraining, model: KLVAE, device: torch.device) -> None:
+        self.config, self.model = config, model
+        self.perceptual = perceptual_loss(config.perceptual if config.perceptual_weight else "none", device)
+        self.logvar = nn.ParameterDict({"logvar": nn.Parameter(torch.zeros((), device=device))})
+        self.logvar.requires_grad_(config.learn_logvar)
+
+    def reconstruct(self, real: Tensor, seeds: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images float [B, 3, H, W] and a seed for each -> their reconstructions and what these lose, by name."""
+        with torch.set_grad_enabled(not self.config.freeze_encoder):
+            posterior = self.model.encode(real)
+        noise = normal(seeds, posterior.mean.shape[1:], device=real.device)
+        fake = self.model.decode(posterior.sample(noise)).float()
+        terms = {"l1": (fake - real).abs().mean(), "kl": posterior.kl().mean()}
+        if self.config.perceptual_weight and step > self.config.perceptual_start:
+            terms["perceptual"] = self.perceptual(real, fake).mean()
+        return fake, terms
+
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        config, logvar = self.config, self.logvar["logvar"]
+        loss = config.l1_weight * terms["l1"]
+        if "perceptual" in terms:
+            loss = loss + config.perceptual_weight * terms["perceptual"]
+        if config.learn_logvar:
+            loss = loss / logvar.exp() + logvar
+        return loss if config.freeze_encoder else loss + config.kl_weight * terms["kl"]
+
+
+def generator_terms(
+    gan: GanConfig, critic: PatchGAN, fake: Tensor, loss: Tensor, model: KLVAE, processes: Processes
+) -> dict[str, Tensor]:
+    """What the decoder gains by being taken for real, and with which weight; the critic itself gets no gradient."""
+    critic.requires_grad_(False)
+    generator = -critic(fake).mean()
+    weight = gan.weight * adaptive_weight(loss, generator, model, processes)
+    critic.requires_grad_(True)
+    return {"generator": generator, "gan_weight": weight}
+
+
+def adaptive_weight(loss: Tensor, generator: Tensor, model: KLVAE, processes: Processes) -> Tensor:
     """VQGAN's (arXiv 2012.09841, eq. 7): the ratio of both gradients' norms at the decoder's last layer."""
     last = model.decoder.conv_out.weight
-    norms = [machine.mean(torch.autograd.grad(term, last, retain_graph=True)[0]).norm() for term in (loss, generator)]
+    norms = [processes.mean(torch.autograd.grad(term, last, retain_graph=True)[0]).norm() for term in (loss, generator)]
     return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4).detach()
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
+
+
+def export(
+    path: Path, model: KLVAE, normalised_on: PhotoCrops | None, info: Mapping[str, Any], training: Mapping[str, Any]
+) -> None:
+    """Write the weights that the model has now, averaged ones, as a model of their own."""
+    finished = KLVAE(model.config)
+    finished.load_state_dict(model.state_dict())
+    if normalised_on is not None:
+        finished.normalise_latents(*latent_statistics(finished, normalised_on))
+    metadata = {"model": "klvae", "config": to_dict(model.config), "info": info, "training": training}
+    write_model(path, finished.state_dict(), metadata, torch.float32)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 are handed in. All are float32 means over batch and elements; KL is the batch mean of each latent's sum.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,13 +78,13 @@ def flow_losses(
     noise: Tensor,
     t: Tensor,
     *,
+    real: Tensor,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     repa: Repa | None = None,
-    real: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Losses by name, the predicted clean image [B, 3, H, W], and x_t.
 
-    `target` is the real image, or the teacher's sample when distilling; REPA always looks at `real` (or `target`).
+    `target` is the real image, or the teacher's sample when distilling; REPA always looks at the `real` one.
     """
     tokens: list[Tensor] = []
 
@@ -98,8 +99,20 @@ def flow_losses(
     if perceptual is not None:
         losses["perceptual"] = perceptual(target, clean).mean()
     if repa is not None:
-        losses["repa"] = repa(tokens[0], target if real is None else real)
+        losses["repa"] = repa(tokens[0], real)
     return losses, clean, x_t
+
+
+def make_teacher(model: SSDD) -> SSDD:
+    """A frozen copy in eval mode of the checkpoint that the student starts from."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def teacher_sample(teacher: SSDD, z: Tensor, noise: Tensor, steps: int) -> Tensor:
+    """What a distilled student learns at t = 1: the teacher's sample of `steps` steps, [B, 3, H, W], from the same
+    noise and the same latents. Not the one-shot prediction from a noised real image that circulates in a fork: see
+    the README."""
+    return teacher.decode(z, steps=steps, noise=noise).clone()
 
 
 def critic_loss(critic: Discriminator, real: Tensor, fake: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

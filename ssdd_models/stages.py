@@ -31,9 +31,8 @@ class SSDDTraining:
     perceptual_start: int = 0  # step from which it counts
     share_at_one: float = 0.0  # of the samples at t = 1 instead of logit-normal; 1: one-step regression
     teacher_steps: int = 7  # of the sample that a distilled student learns
-    eval_steps: int = 8  # of the sampler, on held-out photographs
+    eval_steps: int = 8  # of the sampler, on held-out images
     gan_start: int = 50_000
-    loss_limit: float = 1e4  # a loss above this stops the run
 
     def __post_init__(self) -> None:
         if self.teacher_steps < 1 or self.eval_steps < 1:

@@ -1,5 +1,6 @@
 """Training of SSDD (arXiv 2510.04961): one visible loop for every stage."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -7,47 +8,38 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ssdd_models.distill import distillation_losses, make_teacher
 from ssdd_models.encoder import EncoderConfig, Posterior
 from ssdd_models.layers import AttentionBlock, Discriminator, ResBlock
-from ssdd_models.losses import Repa, critic_loss, flow_losses, generator_loss, training_times
+from ssdd_models.losses import (
+    Repa,
+    critic_loss,
+    flow_losses,
+    generator_loss,
+    make_teacher,
+    teacher_sample,
+    training_times,
+)
 from ssdd_models.ssdd import SSDD, SSDDConfig, read_checkpoint
 from ssdd_models.stages import PRESETS, SSDDTraining, Stage
 from ssdd_models.tokenizer import SSDDTokenizer
 from ssdd_models.uvit import SIZES, DecoderConfig, UViT
 from tokbench.config import describe, from_dict, override
-from tokbench.data.pixels import to_float
-from tokbench.data.training_crops import PhotoCrops, batches
+from tokbench.data.training_crops import PhotoCrops
 from tokbench.errors import InputError, first_line
 from tokbench.registry import TrainOptions, choose
-from tokbench.runtime.processes import Machine
 from tokbench.runtime.seeding import normal, sample_seeds
-from tokbench.runtime.terminal import bar, say
-from tokbench.training.held_out import open_photographs, score
-from tokbench.training.log import (
-    Log,
-    Meter,
-    check_losses,
-    due,
-    image_grid,
-    interrupts,
-    is_best,
-    plot_curves,
-    save_image,
-    training_record,
-)
+from tokbench.training.held_out import open_images
+from tokbench.training.log import image_grid
 from tokbench.training.optimisation import (
-    Ema,
-    averaged,
-    building,
+    RunConfig,
     check_sides,
-    learning_rate,
     make_optimizer,
     optimizer_step,
     perceptual_loss,
     recompute,
+    size_errors_as_input_errors,
 )
-from tokbench.training.session import Parts, load_checkpoint, save_checkpoint
+from tokbench.training.session import open_session
 from tokbench.weights.files import file_sha256
 
 POSTERIOR, TIME, NOISE = 0, 1, 2  # streams of random numbers
@@ -56,137 +48,111 @@ POSTERIOR, TIME, NOISE = 0, 1, 2  # streams of random numbers
 def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, encoder_from: Path | None) -> Path:
     """Train until config.run.steps, or go on from where `out` stopped; returns out/model.safetensors.
 
-    Writes into `out`: last.ckpt, model.safetensors, best.safetensors, log.jsonl, curves.png, samples/. `start` is the
-    previous stage's file, `encoder_from` a file whose encoder is taken (SSDD or KL-VAE). Raises InputError for data or
-    files that cannot be used, CellError for a loss that is no number, KeyboardInterrupt after saving when told to stop.
+    Writes into `out`: model.safetensors, best.safetensors and what a Session writes. `start` is the previous stage's
+    file, `encoder_from` a file whose encoder is taken (SSDD or KL-VAE). Raises InputError for data or files that cannot
+    be used, CellError for a loss that is no number, KeyboardInterrupt after saving when told to stop.
     """
-    # Set up: processes, model, data, what judges it.
-    run, machine = config.run, Machine(config.run)
-    torch.manual_seed(run.seed)
-    model, origin = build(config, start, encoder_from)
-    check_sides(model.size_multiple, config.crops, run)
-    source, train, real_held = open_photographs(data, run)
-    crops = PhotoCrops(source, train, config.crops, run.seed)
-    model.to(machine.device).to(memory_format=torch.channels_last)
-    teacher = make_teacher(model) if config.stage == "distill" else None
+    run = config.run
+    with open_session("ssdd", config, out) as session:
+        # Set up: model, data, what judges it.
+        torch.manual_seed(run.seed)
+        model, origin = build(config, start, encoder_from)
+        source, train, held_out = open_images(data, run)
+        crops = PhotoCrops(source, train, config.crops, run.seed)
+        place(model, run, session.device)
+        losses = Losses(config, model, session.device)
+        critic = Discriminator().to(session.device) if config.weights.gan else None
+        critic_optimizer = make_optimizer(critic.named_parameters(), config.optim) if critic is not None else None
+        named = [*model.named_parameters(), *(losses.repa.named_parameters() if losses.repa is not None else ())]
+        session.start(
+            model, named, repa=losses.repa, teacher=losses.teacher, critic=critic, critic_optimizer=critic_optimizer
+        )
+        info = {"losses": losses.networks(), "trained_on": f"{source.name}, {len(train)} images"}
+
+        for step in session.steps(session.batches(crops)):
+            numbers, images, ids = step.batch
+            judge = critic if step.number > config.gan_start else None
+            for part in step.parts():
+                real = session.images(images[part])  # [B, 3, H, W]
+                seeds = [sample_seeds(run.seed, numbers[part], stream) for stream in (POSTERIOR, TIME, NOISE)]
+                with session.autocast():
+                    terms, clean, x_t, t = losses.denoise(real, seeds, step.number)
+                if judge is not None:
+                    terms["gan"] = generator_loss(judge, clean, x_t, t)
+                loss = torch.stack([getattr(config.weights, name) * value for name, value in terms.items()]).sum()
+                step.backward(loss, loss=loss, **terms)
+                if judge is not None:
+                    judged = critic_loss(judge, real, clean, x_t, t)
+                    step.backward(judged, critic=judged)
+            if judge is not None and critic_optimizer is not None:
+                weights = list(judge.parameters())
+                optimizer_step(critic_optimizer, weights, step.rate, config.optim.clip, session.processes)
+            step.update(ids)
+            if step.shows:
+                step.show(image_grid([real[:8], clean[:8]]))
+            if step.scores and len(held_out):
+                with session.averaged_weights():
+                    if session.score(SSDDTokenizer(model, config.eval_steps), held_out, step.number):
+                        export(out / "best.safetensors", config, model, info, session.record(config.stage, origin))
+        if session.processes.main:
+            with session.averaged_weights():
+                export(out / "model.safetensors", config, model, info, session.record(config.stage, origin))
+    return out / "model.safetensors"
+
+
+def place(model: SSDD, run: RunConfig, device: torch.device) -> None:
+    """Move the model to the device, and change how it is run as the settings want."""
+    model.to(device).to(memory_format=torch.channels_last)
     if run.checkpoint_activations:
         recompute(model.encoder, (ResBlock, AttentionBlock))
         model.decoder.checkpointing = True
     if run.compile:
         model.encoder.compile()
         model.decoder.compile()
-    perceptual = perceptual_loss(config.perceptual, machine.device) if config.weights.perceptual else None
-    repa = make_repa(model, machine.device) if config.weights.repa else None
-    named = [*model.named_parameters(), *(repa.named_parameters() if repa is not None else ())]
-    parameters = [parameter for _, parameter in named if parameter.requires_grad]
-    optimizer, ema = make_optimizer(named, config.optim), Ema(model, config.ema)
-    critic = Discriminator().to(machine.device) if config.weights.gan else None
-    critic_parameters = list(critic.parameters()) if critic is not None else []
-    critic_optimizer = make_optimizer(critic.named_parameters(), config.optim) if critic is not None else None
-    everything = {"model": model, "ema": ema, "optimizer": optimizer}
-    options = {"repa": repa, "teacher": teacher, "critic": critic, "critic_optimizer": critic_optimizer}
-    parts = Parts(everything | {name: part for name, part in options.items() if part is not None})
 
-    # Resume.
-    checkpoint, first = out / "last.ckpt", 0
-    if (state := load_checkpoint(checkpoint, config)) is not None:
-        parts.restore(state["parts"])
-        first = state["step"]
-    log, meter = Log(out / "log.jsonl", first, machine.main), Meter()
 
-    def save(step: int) -> None:
-        if machine.main:
-            save_checkpoint(checkpoint, config, {"parts": parts.state(), "step": step})
+class Losses:
+    """What a stage learns from, its critic apart: the networks and the losses of a part of a step."""
 
-    def export(path: Path) -> None:
-        """Write the averaged weights as a model of their own; inside `averaged` and `ema.applied`."""
-        finished = SSDD.from_state(replace(model.config, steps=config.eval_steps), model.state_dict())
-        networks = [config.perceptual] * (config.weights.perceptual > 0) + ["dinov2-base"] * (config.weights.repa > 0)
-        about = {"losses": networks, "trained_on": f"{source.name}, {len(train)} images"}
-        finished.save_pretrained(path, info=about, training=training_record(config, config.stage, origin, log))
+    def __init__(self, config: SSDDTraining, model: SSDD, device: torch.device) -> None:
+        self.config, self.model = config, model
+        self.teacher = make_teacher(model) if config.stage == "distill" else None
+        self.perceptual = perceptual_loss(config.perceptual, device) if config.weights.perceptual else None
+        self.repa = make_repa(model, device) if config.weights.repa else None
 
-    # Loop. A step's batch is cut evenly over processes, then into `accumulate` parts.
-    stream = batches(
-        crops, first_step=first, num_steps=run.steps, batch_size=run.batch_size,
-        rank=machine.rank, world=machine.world, num_workers=run.workers,
-    )  # fmt: skip
-    with interrupts() as stop, bar("train ssdd", run.steps, "steps", first, machine.main) as advance:
-        for step, (numbers, images, ids) in enumerate(stream, first + 1):
-            sums: dict[str, Tensor] = {}
-            for part in range(run.accumulate):
-                chosen = slice(part * len(ids) // run.accumulate, (part + 1) * len(ids) // run.accumulate)
-                real = to_float(images[chosen].to(machine.device, non_blocking=True))  # [B, 3, H, W]
-                real = real.contiguous(memory_format=torch.channels_last)
-                seeds = [sample_seeds(run.seed, numbers[chosen], stream) for stream in (POSTERIOR, TIME, NOISE)]
-                noise = normal(seeds[NOISE], real.shape[1:], device=machine.device)
-                judge = perceptual if step > config.perceptual_start else None
-                with machine.autocast():
-                    with torch.set_grad_enabled(not config.freeze_encoder):
-                        posterior: Posterior = model.encode(real)
-                    if teacher is not None:
-                        t = torch.ones(len(real), device=machine.device)
-                        losses, clean, x_t = distillation_losses(
-                            model,
-                            teacher,
-                            posterior.mode(),
-                            real,
-                            noise,
-                            config.teacher_steps,
-                            perceptual=judge,
-                            repa=repa,
-                        )
-                    else:
-                        z = posterior.sample(normal(seeds[POSTERIOR], posterior.mean.shape[1:], device=machine.device))
-                        t = training_times(normal(seeds[TIME], (2,), device=machine.device), config.share_at_one)
-                        losses, clean, x_t = flow_losses(model, z, real, noise, t, perceptual=judge, repa=repa)
-                if not config.freeze_encoder:
-                    losses["kl"] = posterior.kl().mean()
-                if critic is not None and step > config.gan_start:
-                    losses["gan"] = generator_loss(critic, clean, x_t, t)
-                loss = torch.stack([getattr(config.weights, name) * value for name, value in losses.items()]).sum()
-                (loss / run.accumulate).backward()
-                if critic is not None and step > config.gan_start:
-                    losses["critic"] = critic_loss(critic, real, clean, x_t, t)
-                    (losses["critic"] / run.accumulate).backward()
-                for name, value in (losses | {"loss": loss}).items():
-                    sums[name] = sums.get(name, 0) + value.detach() / run.accumulate
-            rate = learning_rate(step - 1, run.steps, config.optim)
-            norm = optimizer_step(optimizer, parameters, rate, config.optim.clip, machine)
-            if critic_optimizer is not None and step > config.gan_start:
-                optimizer_step(critic_optimizer, critic_parameters, rate, config.optim.clip, machine)
-            means = machine.means(sums | {"stop": torch.tensor(float(len(stop)))}) | {"gradient": norm}
-            stopping = means.pop("stop") > 0  # in all processes after the same step
-            check_losses(means, step, ids, checkpoint, config.loss_limit)
-            with averaged(optimizer):
-                ema.update(step - 1)
+    def networks(self) -> list[str]:
+        """Those that a metric of the harness may share."""
+        weights = {self.config.perceptual: self.config.weights.perceptual, "dinov2-base": self.config.weights.repa}
+        return [name for name, weight in weights.items() if weight > 0]
 
-            # Log, show, score, save.
-            meter.add(means, run.batch_size)
-            advance(1, meter.note())
-            if due(step, run.log_every, run.steps):
-                log.write(step=step, rate=rate, **meter.take())
-            if machine.main and due(step, run.sample_every, run.steps):
-                save_image(image_grid([real[:8], clean[:8]]), out / "samples" / f"{step:07d}.png")
-            if machine.main and len(real_held) and due(step, run.eval_every, run.steps):
-                with averaged(optimizer), ema.applied():
-                    log.write(
-                        step=step,
-                        **score(SSDDTokenizer(model, config.eval_steps), real_held, run.eval_metrics, machine.device),
-                    )
-                    if is_best(log.records(), run.best_by):
-                        export(out / "best.safetensors")
-                plot_curves(log.records(), out / "curves.png")
-            if due(step, run.save_every, run.steps) or stopping:
-                save(step)
-            if stopping:
-                say(f"stopped at step {step} of {run.steps}, saved; the same command goes on")
-                raise KeyboardInterrupt
+    def denoise(
+        self, real: Tensor, seeds: Sequence[Tensor], step: int
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        """Losses by name, the predicted clean image [B, 3, H, W], x_t and t, of images float [B, 3, H, W]."""
+        config, device = self.config, real.device
+        noise = normal(seeds[NOISE], real.shape[1:], device=device)
+        perceptual = self.perceptual if step > config.perceptual_start else None
+        with torch.set_grad_enabled(not config.freeze_encoder):
+            posterior: Posterior = self.model.encode(real)
+        if self.teacher is None:
+            z = posterior.sample(normal(seeds[POSTERIOR], posterior.mean.shape[1:], device=device))
+            t = training_times(normal(seeds[TIME], (2,), device=device), config.share_at_one)
+            target = real
+        else:
+            z, t = posterior.mode(), torch.ones(len(real), device=device)
+            target = teacher_sample(self.teacher, z, noise, config.teacher_steps)
+        losses, clean, x_t = flow_losses(
+            self.model, z, target, noise, t, real=real, perceptual=perceptual, repa=self.repa
+        )
+        if not config.freeze_encoder:
+            losses["kl"] = posterior.kl().mean()
+        return losses, clean, x_t, t
 
-    # Hand over the averaged weights.
-    if machine.main:
-        with averaged(optimizer), ema.applied():
-            export(out / "model.safetensors")
-    return out / "model.safetensors"
+
+def export(path: Path, config: SSDDTraining, model: SSDD, info: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+    """Write the weights that the model has now, averaged ones, as a model of their own."""
+    finished = SSDD.from_state(replace(model.config, steps=config.eval_steps), model.state_dict())
+    finished.save_pretrained(path, info=info, training=training)
 
 
 def run_command(options: TrainOptions) -> Path:
@@ -241,8 +207,9 @@ def build(config: SSDDTraining, start: Path | None, encoder_from: Path | None) -
     if start is None and config.stage == "distill":
         raise InputError("stage distill needs --from, the checkpoint that is both teacher and student")
     origin = {}
-    with building("encoder.*, decoder.*"):
+    with size_errors_as_input_errors("encoder.*, decoder.*"):
         model = SSDD(config.encoder, config.decoder, init=config.init)
+    check_sides(model.size_multiple, config.crops, config.run)
     if config.cancel_noise:
         cancel_noise(model.decoder)
     for path, name, part in ((start, "model", model), (encoder_from, "encoder", model.encoder)):

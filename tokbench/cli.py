@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tokbench.errors import CellError, InputError
+from tokbench.errors import CellError, InputError, LostPeerError
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -307,7 +307,7 @@ def main() -> None:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except InputError as error:
         status = fail(str(error), 2)
-    except CellError as error:
+    except (CellError, LostPeerError) as error:
         status = fail(str(error), 1)
     except usage_error as error:
         message = error.format_message()

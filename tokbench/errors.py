@@ -1,4 +1,4 @@
-"""The two ways things go wrong that a user can do something about."""
+"""The ways things go wrong that a user can do something about."""
 
 from collections.abc import Sequence
 
@@ -15,6 +15,10 @@ class InputError(Exception):
 
 class CellError(Exception):
     """One model could not be measured (NaN, out of memory, unloadable weights) while others can. Exit status 1."""
+
+
+class LostPeerError(Exception):
+    """Another process of this run has died: nothing more can be measured here. Exit status 1."""
 
 
 PREVIEWED = 5  # names in a message

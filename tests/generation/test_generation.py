@@ -25,7 +25,7 @@ from tokbench.generation.score import read_statistics
 from tokbench.generation.train import find_preset, train
 from tokbench.records.result import read_result
 from tokbench.registry import create
-from tokbench.runtime.processes import World
+from tokbench.runtime.processes import Processes
 
 CPU = torch.device("cpu")
 SETTINGS = [
@@ -144,8 +144,8 @@ def test_more_images_go_on_from_those_that_are_there_and_guidance_changes_them(
 
 def test_one_process_and_two_and_any_batch_size_draw_the_same(trained: Path, tmp_path: Path) -> None:
     generator = open_generator(str(trained), CPU)
-    one = Draw(generator, Sampling(2.0, steps=2), [0, 1] * 65, tmp_path / "one", CPU, torch.float32, 50, World())
-    two = [replace(one, folder=tmp_path / "two", batch_size=33, world=World(rank, 2)) for rank in range(2)]
+    one = Draw(generator, Sampling(2.0, steps=2), [0, 1] * 65, tmp_path / "one", CPU, torch.float32, 50, Processes())
+    two = [replace(one, folder=tmp_path / "two", batch_size=33, world=Processes(rank, 2)) for rank in range(2)]
     for draw in (one, *two):
         sample_latents(draw)
     for k in range(2):

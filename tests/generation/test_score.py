@@ -21,11 +21,11 @@ from tokbench.generation.table import is_best, print_table
 from tokbench.metrics import frechet
 from tokbench.records.result import EvalResult, TokenizerInfo
 from tokbench.records.samples import SampleStore
-from tokbench.runtime.processes import World
+from tokbench.runtime.processes import Processes
 
 
 def reference_of(text: Path, folder: Path, **extractors: Brightness) -> Reference:
-    return open_reference(str(text), 16, extractors or {"inception": Brightness()}, folder, CPU, World())  # type: ignore[arg-type]
+    return open_reference(str(text), 16, extractors or {"inception": Brightness()}, folder, CPU, Processes())  # type: ignore[arg-type]
 
 
 def test_scores_read_both_sides_of_different_number(labelled: Path, tmp_path: Path) -> None:

@@ -91,10 +91,10 @@ def run_cell(tokenizer: Tokenizer, spec: str, plan: Plan, kits: Kits) -> tuple[E
     kept = path is None or not plan.keep_features or path.with_suffix(".features").is_dir()
     if path is not None and key is not None and kept and not plan.fresh and world.rank == 0:
         found = finished(path, key, plan, lambda: kits.load(plan.conditions.resolution).unavailable)
-    if (found := world.share(found)) is not None:
+    if (found := world.broadcast(found)) is not None:
         return found, True
     with ExitStack() as stack:
-        work = world.share(_working_folder(path, key, plan, stack) if world.rank == 0 else None)
+        work = world.broadcast(_working_folder(path, key, plan, stack) if world.rank == 0 else None)
         if isinstance(work, CellError):
             raise work
         conditions = replace(plan.conditions, seeds=tuple(chosen["seeds"]))
@@ -105,7 +105,7 @@ def run_cell(tokenizer: Tokenizer, spec: str, plan: Plan, kits: Kits) -> tuple[E
                 outcome = finish(measured, info, chosen, key, plan, path, kits)
             except (CellError, InputError) as error:
                 outcome = error
-        outcome = world.share(outcome)
+        outcome = world.broadcast(outcome)
     if isinstance(outcome, CellError | InputError):
         raise outcome
     assert outcome is not None
@@ -143,7 +143,7 @@ def measure_cell(tokenizer: Tokenizer, plan: Plan, work: Path, kits: Kits) -> Me
     drawn = plan.save_images if world.rank == 0 else 0
     album = Album(frozenset(sorted(source.ids)[:drawn]), drawn)
     cell = Cell(tokenizer, conditions, tools, store, album, Stopwatch(conditions.device), known, codes)
-    done = world.share(store.done(*wanted(cell, enough)))
+    done = world.broadcast(store.done(*wanted(cell, enough)))
     pending = [index for index, sample in enumerate(source.ids) if sample not in done]
     mine = pending[world.rank :: world.size]
     loader = plan.batches(mine)
@@ -158,12 +158,12 @@ def measure_cell(tokenizer: Tokenizer, plan: Plan, work: Path, kits: Kits) -> Me
             batch_size = measure(cell, loader.seeded(conditions.seeds), progress)
     except (CellError, InputError) as error:
         failure = error
-    world.agree(failure)
+    world.raise_first_error(failure)
     for reason in loader.skipped.values():
         say(f"left out: {reason}")
-    rates = [rate for rate in world.gather(cell.watch.per_image()) if rate]
+    rates = [rate for rate in world.all_gather(cell.watch.per_image()) if rate]
     seconds = {part: float(np.mean([rate[part] for rate in rates])) for part in (rates[0] if rates else {})}
-    notes: Counter[str] = sum(world.gather(loader.notes), Counter())
+    notes: Counter[str] = sum(world.all_gather(loader.notes), Counter())
     unavailable = {name: tools.unavailable[name] for name in applicable if name in tools.unavailable}
     return Measured(cell, metrics, unavailable, seconds, batch_size, dict(notes))
 

@@ -19,7 +19,7 @@ from tokbench.records import provenance
 from tokbench.records.files import result_path
 from tokbench.records.result import Dataset, EvalResult, TokenizerInfo
 from tokbench.runtime.device import count_parameters, hash_state
-from tokbench.runtime.processes import World
+from tokbench.runtime.processes import Processes
 from tokbench.tokenizer import Tokenizer
 
 
@@ -33,7 +33,7 @@ class Plan:
     batches: Callable[[Sequence[int]], Loader]  # of these samples, by index
     skip_bad: bool = False  # images that cannot be read are left out and counted
     upscaled: int | None = None  # how many images are enlarged; None: none may be
-    world: World = field(default_factory=World)
+    world: Processes = field(default_factory=Processes)
     out: Path | None = None  # None: nothing is kept
     fresh: bool = False
     keep_features: bool = False

@@ -24,7 +24,7 @@ from tokbench.protocols import find_protocol
 from tokbench.records.files import hold, result_path, write_whole
 from tokbench.records.result import EvalResult
 from tokbench.runtime.device import describe_device, release, select_device
-from tokbench.runtime.processes import LostPeerError, World, join, leave
+from tokbench.runtime.processes import Processes, join
 from tokbench.runtime.terminal import say
 from tokbench.tokenizer import Tokenizer
 
@@ -70,14 +70,11 @@ class Outcome:
 
 def run(options: RunOptions) -> int:
     """Measure all cells; the exit status. Raises InputError before anything runs if the options are wrong."""
-    world = join()
-    try:
+    with join() as world:
         return _run(options, world)
-    finally:
-        leave()
 
 
-def _run(options: RunOptions, world: World) -> int:
+def _run(options: RunOptions, world: Processes) -> int:
     specs = registry.parse_all(options.models)
     resolutions = list(dict.fromkeys(numbers(options.resolutions, "--res")))
     device = select_device(options.device, world.local_rank)
@@ -94,8 +91,8 @@ def _run(options: RunOptions, world: World) -> int:
                 source.facts()  # reads every file: once, not in every process
             except InputError as error:
                 failure = error
-        world.agree(failure)
-        source.adopt(world.share(source.facts() if world.rank == 0 else None))
+        world.raise_first_error(failure)
+        source.adopt(world.broadcast(source.facts() if world.rank == 0 else None))
         crops = stack.enter_context(crop_folder(options.out, world)) if len(specs) > 1 else None
         plans = [make_plan(options, source, resolution, device, world, crops) for resolution in resolutions]
         if world.rank == 0:
@@ -112,7 +109,7 @@ def _run(options: RunOptions, world: World) -> int:
 
 
 def make_plan(
-    options: RunOptions, source: Source, resolution: int, device: torch.device, world: World, crops: Path | None
+    options: RunOptions, source: Source, resolution: int, device: torch.device, world: Processes, crops: Path | None
 ) -> Plan:
     """The plan of one resolution."""
     protocol = find_protocol(options.protocol)
@@ -140,9 +137,7 @@ def run_model(spec: registry.Spec, plans: Sequence[Plan], kits: Kits, outcome: O
     except (CellError, InputError) as error:
         failure = error
     try:
-        world.agree(failure)
-    except LostPeerError:
-        raise
+        world.raise_first_error(failure)
     except (CellError, InputError) as error:
         for plan in plans:
             outcome.fail(f"{spec.row} at {plan.conditions.resolution} px", error)
@@ -157,8 +152,6 @@ def run_model(spec: registry.Spec, plans: Sequence[Plan], kits: Kits, outcome: O
             continue
         try:
             result, cached = run_cell(tokenizer, spec.text, plan, kits)
-        except LostPeerError:
-            raise
         except CellError as error:
             outcome.fail(cell, error)
             continue
@@ -213,7 +206,7 @@ def check_writable(out: Path) -> None:
 
 
 @contextmanager
-def crop_folder(out: Path, world: World) -> Iterator[Path]:
+def crop_folder(out: Path, world: Processes) -> Iterator[Path]:
     """Where the crops of this run are kept for its next model; folders that killed runs left behind are removed."""
     with ExitStack() as stack:
         folder = None
@@ -223,7 +216,7 @@ def crop_folder(out: Path, world: World) -> Iterator[Path]:
                     shutil.rmtree(old, ignore_errors=True)
             folder = Path(tempfile.mkdtemp(prefix=".crops-", dir=out))
             stack.enter_context(hold(folder))
-        shared = world.share(folder)
+        shared = world.broadcast(folder)
         try:
             yield shared
         finally:

@@ -45,7 +45,7 @@ from tokbench.records.files import result_path, write_whole
 from tokbench.records.result import Dataset, EvalResult, Settings, TokenizerInfo, to_json
 from tokbench.records.samples import SampleStore
 from tokbench.runtime.device import describe_device, find_dtype, prepare, select_device
-from tokbench.runtime.processes import World, join, leave
+from tokbench.runtime.processes import Processes, join
 from tokbench.tokenizer import Tokenizer
 from tokbench.training.log import image_grid, save_image
 from tokbench.weights.files import file_sha256
@@ -113,14 +113,11 @@ def run_generate(options: GenerateOptions) -> int:
 
     Raises InputError for a generator, tokenizer, reference or setting that cannot be used, before anything is drawn.
     """
-    world = join()
-    try:
+    with join() as world:
         return _generate(options, world)
-    finally:
-        leave()
 
 
-def _generate(options: GenerateOptions, world: World) -> int:
+def _generate(options: GenerateOptions, world: Processes) -> int:
     # Everything that can be refused is refused before anything is drawn.
     device, dtype = select_device(options.device, world.local_rank), find_dtype(options.dtype)
     specs, names = registry.parse_all(options.tokenizer), generation_metrics(options.metrics)
@@ -144,7 +141,7 @@ def _generate(options: GenerateOptions, world: World) -> int:
         seconds = together(world, partial(sample_latents, draw))
         for spec, tokenizer in models:
             info = with_facts(tokenizer)
-            place = draw.folder / f"{info.name}-{world.share(images_key(tokenizer, info.weights))}"
+            place = draw.folder / f"{info.name}-{world.broadcast(images_key(tokenizer, info.weights))}"
             try:
                 with SampleStore(place, rank=world.rank) as store:
                     cell = Cell(tokenizer, conditions, tools, store, Album(frozenset(), 0), Stopwatch(device))
@@ -162,14 +159,14 @@ def _generate(options: GenerateOptions, world: World) -> int:
     return 1 if failures else 0
 
 
-def together(world: World, call: Callable[[], Any]) -> Any:
+def together(world: Processes, call: Callable[[], Any]) -> Any:
     """The call's value, once all processes have finished theirs; if one fails, all raise the same CellError."""
     value, failure = None, None
     try:
         value = call()
     except CellError as error:
         failure = error
-    world.agree(failure)
+    world.raise_first_error(failure)
     return value
 
 

@@ -30,7 +30,7 @@ from tokbench.generation.flow import SAMPLERS, guided, integrate
 from tokbench.generation.latents import Normaliser
 from tokbench.records.files import writable, write_whole
 from tokbench.runtime.device import is_out_of_memory, precision
-from tokbench.runtime.processes import World
+from tokbench.runtime.processes import Processes
 from tokbench.runtime.seeding import normal, sample_seeds
 from tokbench.runtime.terminal import bar
 
@@ -135,7 +135,7 @@ class Draw:
     device: torch.device
     dtype: torch.dtype
     batch_size: int
-    world: World
+    world: Processes
 
     def chunks(self) -> list[tuple[int, range]]:
         """This process's files of latents: number and samples."""

@@ -22,7 +22,7 @@ from tokbench.protocols import find_protocol
 from tokbench.records import provenance
 from tokbench.records.result import Value
 from tokbench.records.samples import SampleStore
-from tokbench.runtime.processes import World
+from tokbench.runtime.processes import Processes
 from tokbench.runtime.terminal import bar
 
 DEFAULT = ("gfid", "is", "precision", "recall", "kid", "fd-dinov2", "fd-mobilenet")
@@ -143,7 +143,12 @@ def read_statistics(path: Path) -> tuple[frechet.Moments | None, StoredImages | 
 
 
 def open_reference(
-    text: str, resolution: int, extractors: Mapping[str, Extractor], folder: Path, device: torch.device, world: World
+    text: str,
+    resolution: int,
+    extractors: Mapping[str, Extractor],
+    folder: Path,
+    device: torch.device,
+    world: Processes,
 ) -> Reference:
     """The reference of a text: an .npz file, or what `--data` takes. Features of its images are kept under `folder`.
 
@@ -181,7 +186,7 @@ def open_reference(
     mine = range(world.rank, len(ids), world.size)
     with SampleStore(folder, rank=world.rank) as store:
         measure_reference(store, [(i, ids[i]) for i in mine], read, extractors, device)
-    world.gather(None)
+    world.all_gather(None)
     return Reference(name, fingerprint, len(ids), SampleStore(folder), stored, identities)
 
 

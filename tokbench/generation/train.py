@@ -1,5 +1,6 @@
 """Train a diffusion transformer in the latents of any tokenizer: `tokbench train dit`."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,22 +19,13 @@ from tokbench.generation.flow import draw_times, guided, integrate, noised, velo
 from tokbench.generation.latents import Images, LatentConfig, Latents, Normaliser, encode
 from tokbench.registry import create, row_name
 from tokbench.runtime.device import prepare
-from tokbench.runtime.processes import Machine
+from tokbench.runtime.processes import Processes
 from tokbench.runtime.seeding import normal, sample_seeds
-from tokbench.runtime.terminal import bar, say
+from tokbench.runtime.terminal import say
 from tokbench.tokenizer import Tokenizer
-from tokbench.training.log import Log, Meter, check_losses, image_grid, interrupts, plot_curves, save_image
-from tokbench.training.optimisation import (
-    Ema,
-    EmaConfig,
-    OptimConfig,
-    RunConfig,
-    learning_rate,
-    make_optimizer,
-    optimizer_step,
-    recompute,
-)
-from tokbench.training.session import load_checkpoint, save_checkpoint
+from tokbench.training.log import image_grid
+from tokbench.training.optimisation import EmaConfig, OptimConfig, RunConfig, recompute
+from tokbench.training.session import open_session
 
 NOISE, UNIFORM = 1, 2  # streams of random numbers
 
@@ -97,31 +89,28 @@ def row_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
-class Batches:
-    """Sample number -> row: every row once an epoch, in an order that depends on the seed and the epoch alone."""
+def latent_batches(
+    latents: Latents, run: RunConfig, first_step: int, processes: Processes
+) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """This process's share of every step: sample numbers, latents float32 [B, C, H, W] and labels int64 [B].
 
-    def __init__(self, latents: Latents, seed: int) -> None:
-        self.latents, self.seed = latents, seed
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
-    def rows(self, numbers: range) -> tuple[Tensor, Tensor]:
-        """Latents float32 [B, C, H, W] and labels int64 [B]."""
-        indices = []
+    Sample number -> row: every row once an epoch, in an order that depends on the seed and the epoch alone.
+    """
+    current, order = -1, np.empty(0, dtype=np.int64)
+    size = run.batch_size // processes.size
+    for step in range(first_step, run.steps):
+        first = step * run.batch_size + processes.rank * size
+        numbers, indices = range(first, first + size), []
         for number in numbers:
-            epoch, position = divmod(number, len(self.latents))
-            if epoch != self._epoch:
-                self._epoch, self._order = epoch, row_order(len(self.latents), self.seed, epoch)
-            indices.append(int(self._order[position]))
-        return self.latents.rows(indices)
+            epoch, position = divmod(number, len(latents))
+            if epoch != current:
+                current, order = epoch, row_order(len(latents), run.seed, epoch)
+            indices.append(int(order[position]))
+        yield numbers, *latents.rows(indices)
 
 
 def flow_loss(
-    model: Any,
-    dit: DiT,
-    x: Tensor,
-    labels: Tensor,
-    seeds: tuple[Tensor, Tensor],
-    times: Literal["uniform", "logit-normal"],
+    model: Any, dit: DiT, x: Tensor, labels: Tensor, seeds: Sequence[Tensor], times: Literal["uniform", "logit-normal"]
 ) -> Tensor:
     """Mean squared error of the velocity at random times, float32; noise, time and dropped labels come from seeds."""
     noise = normal(seeds[0], x.shape[1:], device=x.device)
@@ -134,119 +123,71 @@ def flow_loss(
 def train(config: DiTTraining, data: str, out: Path) -> Path:
     """Encode `data` once, train on the latents, write `out`/generator.safetensors and return its path.
 
-    Continues from `out` where an interrupted run stopped. Under torchrun or accelerate every process encodes and
-    trains its share. Raises InputError for settings that do not fit and CellError when the loss is no number.
+    Continues from `out` where an interrupted run stopped. In several processes each encodes and trains its share.
+    Raises InputError for settings that do not fit and CellError when the loss is no number.
     """
+    run = config.run
     for name, default in vars(RunConfig()).items():
-        if name.startswith(("eval_", "held_out", "best_by")) and getattr(config.run, name) != default:
-            raise InputError(f"run.{name} is of tokenizers: a generator has no photographs held out")
-    run, machine = config.run, Machine(config.run)
+        if name.startswith(("eval_", "held_out", "best_by")) and getattr(run, name) != default:
+            raise InputError(f"run.{name} is of tokenizers: a generator has no images held out")
+    with open_session("dit", config, out) as session:
+        # Latents: encoded once, read by all. Their statistics make every tokenizer's latents alike to the generator.
+        tokenizer = create(config.tokenizer)
+        prepare(tokenizer, session.device)
+        space = latent_space(tokenizer, config.latents.resolution, session.device)
+        images = Images(data, config.latents, run.seed, run.workers or None)
+        encode(
+            tokenizer, config.tokenizer, images, out / "latents", seed=run.seed,
+            rank=session.processes.rank, world=session.processes.size, device=session.device,
+        )  # fmt: skip
+        session.processes.wait()
+        latents = Latents(out / "latents")
+        normaliser = latents.statistics(config.normalise)
+        if session.processes.main:
+            count, classes = f"{len(latents)} latents {latents.shape}", len(images.classes)
+            say(f"{count} of {row_name(config.tokenizer)}, {classes} classes; normalised as {normaliser}")
 
-    # Latents: encoded once, read by all. Their statistics make every tokenizer's latents alike to the generator.
-    tokenizer = create(config.tokenizer)
-    prepare(tokenizer, machine.device)
-    space = latent_space(tokenizer, config.latents.resolution, machine.device)
-    images = Images(data, config.latents, run.seed, run.workers or None)
-    encode(
-        tokenizer, config.tokenizer, images, out / "latents",
-        seed=run.seed, rank=machine.rank, world=machine.world, device=machine.device,
-    )  # fmt: skip
-    machine.accelerator.wait_for_everyone()
-    latents = Latents(out / "latents")
-    normaliser = latents.statistics(config.normalise)
-    if machine.main:
-        count, classes = f"{len(latents)} latents {latents.shape}", len(images.classes)
-        say(f"{count} of {row_name(config.tokenizer)}, {classes} classes; normalised as {normaliser}")
-
-    # Model, average, optimiser. All processes start from the same weights.
-    torch.manual_seed(run.seed)
-    dit = DiT(
-        dit_config(
-            config.size, patch=config.patch, channels=latents.shape[0], num_classes=len(images.classes),
-            label_dropout=config.label_dropout,
-        )
-    ).to(machine.device)  # fmt: skip
-    if run.checkpoint_activations:
-        recompute(dit, (Block,))
-    model = torch.compile(dit) if run.compile else dit
-    parameters = list(dit.parameters())
-    ema, optimizer = Ema(dit, config.ema), make_optimizer(dit.named_parameters(), config.optim)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # `prepare` had turned it off
-
-    # Resume.
-    checkpoint, first_step = out / "checkpoint.pt", 0
-    if (state := load_checkpoint(checkpoint, config)) is not None:
-        dit.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.shadow = {name: tensor.to(machine.device) for name, tensor in state["ema"].items()}
-        ema.updates, first_step = state["ema_updates"], state["step"]
-
-    def save(step: int) -> None:
-        state = {"model": dit.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.shadow}
-        save_checkpoint(checkpoint, config, {**state, "ema_updates": ema.updates, "step": step})
-        metadata = {
-            "model": "dit",
-            "config": to_dict(dit.config),
-            "info": {
-                "space": to_record(space),
-                "normaliser": {"mean": normaliser.mean, "std": normaliser.std},
-                "classes": images.classes,
-                "trained_on": f"{images.source.name}, {len(latents)} latents",
-            },
-            "training": {**to_dict(config), "step": step},
+        # Model. All processes start from the same weights.
+        torch.manual_seed(run.seed)
+        dit = make_dit(config, latents.shape[0], len(images.classes)).to(session.device)
+        model = torch.compile(dit) if run.compile else dit
+        session.start(dit, dit.named_parameters())
+        info = {
+            "space": to_record(space),
+            "normaliser": {"mean": normaliser.mean, "std": normaliser.std},
+            "classes": images.classes,
+            "trained_on": f"{images.source.name}, {len(latents)} latents",
         }
-        with ema.applied():
-            write_model(out / "generator.safetensors", dit.state_dict(), metadata, torch.float32)
 
-    # Loop. A step's batch is cut evenly over processes, then into `accumulate` parts.
-    batches, part = Batches(latents, run.seed), run.batch_size // machine.world // run.accumulate
-    records = Log(out / "log.jsonl", first_step) if machine.main else None
-    meter, step = Meter(), first_step
-    with interrupts() as stop, bar("train dit", run.steps, "steps", first_step, machine.main) as advance:
-        while step < run.steps and not stop:
-            start, loss_sum = (
-                step * run.batch_size + machine.rank * part * run.accumulate,
-                torch.zeros((), device=machine.device),
-            )
-            for i in range(run.accumulate):
-                numbers = range(start + i * part, start + (i + 1) * part)
-                x, labels = batches.rows(numbers)
-                x, labels = normaliser(x.to(machine.device, non_blocking=True)), labels.to(machine.device)
-                seeds = (sample_seeds(run.seed, numbers, NOISE), sample_seeds(run.seed, numbers, UNIFORM))
-                with machine.autocast():
-                    loss = flow_loss(model, dit, x, labels, seeds, config.times) / run.accumulate
-                loss.backward()
-                loss_sum += loss.detach()
-            rate = learning_rate(step, run.steps, config.optim)
-            norm = optimizer_step(optimizer, parameters, rate, config.optim.clip, machine)
-            ema.update(step)
-            step += 1
-
-            # Log, sample, save.
-            meter.add({"loss": loss_sum, "gradient": norm}, run.batch_size)
-            advance(1, meter.note())
-            if step % run.log_every == 0 or step == run.steps:
-                means = meter.take()
-                means["loss"] = float(machine.mean(torch.tensor(means["loss"], device=machine.device)))
-                check_losses(means, step, [f"rows of steps {step - run.log_every}..{step - 1}"], checkpoint, 1e6)
-                if records is not None:
-                    records.write(step=step, rate=rate, **means)
-                    rate_text = f"{means['images_per_second']:.1f} images/s"
-                    say(f"step {step} of {run.steps}: loss {means['loss']:.4f}, {rate_text}")
-            if machine.main and (step % run.save_every == 0 or step == run.steps):
-                save(step)
-            if machine.main and (step % run.sample_every == 0 or step == run.steps):
-                with ema.applied():
-                    grid = sample_grid(dit, tokenizer, normaliser, latents.shape, config, machine.device)
-                save_image(grid, out / "samples" / f"{step:07d}.png")
-    if machine.main and stop:
-        save(step)
-    if stop:
-        raise KeyboardInterrupt
-    if records is not None:
-        plot_curves(records.records(), out / "curves.png")
-    machine.accelerator.wait_for_everyone()  # nobody opens the generator before it is written
+        for step in session.steps(latent_batches(latents, run, session.first_step, session.processes)):
+            numbers, *batch = step.batch
+            for part in step.parts():
+                x, labels = (tensor[part].to(session.device, non_blocking=True) for tensor in batch)
+                seeds = [sample_seeds(run.seed, numbers[part], stream) for stream in (NOISE, UNIFORM)]
+                with session.autocast():
+                    loss = flow_loss(model, dit, normaliser(x), labels, seeds, config.times)
+                step.backward(loss, loss=loss)
+            step.update([f"samples {numbers[0]} to {numbers[-1]}"])
+            if step.shows:
+                with session.averaged_weights():
+                    step.show(sample_grid(dit, tokenizer, normaliser, latents.shape, config, session.device))
+            if session.processes.main and (step.saves or step.number == run.steps):
+                training = {**to_dict(config), "step": step.number}
+                metadata = {"model": "dit", "config": to_dict(dit.config), "info": info, "training": training}
+                with session.averaged_weights():
+                    write_model(out / "generator.safetensors", dit.state_dict(), metadata, torch.float32)
+        session.processes.wait()  # nobody opens the generator before it is written
     return out / "generator.safetensors"
+
+
+def make_dit(config: DiTTraining, channels: int, num_classes: int) -> DiT:
+    sizes = dit_config(
+        config.size, patch=config.patch, channels=channels, num_classes=num_classes, label_dropout=config.label_dropout
+    )
+    dit = DiT(sizes)
+    if config.run.checkpoint_activations:
+        recompute(dit, (Block,))
+    return dit
 
 
 @torch.no_grad()

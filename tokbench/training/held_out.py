@@ -1,4 +1,4 @@
-"""Photographs kept out of training: which they are, and how a model in training does on them."""
+"""Images kept out of training: which they are, and how a model in training does on them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from tokbench.tokenizer import Tokenizer
 from tokbench.training.optimisation import RunConfig
 
 
-def open_photographs(data: str, run: RunConfig) -> tuple[Any, list[int], Tensor]:
+def open_images(data: str, run: RunConfig) -> tuple[Any, list[int], Tensor]:
     """The source, which of its images train, and the adm crops that are held out, uint8 [N, 3, R, R].
 
     Held out are run.held_out images of run.held_out_data or, without it, whole subjects of the source itself.
@@ -42,13 +42,13 @@ def open_photographs(data: str, run: RunConfig) -> tuple[Any, list[int], Tensor]
 
 
 def score(tokenizer: Tokenizer, real: Tensor, metrics: Sequence[str], device: torch.device) -> dict[str, float]:
-    """Means of the harness's per-image metrics on held-out photographs, uint8 [N, 3, R, R], under its adm protocol.
+    """Means of the harness's per-image metrics on held-out images, uint8 [N, 3, R, R], under its adm protocol.
 
     Raises CellError if a metric cannot be had, for then no checkpoint could be chosen by it.
     """
     tools = instruments(find_metrics(metrics), len(real), real.shape[2], device)
     for name, reason in tools.unavailable.items():
-        raise CellError(f"held-out photographs cannot be scored: {name}: {reason}; see run.eval_metrics")
+        raise CellError(f"held-out images cannot be scored: {name}: {reason}; see run.eval_metrics")
     rows: dict[str, list[float]] = {}
     with precision(device, torch.float32):
         for part in real.split(2):

@@ -72,11 +72,6 @@ class Meter:
         return record
 
 
-def due(step: int, every: int, last: int) -> bool:
-    """Whether something done `every` so many steps, and at the end, is to be done after this step. 0: never."""
-    return every > 0 and (step % every == 0 or step == last)
-
-
 def is_best(records: Sequence[Mapping[str, Any]], metric: str) -> bool:
     """Whether the last record with this held-out metric is the best of all."""
     values = [record[metric] for record in records if metric in record]

@@ -1,8 +1,4 @@
-"""What every training loop here shares: processes, optimiser, averages, losses, checkpoints. The loops are elsewhere.
-
-A loop stays one visible function: set up, resume, loop, log, save. All randomness of a step comes from the numbers of
-its samples (`sample_seeds`), so a checkpoint needs no random state and any number of processes takes the same steps.
-"""
+"""Settings of a run, optimiser and schedule, averages of weights, and the perceptual losses."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tokbench.data.training_crops import CropConfig
 from tokbench.errors import InputError, first_line
-from tokbench.runtime.processes import Machine
+from tokbench.runtime.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -66,10 +62,11 @@ class RunConfig:
     save_every: int = 500
     eval_every: int = 2000
     eval_resolution: int = 256
-    held_out: int = 14  # photographs kept for scoring, of the data itself or of held_out_data; 0: none
+    held_out: int = 14  # images kept for scoring, of the data itself or of held_out_data; 0: none
     held_out_data: str | None = None  # a folder, as --data
     eval_metrics: tuple[str, ...] = ("psnr", "lpips-alex")
     best_by: str = "lpips-alex"  # the held-out metric that chooses best.safetensors
+    loss_limit: float = 1e4  # a loss above this stops the run
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -78,14 +75,11 @@ class RunConfig:
                 raise ValueError(f"{name} {value}: must be at least {least}")
 
 
-# ---- processes ----------------------------------------------------------------------------------------------------
-
-
 # ---- sizes --------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def building(settings: str) -> Iterator[None]:
+def size_errors_as_input_errors(settings: str) -> Iterator[None]:
     """Inside, numbers that make no network become an InputError that names the settings they come from."""
     try:
         yield
@@ -94,7 +88,7 @@ def building(settings: str) -> Iterator[None]:
 
 
 def check_sides(multiple: int, crops: CropConfig, run: RunConfig) -> None:
-    """Raises InputError for a side of crops or of held-out photographs, in pixels, that is no multiple of this."""
+    """Raises InputError for a side of crops or of held-out images, in pixels, that is no multiple of this."""
     sides = {"crops.size": crops.size, "crops.late_size": crops.late_size}
     if run.held_out and run.eval_every:
         sides["run.eval_resolution"] = run.eval_resolution
@@ -138,7 +132,7 @@ def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
 
 
 @contextmanager
-def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def schedule_free_average(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Inside, a schedule-free optimiser's parameters are its averaged ones; any other is left alone."""
     switch = hasattr(optimizer, "eval")
     if switch:
@@ -151,10 +145,10 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def optimizer_step(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], rate: float, clip: float, machine: Machine
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], rate: float, clip: float, processes: Processes
 ) -> float:
     """Average over processes, clip, step, clear; returns the gradient's norm before clipping."""
-    machine.average_gradients(parameters)
+    processes.average_gradients(parameters)
     norm = float(nn.utils.clip_grad_norm_(parameters, clip))
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -228,6 +222,3 @@ def perceptual_loss(name: Perceptual, device: torch.device) -> Callable[[Tensor,
         return perceptual.dists_network().to(device)
     network = perceptual.lpips_network(name.removeprefix("lpips-"), safe=True)
     return network.to(device).to(memory_format=torch.channels_last)
-
-
-# ---- state on disk ------------------------------------------------------------------------------------------------

@@ -1,22 +1,235 @@
-"""What a training run continues from."""
+"""The one frame of every training loop: processes, resume, schedule, averages, log, scores, checkpoints, interruption.
+
+    with open_session("klvae", config, out) as session:
+        ...                                                # networks and data
+        session.start(model, model.named_parameters())     # or go on from out/last.ckpt
+        for step in session.steps(session.batches(crops)):
+            for part in step.parts():
+                ...                                        # losses: what a paper prints
+                step.backward(loss, loss=loss)
+            step.update(ids)
+
+All randomness of a step comes from the numbers of its samples (`sample_seeds`), so a checkpoint needs no random state
+and any number of processes takes the same steps.
+"""
 
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from PIL import Image
+from torch import Tensor, nn
 
 from tokbench.config import to_dict
+from tokbench.data.pixels import to_float
+from tokbench.data.training_crops import PhotoCrops, batches
 from tokbench.errors import InputError
 from tokbench.records.files import write_whole
+from tokbench.runtime.device import select_device
+from tokbench.runtime.processes import Processes, join
+from tokbench.runtime.terminal import bar, say
+from tokbench.tokenizer import Tokenizer
+from tokbench.training.held_out import score
+from tokbench.training.log import (
+    Log,
+    Meter,
+    check_losses,
+    interrupts,
+    is_best,
+    plot_curves,
+    save_image,
+    training_record,
+)
+from tokbench.training.optimisation import (
+    Ema,
+    EmaConfig,
+    OptimConfig,
+    RunConfig,
+    learning_rate,
+    make_optimizer,
+    optimizer_step,
+    schedule_free_average,
+)
 
-FREE_SETTINGS = (
+FREE_SETTINGS = (  # of `run`: may change when a run goes on, for they do not change its result
     "device", "workers", "steps", "compile", "log_every", "sample_every", "save_every",
-    "eval_every", "eval_resolution", "eval_metrics", "best_by",
+    "eval_every", "eval_resolution", "eval_metrics", "best_by", "loss_limit",
 )  # fmt: skip
+
+Batch = TypeVar("Batch")
+
+
+class TrainingConfig(Protocol):
+    """What a frozen dataclass of settings must hold to be trained by; the rest is the model's own."""
+
+    @property
+    def run(self) -> RunConfig: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+    @property
+    def ema(self) -> EmaConfig: ...
+
+
+@contextmanager
+def open_session(name: str, config: TrainingConfig, out: Path) -> Iterator["Session"]:
+    """Join the other processes and choose the device. Raises InputError where the settings do not suit them."""
+    with ExitStack() as stack:
+        yield Session(name, config, out, stack.enter_context(join()), stack)
+
+
+class Session:
+    """One run of a loop. Writes into `out`: last.ckpt, log.jsonl, curves.png, samples/."""
+
+    def __init__(self, name: str, config: TrainingConfig, out: Path, processes: Processes, stack: ExitStack) -> None:
+        run = config.run
+        if run.batch_size % (processes.size * run.accumulate):
+            parts = f"{processes.size} x {run.accumulate} parts"
+            raise InputError(f"run.batch_size={run.batch_size} cannot be cut into {parts}")
+        self.device = select_device(run.device, processes.local_rank)
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.name, self.config, self.out, self.processes, self._stack = name, config, out, processes, stack
+        self.checkpoint, self.first_step = out / "last.ckpt", 0
+        self.interruptions: Sequence[int] = ()
+
+    def start(self, model: nn.Module, named: Iterable[tuple[str, nn.Parameter]], **others: Any | None) -> None:
+        """Make optimiser and average, or go on where `out` stopped.
+
+        The averaged weights of `model` are scored and handed over, `named` are trained; `others` are whatever else
+        has a state_dict that the run continues from, or None where this run has no such part.
+        """
+        named = list(named)
+        self.parameters = [parameter for _, parameter in named if parameter.requires_grad]
+        self.optimizer, self.ema = make_optimizer(named, self.config.optim), Ema(model, self.config.ema)
+        self.state: dict[str, Any] = {"model": model, "ema": self.ema, "optimizer": self.optimizer}
+        self.state |= {name: part for name, part in others.items() if part is not None}
+        if (saved := load_checkpoint(self.checkpoint, self.config)) is not None:
+            self.first_step = saved["step"]
+            for part, stateful in self.state.items():
+                stateful.load_state_dict(saved["parts"][part])
+        self.log, self.meter = Log(self.out / "log.jsonl", self.first_step, self.processes.main), Meter()
+
+    def batches(self, crops: PhotoCrops) -> Iterator[tuple[Sequence[int], Tensor, list[str]]]:
+        """This process's share of every step that is left: sample numbers, uint8 [B, 3, s, s], sample ids."""
+        run = self.config.run
+        return batches(
+            crops, first_step=self.first_step, num_steps=run.steps, batch_size=run.batch_size,
+            rank=self.processes.rank, world=self.processes.size, num_workers=run.workers,
+        )  # fmt: skip
+
+    def steps(self, shares: Iterable[Batch]) -> Iterator["Step[Batch]"]:
+        """A step for each share of a batch; after its body the run is saved, or stopped if that was asked for.
+
+        Raises KeyboardInterrupt once a run told to stop, in whichever process, is saved.
+        """
+        run, main = self.config.run, self.processes.main
+        self.interruptions = self._stack.enter_context(interrupts())
+        self.advance = self._stack.enter_context(bar(f"train {self.name}", run.steps, "steps", self.first_step, main))
+        for number, share in enumerate(shares, self.first_step + 1):
+            step = Step(self, number, share)
+            yield step
+            if main and step.due(run.eval_every):
+                plot_curves(self.log.records(), self.out / "curves.png")
+            if main and step.saves:
+                parts = {name: part.state_dict() for name, part in self.state.items()}
+                save_checkpoint(self.checkpoint, self.config, {"parts": parts, "step": number})
+            if step.stopping:
+                say(f"stopped at step {number} of {run.steps}, saved; the same command goes on")
+                raise KeyboardInterrupt
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> float32 in [-1, 1] on the device, channels last."""
+        moved = pixels.to(self.device, non_blocking=True)
+        return to_float(moved).contiguous(memory_format=torch.channels_last)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.dtype == "bfloat16")
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the model has the weights that are scored and handed over."""
+        with schedule_free_average(self.optimizer), self.ema.applied():
+            yield
+
+    def record(self, stage: str, origin: Mapping[str, str]) -> dict[str, Any]:
+        """What a model's file and card say about how it was made."""
+        return training_record(self.config, stage, origin, self.log)
+
+    def score(self, tokenizer: Tokenizer, held_out: Tensor, step: int) -> bool:
+        """Log the means over held-out images, uint8 [N, 3, R, R]; whether they are the best so far."""
+        run = self.config.run
+        self.log.write(step=step, **score(tokenizer, held_out, run.eval_metrics, self.device))
+        return is_best(self.log.records(), run.best_by)
+
+
+class Step(Generic[Batch]):
+    """One step, counted from 1: this process's share of the batch, its gradients, what is due after it."""
+
+    def __init__(self, session: Session, number: int, batch: Batch) -> None:
+        self.session, self.number, self.batch = session, number, batch
+        self.rate = learning_rate(number - 1, session.config.run.steps, session.config.optim)
+        self.stopping = False
+        self._terms: dict[str, Tensor] = {}
+
+    def parts(self) -> Iterator[slice]:
+        """The share cut into `run.accumulate` parts, to be taken one after the other."""
+        run = self.session.config.run
+        size = run.batch_size // self.session.processes.size // run.accumulate
+        return (slice(first, first + size) for first in range(0, size * run.accumulate, size))
+
+    def backward(self, loss: Tensor, /, **terms: Tensor) -> None:
+        """Add the gradient of a part's loss; `terms` are what the log says of it."""
+        accumulate = self.session.config.run.accumulate
+        (loss / accumulate).backward()
+        for name, value in terms.items():
+            self._terms[name] = self._terms.get(name, 0) + value.detach() / accumulate
+
+    def update(self, ids: Sequence[str]) -> None:
+        """Average over processes, clip, step, follow with the average, log.
+
+        Raises CellError for a loss that is no number or above the limit, naming the step's samples.
+        """
+        session, run = self.session, self.session.config.run
+        norm = optimizer_step(
+            session.optimizer, session.parameters, self.rate, session.config.optim.clip, session.processes
+        )
+        # One process may be told to stop before the others: all of them stop after the same step.
+        told = torch.tensor(float(len(session.interruptions)), device=session.device)
+        means = session.processes.means(self._terms | {"told": told})
+        self.stopping = means.pop("told") > 0
+        check_losses(means | {"gradient": norm}, self.number, ids, session.checkpoint, run.loss_limit)
+        with schedule_free_average(session.optimizer):
+            session.ema.update(self.number - 1)
+        session.meter.add(means | {"gradient": norm}, run.batch_size)
+        session.advance(1, session.meter.note())
+        if self.due(run.log_every):
+            session.log.write(step=self.number, rate=self.rate, **session.meter.take())
+
+    def due(self, every: int) -> bool:
+        """Whether something done `every` so many steps, and at the end, is to be done after this step. 0: never."""
+        return every > 0 and (self.number % every == 0 or self.number == self.session.config.run.steps)
+
+    @property
+    def shows(self) -> bool:
+        """Whether this process is to draw a picture after this step."""
+        return self.session.processes.main and self.due(self.session.config.run.sample_every)
+
+    @property
+    def scores(self) -> bool:
+        """Whether this process is to score held-out images after this step."""
+        return self.session.processes.main and self.due(self.session.config.run.eval_every)
+
+    @property
+    def saves(self) -> bool:
+        """Whether the run is saved after this step."""
+        return self.stopping or self.due(self.session.config.run.save_every)
+
+    def show(self, picture: Image.Image) -> None:
+        save_image(picture, self.session.out / "samples" / f"{self.number:07d}.png")
 
 
 def save_checkpoint(path: Path, config: Any, state: Mapping[str, Any]) -> None:
@@ -43,17 +256,3 @@ def load_checkpoint(path: Path, config: Any) -> dict[str, Any] | None:
         if then.get(key) != now.get(key):
             raise InputError(f"{path}: trained with {key}={then.get(key)}, not {now.get(key)}; use another --out")
     return state
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Everything with a state_dict that a run continues from, by name."""
-
-    parts: Mapping[str, Any]
-
-    def state(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
