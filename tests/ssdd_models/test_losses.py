@@ -10,10 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssdd_models.distill import distillation_losses, make_teacher
 from ssdd_models.encoder import EncoderConfig
 from ssdd_models.layers import Discriminator
-from ssdd_models.losses import DINO_DIM, Repa, critic_loss, flow_losses, generator_loss, training_times
+from ssdd_models.losses import (
+    DINO_DIM,
+    Repa,
+    critic_loss,
+    flow_losses,
+    generator_loss,
+    make_teacher,
+    teacher_sample,
+    training_times,
+)
 from ssdd_models.ssdd import SSDD
 from ssdd_models.train import cancel_noise, make_repa
 from ssdd_models.uvit import SIZES
@@ -39,11 +47,11 @@ def test_losses_of_a_training_step_equal_the_golden_ones() -> None:
     built, golden = model(CASE), np.load(GOLDEN / CASE["file"])
     x, eps = inputs(CASE)
     posterior = built.encode(x)
-    losses, clean, _ = flow_losses(built, posterior.mode(), x, eps, torch.tensor(CASE["t"]))
+    losses, clean, _ = flow_losses(built, posterior.mode(), x, eps, torch.tensor(CASE["t"]), real=x)
     assert losses["flow"].item() == pytest.approx(CASE["loss"], abs=2e-5)
     assert posterior.kl().mean().item() == pytest.approx(CASE["kl_mean"], rel=1e-5)
     torch.testing.assert_close(clean, torch.from_numpy(golden["x0_pred"]), atol=2e-4, rtol=0)
-    one_step, _, _ = flow_losses(built, posterior.mode(), x, eps, torch.ones(len(x)))
+    one_step, _, _ = flow_losses(built, posterior.mode(), x, eps, torch.ones(len(x)), real=x)
     assert one_step["flow"].item() == pytest.approx(CASE["loss_t1"], abs=2e-5)
 
 
@@ -74,7 +82,7 @@ def test_distillation_is_onto_the_teachers_sample_from_the_same_noise_and_latent
     teacher = make_teacher(tiny)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     x, noise, z = torch.rand(2, 3, 16, 16), torch.randn(2, 3, 16, 16), torch.randn(2, 4, 4, 4)
-    losses, clean, x_t = distillation_losses(tiny, teacher, z, x, noise, 3)
+    losses, clean, x_t = flow_losses(tiny, z, teacher_sample(teacher, z, noise, 3), noise, torch.ones(2), real=x)
     assert torch.equal(x_t, noise)
     sample = teacher.decode(z, steps=3, noise=noise)
     assert losses["flow"].item() == pytest.approx(F.mse_loss(clean, sample).item(), rel=1e-5)
