@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from tokbench.data.pixels import to_float
 from tokbench.errors import CellError, InputError
 
 if TYPE_CHECKING:
@@ -55,6 +54,7 @@ class SSDDTokenizer:
 
     def encode(self, images: Any, *, sample: bool, seeds: Any) -> Any:
         """uint8 [B, 3, H, W] -> float32 [B, c, H / f, W / f], normalised."""
+        from tokbench.data.pixels import to_float
         from tokbench.runtime.seeding import normal
 
         (model,) = self._model

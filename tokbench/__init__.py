@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from tokbench.data.sources import Source
     from tokbench.errors import CellError, InputError
     from tokbench.evaluation.evaluate import evaluate
-    from tokbench.metrics import Metric
+    from tokbench.metrics import Metric, register_metric
     from tokbench.records.files import results
     from tokbench.records.result import EvalResult, TokenizerInfo, Value
     from tokbench.registry import create as load
-    from tokbench.registry import register
+    from tokbench.registry import register, register_source
     from tokbench.tokenizer import Tokenizer
 
 _HOMES = {
@@ -36,12 +36,14 @@ _HOMES = {
     "evaluate": "tokbench.evaluation.evaluate:evaluate",
     "load": "tokbench.registry:create",
     "register": "tokbench.registry:register",
+    "register_metric": "tokbench.metrics:register_metric",
+    "register_source": "tokbench.registry:register_source",
     "results": "tokbench.records.files:results",
 }
 
 __all__ = [
     "CellError", "EvalResult", "InputError", "Metric", "Source", "Tokenizer", "TokenizerInfo", "Value", "evaluate",
-    "load", "register", "results",
+    "load", "register", "register_metric", "register_source", "results",
 ]  # fmt: skip
 
 

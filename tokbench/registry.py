@@ -17,7 +17,6 @@ import typing
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,9 +114,14 @@ def _plugins() -> list[importlib.metadata.EntryPoint]:
     return found
 
 
-@cache
-def _load_plugins() -> None:
-    for point in _plugins():
+_loaded: list[str] = []  # what is installed
+
+
+def load_plugins() -> None:
+    """Let every plugin register what it brings, once a process; those of a plugin that asks for others' come later."""
+    points = [] if _loaded else _plugins()
+    _loaded.extend(point.name for point in points)
+    for point in points:
         try:
             point.load()()
         except (ImportError, AttributeError) as error:  # somebody else's plugin must not stop the rest
@@ -126,7 +130,7 @@ def _load_plugins() -> None:
 
 def entries() -> list[Entry]:
     """Every registered entry, plugins included, by name."""
-    _load_plugins()
+    load_plugins()
     return sorted(_entries.values(), key=lambda entry: entry.name)
 
 
@@ -337,7 +341,7 @@ def register_trainer(name: str, trainer: Trainer) -> None:
 
 def trainers() -> dict[str, Trainer]:
     """All of them, plugins included, by name."""
-    _load_plugins()
+    load_plugins()
     return dict(sorted(_trainers.items()))
 
 
@@ -366,6 +370,33 @@ def train_help(name: str | None, stage: str | None, preset: str | None) -> str:
         return "\n".join(["Models:", *(f"  {known:<8} {trainer.summary}" for known, trainer in trainers().items())])
     which = " ".join(f"{what} {given}" for what, given in (("stage", stage), ("preset", preset)) if given)
     return "\n  ".join([f"Settings of {name} {which}".rstrip() + ":", *find_trainer(name).settings(stage, preset)])
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """`open` takes REST of `--data NAME:REST` ("" for NAME alone) and --split, and gives a `tokbench.Source`.
+
+    It raises InputError where there is none.
+    """
+
+    open: Callable[[str, str | None], Any]
+    summary: str
+
+
+_sources: dict[str, DataSource] = {}
+
+
+def register_source(name: str, open: Callable[[str, str | None], Any], *, summary: str) -> None:
+    """Make `--data NAME` and `--data NAME:REST` known; a plugin's `register` calls it. ValueError for a taken name."""
+    if name in _sources or not ROW_NAME.fullmatch(name):
+        raise ValueError(f"{name}: a data source of this name is registered already, or not of a-z 0-9 . _ -")
+    _sources[name] = DataSource(open, summary)
+
+
+def sources() -> dict[str, DataSource]:
+    """All that plugins registered, by name."""
+    load_plugins()
+    return dict(sorted(_sources.items()))
 
 
 def choose(known: Sequence[str], name: str | None, what: str, default: str) -> str:

@@ -1,6 +1,6 @@
 """Per-image scores against scikit-image, lpips and DISTS's formula; laws of the table of metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +13,18 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
+from tests import ROOT, example_plugin
 from tests.conftest import SAMPLES
-from tokbench import weights
+from tokbench import registry, weights
+from tokbench.data.crops import crop
+from tokbench.data.open import open_source
+from tokbench.data.pixels import quantise
 from tokbench.errors import InputError
+from tokbench.evaluation.evaluate import evaluate
 from tokbench.metrics import DEFAULT, METRICS, find_metrics, perceptual, pixel
 from tokbench.metrics.suite import instruments, scorers
 from tokbench.protocols import PROTOCOLS
+from tokbench.registry import create
 from tokbench.weights import convert as weights_convert
 
 GAUSS = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
@@ -262,12 +268,12 @@ class Stored:
 
 def test_global_psnr_is_at_most_the_mean_and_identical_images_count() -> None:
     samples = Stored({"mse": [0.0, 0.01, 0.04], "psnr": [100.0, 20.0, 10 * np.log10(25)]})
-    mean, overall = METRICS["psnr"].compute(samples), METRICS["psnr-global"].compute(samples)
+    mean, overall = METRICS["psnr"].value(samples), METRICS["psnr-global"].value(samples)
     assert mean.value == pytest.approx((100 + 20 + 13.9794) / 3)
     assert "1 of 3 images identical" in mean.note
     assert overall.value == pytest.approx(-10 * np.log10(0.05 / 3))
     assert overall.stderr is not None
-    assert METRICS["psnr-global"].compute(Stored({"mse": [0.0], "psnr": [100.0]})).value == 100
+    assert METRICS["psnr-global"].value(Stored({"mse": [0.0], "psnr": [100.0]})).value == 100
 
 
 @pytest.mark.parametrize("name", [m.name for m in METRICS.values() if m.extractor and m.scope != "generation"])
@@ -275,7 +281,7 @@ def test_identity_gives_zero_distance_and_full_agreement(name: str) -> None:
     metric = METRICS[name]
     assert metric.extractor is not None
     rows = np.random.default_rng(0).standard_normal((max(metric.minimum, 20), 8)).astype(np.float32)
-    value = metric.compute(Stored({}, {(side, metric.extractor): rows for side in ("real", "fake")})).value
+    value = metric.value(Stored({}, {(side, metric.extractor): rows for side in ("real", "fake")})).value
     assert value is not None
     if metric.better == "lower" and name != "kid":
         assert value == 0
@@ -287,7 +293,7 @@ def test_identity_gives_zero_distance_and_full_agreement(name: str) -> None:
 
 def test_few_images_give_null_with_a_note_and_need_no_network() -> None:
     rows = np.zeros((29, 4), dtype=np.float32)
-    value = METRICS["rfid"].compute(Stored({}, {(side, "inception"): rows for side in ("real", "fake")}))
+    value = METRICS["rfid"].value(Stored({}, {(side, "inception"): rows for side in ("real", "fake")}))
     assert value.value is None
     assert "2,048" in value.note
     tools = instruments(find_metrics(["rfid", "fd-dinov2"]), 29, 256)
@@ -355,3 +361,33 @@ def test_nothing_waits_for_the_gpu() -> None:
                     extract(fake.clone())
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def plugin() -> Iterator[None]:
+    """The README's, registered for one test."""
+    example_plugin.register()
+    yield
+    del METRICS["mae"], METRICS["below-30-db"], registry._sources["grays"]
+
+
+@pytest.mark.usefixtures("plugin")
+def test_metrics_and_sources_come_from_outside_too() -> None:
+    names = ("mae", "below-30-db", "psnr")
+    result = evaluate("identity", "grays:5", 32, names)
+    assert result.dataset.num_images == 5
+    assert [result.metrics[name].value for name in names] == [0, 0, 100]
+    assert result.metrics["mae"].stderr == 0
+    lossy = evaluate("jpeg-q10", "samples", 64, names, limit=5)
+    assert lossy.metrics["below-30-db"].value == 1
+    source = open_source("samples", limit=5)
+    real = torch.stack([torch.tensor(crop(source.read(i), 64, PROTOCOLS["adm"])) for i in range(5)])
+    model = create("jpeg-q10")
+    fake = quantise(model.decode(model.encode(real.permute(0, 3, 1, 2), sample=False, seeds=torch.zeros(5)),
+                                 seeds=torch.zeros(5), size=(64, 64)), "nearest").permute(0, 2, 3, 1)  # fmt: skip
+    assert lossy.metrics["mae"].value == pytest.approx(float((real.double() - fake.double()).abs().mean()))
+    with pytest.raises(ValueError, match="taken already"):
+        example_plugin.register()
+    with pytest.raises(InputError, match=r"nothing: no such file.* one of samples, .*, grays"):
+        open_source("nothing")
+    assert Path(example_plugin.__file__).read_text(encoding="utf-8") in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tokbench import registry
 from tokbench.data.archives import list_tar, list_zip
 from tokbench.data.sources import (
     FileSource,
@@ -34,18 +35,17 @@ IMAGENET_IMAGES = {"val": 50_000, "train": 1_281_167}
 def open_source(spec: str | Path, split: str | None = None, limit: int | None = None) -> Source:
     """`samples`, `imagenet:ROOT`, `folder:DIR`, `tar:FILE` (or zip), `list:FILE`, `hf:NAME`, or a path of one of these.
 
-    InputError if there is nothing there, or no image in it, or two images share an id.
+    Also what plugins registered, as `NAME` or `NAME:REST`; a path that exists comes before their names. InputError if
+    there is nothing there, or no image in it, or two images share an id.
     """
     text = os.fspath(spec)
     kind, colon, rest = text.partition(":")
-    openers = {"imagenet": _imagenet, "folder": _folder, "tar": _archive, "list": _list, "hf": _hugging_face}
-    if text == "samples":
-        _no_split("samples", split)
-        source: Source = _files("samples", None, SAMPLES)
-    elif colon and kind in openers:
-        source = openers[kind](rest, split)
-    else:
+    if text == "samples" or (colon and kind in OPENERS):
+        source = OPENERS[kind](rest, split)
+    elif Path(text).exists() or kind not in (registered := registry.sources()):
         source = _guess(Path(text), split)
+    else:
+        source = registered[kind].open(rest, split)
     if not source.ids:
         raise InputError(f"{text}: no images in it ({', '.join(source.problems) or 'of a type that is read here'})")
     if limit is not None:
@@ -55,9 +55,8 @@ def open_source(spec: str | Path, split: str | None = None, limit: int | None = 
 
 def _guess(path: Path, split: str | None) -> Source:
     if not path.exists():
-        raise InputError(
-            f"{path}: no such file or folder; --data takes samples, a path, or imagenet:ROOT, hf:NAME, ..."
-        )
+        names = ", ".join([*OPENERS, *registry.sources()])
+        raise InputError(f"{path}: no such file or folder; --data takes a path or one of {names}")
     name = path.name.lower()
     if path.is_dir():
         parquet = next(path.glob("*.parquet"), None)
@@ -74,6 +73,11 @@ def _guess(path: Path, split: str | None) -> Source:
 def _no_split(name: str, split: str | None) -> None:
     if split is not None:
         raise InputError(f"{name}: has no splits; leave --split {split} out")
+
+
+def _samples(rest: str, split: str | None) -> Source:
+    _no_split("samples", split)
+    return _files("samples", None, SAMPLES)
 
 
 def _files(name: str, split: str | None, root: Path) -> Source:
@@ -184,6 +188,12 @@ def _image_column(rows: Any, datasets: Any, name: str) -> str:
         if isinstance(feature, datasets.Image) or packed:
             return str(column)
     raise InputError(f"hf:{name}: no column of images among {', '.join(rows.features)}")
+
+
+OPENERS: dict[str, Callable[[str, str | None], Source]] = {
+    "samples": _samples, "imagenet": _imagenet, "folder": _folder, "tar": _archive, "list": _list,
+    "hf": _hugging_face,
+}  # fmt: skip
 
 
 def describe(source: Source, *, decode: bool = False) -> list[str]:

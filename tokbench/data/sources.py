@@ -60,8 +60,8 @@ class Source:
         return str(self.root / self.ids[index])
 
     def stamp(self, index: int) -> str:
-        """Changes when the bytes do (size and time), without reading them. Raises OSError."""
-        return stamp_of(self.root)
+        """Changes when the bytes do (size and time), without reading them; "" where that cannot be told."""
+        return ""
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """The RGB image and notes (bits of images.NOTES). InputError naming the file if it cannot be used."""
@@ -133,6 +133,9 @@ class FileSource(Source):
 class TarSource(Source):
     """Members of a tar, read in place; an entry is a Member."""
 
+    def stamp(self, index: int) -> str:
+        return stamp_of(self.root)
+
     def read_bytes(self, index: int) -> bytes:
         member: Member = self.entries[index]
         with open(self.root, "rb", buffering=0) as file:  # a file of its own: forked readers must not share a position
@@ -148,6 +151,9 @@ class TarSource(Source):
 
 class ZipSource(Source):
     """Members of a zip, read in place; an entry is a name."""
+
+    def stamp(self, index: int) -> str:
+        return stamp_of(self.root)
 
     def read_bytes(self, index: int) -> bytes:
         try:
@@ -241,7 +247,7 @@ def _survey(source: Source) -> list[Facts]:
         try:
             stamp = source.stamp(index)
             known = kept.get(source.ids[index])
-            if known is not None and known[0] == stamp:
+            if stamp and known is not None and known[0] == stamp:
                 return Facts(**known[1])
             facts = inspect(source.read_bytes(index), source.where(index))
         except OSError as error:

@@ -133,8 +133,8 @@ def compute(name: str, store: SampleStore, seeds: Sequence[int]) -> Value:
     if len(store.ids) < METRICS[name].minimum:
         return too_few(len(store.ids), METRICS[name].minimum)
     if len(seeds) == 1:
-        return METRICS[name].compute(store)
-    return over_seeds([METRICS[name].compute(SeedView(store, seed)) for seed in seeds])
+        return METRICS[name].value(store)
+    return over_seeds([METRICS[name].value(SeedView(store, seed)) for seed in seeds])
 
 
 def checked(name: str, store: SampleStore, seeds: Sequence[int]) -> Value:

@@ -244,7 +244,7 @@ def score(
                 assert metric.extractor is not None
                 values[name] = frechet_value(reference, both.features("fake", metric.extractor), metric.extractor)
             else:
-                values[name] = against_reference(metric.compute(both), name)
+                values[name] = against_reference(metric.value(both), name)
         except LookupError as error:
             unavailable[name] = str(error.args[0])
     return values, unavailable

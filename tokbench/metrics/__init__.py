@@ -1,17 +1,17 @@
-"""The one table of all metrics. Never imports torch.
+"""The one table of all metrics, those of plugins included. Never imports torch.
 
 A metric is a pure function over what was stored per sample: columns of scores and features of images, in id order.
-What fills them runs in torch and is in `metrics.scoring` (columns) and `features` (features); the loop asks
-`metrics.scoring.instruments(metrics, ...)` for both.
+What fills them runs in torch: `metrics.suite` (columns) and `metrics.extractors` (features).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from tokbench import registry
 from tokbench.errors import InputError
 from tokbench.metrics import distribution, frechet
 from tokbench.metrics.statistics import mean_and_error
@@ -19,13 +19,12 @@ from tokbench.records.result import Value
 
 INCEPTION_TENTHS = 10  # parts of the Inception score
 IDENTICAL = 100.0  # dB of images that do not differ, whose PSNR would be infinite; also the cap
-FRECHET_MINIMUM = (
-    2048  # images: below it the covariance of 2048 features is singular, and the bias is most of the value
-)
+# Images: below it the covariance of 2048 features is singular, and the bias is most of the value.
+FRECHET_MINIMUM = 2048
 
 
 class Samples(Protocol):
-    """The reading half of `store.SampleStore`."""
+    """The reading half of `records.samples.SampleStore`."""
 
     @property
     def ids(self) -> list[str]: ...
@@ -35,24 +34,41 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Metric:
-    """`networks` are names in `weights.NETWORKS`; `columns` and `extractor` what is read of the store, of `sides`."""
+    """A line of the table. The shortest: `Metric("mae", "lower", "mean absolute error", score=f)`.
+
+    `score` takes real and fake images, uint8 [B, 3, H, W] tensors on one device, and gives a number an image, float
+    [B], to the column of the metric's name. `compute` makes the value of what is stored; None is the mean of that
+    column. `reads` names other columns that it needs, `extractor` and `sides` its features, `networks` are names in
+    `weights.NETWORKS`.
+    """
 
     name: str
     better: Literal["higher", "lower", "neither"]
-    unit: str
-    low: float | None  # range of possible values; None: unbounded
-    high: float | None
-    tolerance: float  # a smaller loss than this is no regression
-    digits: int  # shown after the point
     description: str
-    compute: Callable[[Samples], Value]
-    columns: tuple[str, ...] = ()
+    _: KW_ONLY
+    unit: str = ""
+    low: float | None = None  # range of possible values; None: unbounded
+    high: float | None = None
+    tolerance: float = 0.0  # a smaller loss than this is no regression
+    digits: int = 4  # shown after the point
+    score: Callable[[Any, Any], Any] | None = None
+    compute: Callable[[Samples], Value] | None = None
+    reads: tuple[str, ...] = ()
     extractor: str | None = None
     sides: tuple[str, ...] = ("real", "fake")
     networks: tuple[str, ...] = ()
     scope: Literal["reconstruction", "generation", "both"] = "reconstruction"
     rows: Callable[[Samples], np.ndarray] | None = None  # values per image [N] that the features give, for the table
     minimum: int = 1  # images; below it the value is null, and neither networks nor features are needed
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What `value` reads of the store, features apart."""
+        return self.reads if self.compute else (self.name,)
+
+    def value(self, samples: Samples) -> Value:
+        """The metric of all stored samples."""
+        return self.compute(samples) if self.compute else mean_of(self.name, samples)
 
 
 def mean_of(column: str, samples: Samples) -> Value:
@@ -161,88 +177,98 @@ def too_few(num_images: int, minimum: int) -> Value:
     return Value(None, n=num_images, note=f"needs {minimum:,} images, here {num_images:,}; pd-* serves at any number")
 
 
-def _mean(name: str, better: Literal["higher", "lower"], high: float | None, tolerance: float, digits: int,
-          description: str, networks: tuple[str, ...] = (), unit: str = "", low: float = 0.0) -> Metric:  # fmt: skip
-    compute = partial(mean_of, name)
-    return Metric(name, better, unit, low, high, tolerance, digits, description, compute, (name,), networks=networks)
-
-
 def _frechet(
     name: str, extractor: str, what: str, network: str, scope: Literal["generation", "both"] = "both"
 ) -> Metric:
     return Metric(
-        name, "lower", "", 0.0, None, 0.02, 3, f"Fréchet distance of {what}", partial(frechet_of, extractor),
-        extractor=extractor, networks=(network,), scope=scope, minimum=FRECHET_MINIMUM,
+        name, "lower", f"Fréchet distance of {what}", low=0.0, tolerance=0.02, digits=3,
+        compute=partial(frechet_of, extractor), extractor=extractor, networks=(network,), scope=scope,
+        minimum=FRECHET_MINIMUM,
     )  # fmt: skip
 
 
+def _from_rows(rows: Callable[[Samples], np.ndarray]) -> dict[str, Any]:
+    return {"rows": rows, "compute": partial(mean_of_rows, rows)}
+
+
 def _paired(extractor: str, what: str) -> Metric:
-    rows = partial(paired_rows, extractor)
     return Metric(
-        f"pd-{extractor}", "lower", "", 0.0, None, 1.0, 2, f"mean squared distance of {what}, image by image",
-        partial(mean_of_rows, rows), extractor=extractor, networks=(extractor,), rows=rows,
+        f"pd-{extractor}", "lower", f"mean squared distance of {what}, image by image", low=0.0, tolerance=1.0,
+        digits=2, extractor=extractor, networks=(extractor,), **_from_rows(partial(paired_rows, extractor)),
     )  # fmt: skip
 
 
 _INCEPTION = "FID Inception features (torch-fidelity's weights and resize)"
 
+_SSIM: dict[str, Any] = {"low": -1.0, "high": 1.0, "tolerance": 0.002}
+_PERCEPTUAL: dict[str, Any] = {"low": 0.0, "tolerance": 0.002}
+_DREAMSIM: dict[str, Any] = {"low": 0.0, "high": 2.0, "tolerance": 0.002, "networks": ("dino-vitb16", "dreamsim")}
+_SHARE: dict[str, Any] = {"low": 0.0, "high": 1.0, "tolerance": 0.01, "digits": 3}
+_PSNR: dict[str, Any] = {"unit": "dB", "low": 0.0, "high": IDENTICAL, "tolerance": 0.05, "digits": 2}
+_CODES: dict[str, Any] = {"low": 1.0, "tolerance": 1.0, "extractor": "codes", "sides": ("fake",)}
+_GENERATED: dict[str, Any] = {"networks": ("inception",), "scope": "generation"}
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("psnr", "higher", "dB", 0.0, IDENTICAL, 0.05, 2, "peak signal-to-noise ratio, mean over images",
-               mean_psnr, ("psnr", "mse")),
-        Metric("psnr-global", "higher", "dB", 0.0, IDENTICAL, 0.05, 2, "PSNR of the squared error over all images",
-               global_psnr, ("mse",)),
-        _mean("ssim", "higher", 1.0, 0.002, 4, "SSIM, uniform 7x7 window, sample covariance (scikit-image)", low=-1.0),
-        _mean("ssim-gauss", "higher", 1.0, 0.002, 4, "SSIM, 11x11 Gaussian window (Wang et al. 2004)", low=-1.0),
-        _mean("ms-ssim", "higher", 1.0, 0.002, 4, "multi-scale SSIM, five scales (Wang et al. 2003)"),
-        _mean("lpips-alex", "lower", None, 0.002, 4, "LPIPS v0.1, AlexNet", ("lpips-alex",)),
-        _mean("lpips-vgg", "lower", None, 0.002, 4, "LPIPS v0.1, VGG16", ("lpips-vgg",)),
-        _mean("dists", "lower", None, 0.002, 4, "DISTS (VGG16)", ("lpips-vgg", "dists")),
-        _mean("dreamsim", "lower", 2.0, 0.002, 4, "DreamSim ensemble at 224 px", ("dino-vitb16", "dreamsim")),
-        _mean("dreamsim-dino", "lower", 2.0, 0.002, 4, "DreamSim, its DINO branch alone, at 224 px",
-              ("dino-vitb16", "dreamsim-dino")),
+        Metric("psnr", "higher", "peak signal-to-noise ratio, mean over images", compute=mean_psnr,
+               reads=("psnr", "mse"), **_PSNR),
+        Metric("psnr-global", "higher", "PSNR of the squared error over all images", compute=global_psnr,
+               reads=("mse",), **_PSNR),
+        Metric("ssim", "higher", "SSIM, uniform 7x7 window, sample covariance (scikit-image)", **_SSIM),
+        Metric("ssim-gauss", "higher", "SSIM, 11x11 Gaussian window (Wang et al. 2004)", **_SSIM),
+        Metric("ms-ssim", "higher", "multi-scale SSIM, five scales (Wang et al. 2003)", **_SSIM | {"low": 0.0}),
+        Metric("lpips-alex", "lower", "LPIPS v0.1, AlexNet", networks=("lpips-alex",), **_PERCEPTUAL),
+        Metric("lpips-vgg", "lower", "LPIPS v0.1, VGG16", networks=("lpips-vgg",), **_PERCEPTUAL),
+        Metric("dists", "lower", "DISTS (VGG16)", networks=("lpips-vgg", "dists"), **_PERCEPTUAL),
+        Metric("dreamsim", "lower", "DreamSim ensemble at 224 px", **_DREAMSIM),
+        Metric("dreamsim-dino", "lower", "DreamSim, its DINO branch alone, at 224 px",
+               **_DREAMSIM | {"networks": ("dino-vitb16", "dreamsim-dino")}),
         # What some papers measured under the names above; a protocol says which are its own.
-        _mean("ssim-range2", "higher", 1.0, 0.002, 4, "ssim with constants for a range of 2: too high", low=-1.0),
-        _mean("ssim-gauss-signed", "higher", 1.0, 0.002, 4, "ssim-gauss of images in [-1, 1]: reads higher", low=-1.0),
-        _mean("lpips-vgg-unclamped", "lower", None, 0.002, 4, "lpips-vgg of the decoder's own output, unclamped",
-              ("lpips-vgg",)),
-        _mean("dreamsim-native", "lower", 2.0, 0.002, 4, "DreamSim ensemble at the image's own size",
-              ("dino-vitb16", "dreamsim")),
+        Metric("ssim-range2", "higher", "ssim with constants for a range of 2: too high", **_SSIM),
+        Metric("ssim-gauss-signed", "higher", "ssim-gauss of images in [-1, 1]: reads higher", **_SSIM),
+        Metric("lpips-vgg-unclamped", "lower", "lpips-vgg of the decoder's own output, unclamped",
+               networks=("lpips-vgg",), **_PERCEPTUAL),
+        Metric("dreamsim-native", "lower", "DreamSim ensemble at the image's own size", **_DREAMSIM),
         _paired("mobilenet", "MobileNetV2 features"),
         _paired("dinov2", "DINOv2 ViT-L/14 features"),
         _paired("inception", _INCEPTION),
-        Metric("agreement", "higher", "", 0.0, 1.0, 0.01, 3, "share of images whose MobileNetV2 top-1 class survives",
-               partial(mean_of_rows, agreement_rows), extractor="mobilenet-class", networks=("mobilenet",),
-               rows=agreement_rows),
+        Metric("agreement", "higher", "share of images whose MobileNetV2 top-1 class survives",
+               extractor="mobilenet-class", networks=("mobilenet",), **_from_rows(agreement_rows), **_SHARE),
         _frechet("rfid", "inception", f"{_INCEPTION}, against the same crops", "inception"),
         _frechet("gfid", "inception", f"{_INCEPTION}, against the stated reference", "inception", "generation"),
         _frechet("fd-dinov2", "dinov2", "DINOv2 ViT-L/14 features", "dinov2"),
         _frechet("fd-mobilenet", "mobilenet", "MobileNetV2 features", "mobilenet"),
-        Metric("kid", "lower", "", None, None, 0.0001, 5, f"kernel distance of {_INCEPTION}",
-               partial(kernel_of, "inception"), extractor="inception", networks=("inception",), scope="both",
+        Metric("kid", "lower", f"kernel distance of {_INCEPTION}", tolerance=0.0001, digits=5,
+               compute=partial(kernel_of, "inception"), extractor="inception", networks=("inception",), scope="both",
                minimum=2),
-        Metric("is", "higher", "", 1.0, None, 1.0, 1, "Inception score, unshuffled tenths (ADM)", inception_score,
-               extractor="inception-logits", sides=("fake",), networks=("inception",), scope="generation", minimum=10),
-        Metric("precision", "higher", "", 0.0, 1.0, 0.01, 3, "share of fakes in the real manifold (Inception, k = 3)",
-               precision, extractor="inception", networks=("inception",), scope="generation", minimum=4),
-        Metric("recall", "higher", "", 0.0, 1.0, 0.01, 3, "share of reals in the fake manifold (Inception, k = 3)",
-               recall, extractor="inception", networks=("inception",), scope="generation", minimum=4),
-        _mean("bpp", "lower", None, 0.01, 3, "measured size of the code", unit="bit/px"),
-        Metric("perplexity", "higher", "", 1.0, None, 1.0, 1, "codebook perplexity: exp of the codes' entropy",
-               perplexity, extractor="codes", sides=("fake",)),
-        Metric("codebook-use", "higher", "codes", 1.0, None, 1.0, 0, "different codes that occur", codebook_use,
-               extractor="codes", sides=("fake",)),
-        Metric("latent-mean", "neither", "", None, None, 0.01, 4, "mean of the normalised latents",
-               partial(mean_of, "latent-mean"), ("latent-mean",)),
-        Metric("latent-std", "neither", "", 0.0, None, 0.01, 4, "standard deviation of the normalised latents",
-               latent_deviation, ("latent-mean", "latent-square")),
+        Metric("is", "higher", "Inception score, unshuffled tenths (ADM)", low=1.0, tolerance=1.0, digits=1,
+               compute=inception_score, extractor="inception-logits", sides=("fake",), minimum=10, **_GENERATED),
+        Metric("precision", "higher", "share of fakes in the real manifold (Inception, k = 3)", compute=precision,
+               extractor="inception", minimum=4, **_SHARE, **_GENERATED),
+        Metric("recall", "higher", "share of reals in the fake manifold (Inception, k = 3)", compute=recall,
+               extractor="inception", minimum=4, **_SHARE, **_GENERATED),
+        Metric("bpp", "lower", "measured size of the code", unit="bit/px", low=0.0, tolerance=0.01, digits=3),
+        Metric("perplexity", "higher", "codebook perplexity: exp of the codes' entropy", digits=1, compute=perplexity,
+               **_CODES),
+        Metric("codebook-use", "higher", "different codes that occur", unit="codes", digits=0, compute=codebook_use,
+               **_CODES),
+        Metric("latent-mean", "neither", "mean of the normalised latents", tolerance=0.01),
+        Metric("latent-std", "neither", "standard deviation of the normalised latents", low=0.0, tolerance=0.01,
+               compute=latent_deviation, reads=("latent-mean", "latent-square")),
     )
 }  # fmt: skip
 
 # What `run` measures when nobody asks for less or more; the last five only where there are codes or latents.
 DEFAULT = ("psnr", "psnr-global", "ssim", "ssim-gauss", "lpips-alex", "lpips-vgg", "pd-mobilenet", "rfid",
            "bpp", "perplexity", "codebook-use", "latent-mean", "latent-std")  # fmt: skip
+
+
+def register_metric(metric: Metric) -> None:
+    """Make a metric known to every command; a plugin's `register` calls it. ValueError for a wrong or taken name."""
+    if metric.name in METRICS or not registry.ROW_NAME.fullmatch(metric.name):
+        raise ValueError(f"metric {metric.name!r}: taken already, or not of a-z 0-9 . _ -")
+    METRICS[metric.name] = metric
 
 
 def find_metrics(names: Sequence[str], scope: Literal["reconstruction", "both"] = "both") -> list[Metric]:
@@ -269,3 +295,6 @@ def users_of_networks() -> dict[str, list[str]]:
         for network in metric.networks:
             users.setdefault(network, []).append(metric.name)
     return users
+
+
+registry.load_plugins()  # METRICS holds theirs from here on

@@ -13,6 +13,7 @@ Nothing here waits for a GPU. The side of the real images is computed once for a
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tokbench import weights
 from tokbench.data.pixels import to_float
 from tokbench.errors import InputError
-from tokbench.metrics import Metric, dreamsim, perceptual, pixel
+from tokbench.metrics import METRICS, Metric, dreamsim, perceptual, pixel
 from tokbench.metrics.extractors import EXTRACTORS, Extractor, extractors
 from tokbench.runtime.device import precision
 
@@ -93,6 +94,11 @@ _NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
+def _scored(metric: Metric, real: Tensor, fake: Tensor, _: Tensor | None) -> dict[str, Tensor]:
+    assert metric.score is not None
+    return {metric.name: metric.score(real, fake)}
+
+
 def scorers(columns: Sequence[str], device: torch.device | str = "cpu") -> list[Scorer]:
     """What fills these columns. WeightsError if a network's weights are missing."""
     found: list[Scorer] = []
@@ -101,6 +107,8 @@ def scorers(columns: Sequence[str], device: torch.device | str = "cpu") -> list[
             scorer = _PIXELS[column][0]
             if scorer not in found:
                 found.append(scorer)
+        elif column in METRICS and METRICS[column].score:
+            found.append(partial(_scored, METRICS[column]))
         elif column in _NETWORKS:
             network = _NETWORKS[column][0]().to(device).to(memory_format=torch.channels_last)
             found.append(NetworkScorer(column, network, unclamped=column == UNCLAMPED))
