@@ -41,6 +41,14 @@ def parse_value(text: str, annotation: Any, key: str) -> Any:
         raise InputError(f"{key}={text}: expected {annotation.__name__}") from None
 
 
+def positive_numbers(text: str, option: str) -> tuple[int, ...]:
+    """`128,256` -> (128, 256); InputError naming the option for anything but positive whole numbers."""
+    numbers: tuple[int, ...] = parse_value(text, tuple[int, ...], option)
+    if not numbers or min(numbers) < 1:
+        raise InputError(f"{option}={text}: expected positive whole numbers, comma-separated")
+    return numbers
+
+
 def override(config: C, pairs: Iterable[str]) -> C:
     """The config with each `key=value` applied in order; a dot reaches into a nested config (`gan.weight=0`).
 

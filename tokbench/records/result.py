@@ -186,7 +186,7 @@ class SpeedResult:
     stages: Mapping[str, Stage] = field(default_factory=dict)
     flops: Mapping[str, int] = field(default_factory=dict)  # stage -> floating-point operations an image, 2 x MAC
     compile_seconds: float | None = None
-    gate: Mapping[str, Any] = field(default_factory=dict)  # passed, lpips_alex_shift, psnr_shift, images | reason
+    equality_check: Mapping[str, Any] = field(default_factory=dict)  # passed, lpips_alex_shift, psnr_shift, images | reason
     failed: str | None = None  # a row that failed is kept with its reason
     provenance: Mapping[str, Any] = field(default_factory=dict)
     kind: str = "speed"
@@ -199,6 +199,8 @@ def read_speed(path: Path) -> SpeedResult:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict) or record.get("kind") != "speed" or record.get("schema") not in (1, SCHEMA):
             raise InputError(f"{path}: not a tokbench speed record")
+        if "gate" in record:  # its name in schema 1
+            record["equality_check"] = record.pop("gate")
         return from_dict(SpeedResult, record)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a readable speed record ({error})") from error

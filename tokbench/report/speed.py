@@ -85,7 +85,7 @@ def cells(result: SpeedResult, reference: SpeedResult | None) -> list[str]:
     encode, rate, both = ("–" if r is None else f"{r:.3g}" if r < 999 else f"{r:,.0f}" for r in rates)
     base = reference.stages.get("decode") if reference else None
     memory = max((s.memory_allocated or 0 for s in result.stages.values()), default=0)
-    gate = result.gate.get("passed")
+    equal = result.equality_check.get("passed")
     flops = result.flops.get("decode")
     peak = result.provenance.get("peak_flops_per_second")
     return [
@@ -99,7 +99,7 @@ def cells(result: SpeedResult, reference: SpeedResult | None) -> list[str]:
         f"{decode.latency_ms:.3g} ({decode.latency_p10_ms:.3g}-{decode.latency_p90_ms:.3g})" if decode else "–",
         f"{memory / 1e9:.2f}" if memory else "–",
         f"{decode.images_per_second / base.images_per_second:.2f}x" if decode and base else "–",
-        {True: "yes", False: "NO", None: "–"}[gate if isinstance(gate, bool) else None],
+        {True: "yes", False: "NO", None: "–"}[equal if isinstance(equal, bool) else None],
     ]
 
 
@@ -125,7 +125,7 @@ def footnotes(rows: Sequence[SpeedResult], reference: SpeedResult | None) -> lis
         notes.append(f"speed-up against {reference.tokenizer.name}")
     if any(row.settings.get("random_weights") for row in rows):
         notes.append("random weights: speed only")
-    if any(row.gate.get("passed") is False for row in rows):
+    if any(row.equality_check.get("passed") is False for row in rows):
         notes.append("equal NO: lpips-alex moved by more than .001 or PSNR by more than 0.02 dB against float32 eager")
     return notes + [f"{row.tokenizer.name}: {row.failed}" for row in rows if row.failed]
 

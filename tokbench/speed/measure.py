@@ -1,227 +1,234 @@
 """Throughput, latency, memory and cost of tokenizers, measured side by side.
 
 Method: every model of a resolution is loaded, the batch size is found by doubling, and then the models take turns
-(A B A B ...) until each has run for `Effort.seconds` and `Effort.iterations`, so that drifting clocks favour nobody.
+(A B A B ...) until each has run for the budget's seconds and iterations, so that drifting clocks favour nobody.
 The median iteration counts. Timed is what a user waits for: uint8 images in, latents out; latents in, noise drawn,
 network run, uint8 images out. Copies between host and device are not in it.
 """
 
+import contextlib
 import os
-import platform
+import re
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from tokbench.data.crops import crop
 from tokbench.data.open import open_source
-from tokbench.data.pixels import to_float
+from tokbench.data.pixels import quantise, to_float
 from tokbench.errors import CellError, InputError, first_line
 from tokbench.evaluation.plan import with_facts
 from tokbench.metrics.perceptual import lpips_network
 from tokbench.metrics.pixel import psnr, squared_error
 from tokbench.protocols import find_protocol
 from tokbench.records import provenance
-from tokbench.records.files import slug, write_whole
-from tokbench.records.result import SpeedResult, TokenizerInfo, to_json
-from tokbench.registry import Spec, create, parse, parse_all
-from tokbench.runtime.device import describe_device, find_dtype, prepare, select_device
+from tokbench.records.files import write_whole
+from tokbench.records.result import SpeedResult, Stage, TokenizerInfo, to_json
+from tokbench.registry import Spec, create, parse_all
+from tokbench.runtime.device import describe_device, precision, prepare
 from tokbench.speed.timing import (
-    CPU_MAX_BATCH,
     QUICK,
-    STAGES,
     STANDARD,
-    Effort,
-    Row,
-    count_flops,
-    measure_stage,
-    time_block,
-    warm_up,
+    Step,
+    TimingBudget,
+    peak_memory,
+    peak_rate,
+    synchronise,
+    take_turns,
+    time_briefly,
 )
 from tokbench.tokenizer import Tokenizer
 
-
-def compile_networks(row: Row) -> float:
-    """torch.compile every network in place; seconds that the first round trip takes."""
-    for network in row.tokenizer.networks.values():
-        network.compile(dynamic=False)
-    start = time.perf_counter()
-    row.step("round-trip", 1)()
-    if row.device.type == "cuda":
-        torch.cuda.synchronize(row.device)
-    return time.perf_counter() - start
+STAGES = ("encode", "decode", "round-trip")
+NEAR_BEST = 0.98  # the smallest batch within 2 % of the best rate is reported
+LARGEST_BATCH = {"cpu": 16, "cuda": 1024}  # a CPU gains nothing beyond, and its memory is everybody's
+RECOMPILE_LIMIT = 256  # a graph for each model, resolution and two batch sizes
 
 
-def to_result(row: Row, settings: Mapping[str, object], about: Mapping[str, object], hardware: str) -> SpeedResult:
-    return SpeedResult(
-        tokenizer=row.tokenizer.info,
-        resolution=row.resolution,
-        hardware=hardware,
-        settings={**settings, "spec": row.spec},
-        stages=row.stages,
-        flops=row.flops,
-        compile_seconds=row.compile_seconds,
-        gate=row.gate,
-        failed=row.failed,
-        provenance=about,
-    )
+@dataclass
+class SpeedCase:
+    """A tokenizer on its device and, for one resolution, the record that is being filled."""
 
-
-@dataclass(frozen=True)
-class SpeedOptions:
-    """What `tokbench speed` was asked for."""
-
-    models: str
-    resolutions: tuple[int, ...]
+    tokenizer: Tokenizer
     device: torch.device
-    out: Path
-    dtype: torch.dtype = torch.float32
-    compile: bool = False
-    batch_sizes: tuple[int, ...] | None = None  # None: doubled until memory ends
-    random_weights: bool = False
-    effort: Effort = STANDARD  # QUICK also means: the default decode steps, no equality gate
+    dtype: torch.dtype
+    record: SpeedResult
 
-    @classmethod
-    def read(cls, *, device: str, dtype: str, quick: bool, **others: Any) -> "SpeedOptions":
-        """The options with device, dtype and effort given by name; InputError for an unknown one."""
-        effort = QUICK if quick else STANDARD
-        return cls(device=select_device(device), dtype=find_dtype(dtype), effort=effort, **others)
+    def add(self, **found: Any) -> None:
+        self.record = replace(self.record, **found)
 
-    @property
-    def quick(self) -> bool:
-        return self.effort == QUICK
+    def encode(self, images: Tensor, seeds: Tensor) -> Tensor:
+        with precision(self.device, self.dtype):
+            return self.tokenizer.encode(images, sample=False, seeds=seeds)
+
+    def decode(self, latents: Tensor, seeds: Tensor) -> Tensor:
+        """Latents -> uint8 [B, 3, H, W]"""
+        with precision(self.device, self.dtype):
+            size = (self.record.resolution, self.record.resolution)
+            return quantise(self.tokenizer.decode(latents, seeds=seeds, size=size), "nearest")
+
+    def step(self, stage: str, batch_size: int) -> Callable[[], Tensor]:
+        """What is timed: a call without arguments on fixed inputs."""
+        shape = (batch_size, 3, self.record.resolution, self.record.resolution)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(self.device)
+        seeds = torch.arange(batch_size).to(self.device)
+        if stage == "encode":
+            return lambda: self.encode(images, seeds)
+        if stage == "round-trip":
+            return lambda: self.decode(self.encode(images, seeds), seeds)
+        latents = self.encode(images, seeds).clone()
+        return lambda: self.decode(latents, seeds)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] on the CPU -> the same, one at a time: no other batch size has to be compiled."""
+        parts = []
+        for index, image in enumerate(images.split(1)):
+            seeds = torch.tensor([index])
+            parts.append(self.decode(self.encode(image.to(self.device), seeds), seeds).cpu())
+        return torch.cat(parts)
+
+    @contextlib.contextmanager
+    def survives(self, doing: str = "") -> Iterator[None]:
+        """An error ends this case alone."""
+        try:
+            yield
+        except Exception as error:  # a model is others' code, under a compiler: whatever it raises, the others go on
+            self.add(failed=f"{doing}: {first_line(error)}" if doing else first_line(error))
 
 
-def parse_numbers(text: str, option: str) -> tuple[int, ...]:
-    """`128,256` -> (128, 256); InputError naming the option for anything but positive whole numbers."""
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise InputError(f"{option} {text}: expected positive whole numbers, comma-separated")
-    return numbers
-
-
-def show(results: Sequence[SpeedResult], reference: str | None, plots: Path | None) -> int:
-    """Print the table and draw the plots; the exit status, 1 if a row failed."""
-    from rich.console import Console
-
-    from tokbench.report import speed as report
-
-    Console(width=None if sys.stdout.isatty() else report.WIDTH).print(report.speed_table(results, reference))
-    if plots is not None:
-        report.rate_against_resolution(results, plots / "speed.png")
-        report.memory_against_resolution(results, plots / "memory.png")
-    return int(any(result.failed for result in results))
-
-
-def measure(options: SpeedOptions) -> list[SpeedResult]:
+def measure(
+    models: str,
+    resolutions: Sequence[int],
+    *,
+    device: torch.device,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+    batch_sizes: Sequence[int] | None = None,
+    compile: bool = False,
+    random_weights: bool = False,
+    budget: TimingBudget = STANDARD,
+) -> list[SpeedResult]:
     """Time every model at every resolution; one record each under `out`/<hardware>/, failed ones with their reason.
 
-    Raises InputError for a wrong spec before anything is loaded. Models of a resolution are measured in turns.
+    `batch_sizes` None: doubled until memory ends. The budget QUICK also means: batches of 1 and 2, no equality check.
+    Raises InputError for a wrong spec before anything is loaded.
     """
-    if options.compile:
-        torch._dynamo.config.recompile_limit = 64  # one graph per batch size and resolution
-    tokenizers, failures = load(parse_all(options.models), options)
-    results: list[SpeedResult] = []
-    for resolution in options.resolutions:
-        rows = [Row(spec, t, resolution, options.dtype, options.device) for spec, t in tokenizers]
-        measure_resolution(rows, options)
-        settings, about = conditions(options)
-        hardware = str(about["device"])
-        new = [to_result(row, settings, about, hardware) for row in rows]
-        new += [replace(blank, resolution=resolution, hardware=hardware, settings=settings) for blank in failures]
-        for result in new:
-            write_whole(options.out / slug(hardware) / f"{file_name(result)}.json", to_json(result))
-        results += new
+    tokenizers = load(models, device, random_weights=random_weights)
+    largest = 2 if budget == QUICK else LARGEST_BATCH[device.type]
+    sizes = batch_sizes or [2**power for power in range(largest.bit_length())]
+    chosen = {"compile": compile, "random_weights": random_weights, "quick": budget == QUICK}
+    settings, machine = conditions(device, dtype, budget)
+    results = []
+    for resolution in resolutions:
+        cases, failures = [], []
+        for spec, tokenizer in tokenizers:
+            record = SpeedResult(
+                tokenizer=TokenizerInfo(spec.row, "unknown"),
+                resolution=resolution,
+                hardware=str(machine["device"]),
+                settings={**settings, **chosen, "spec": spec.text},
+                provenance=machine,
+            )
+            if isinstance(tokenizer, CellError):
+                failures.append(replace(record, failed=str(tokenizer)))
+            else:
+                cases.append(SpeedCase(tokenizer, device, dtype, replace(record, tokenizer=tokenizer.info)))
+        measure_resolution(cases, sizes, budget)
+        for result in [case.record for case in cases] + failures:
+            write_whole(out / slug(result.hardware) / f"{file_name(result)}.json", to_json(result))
+            results.append(result)
     return results
 
 
-def load(specs: Sequence[Spec], options: SpeedOptions) -> tuple[list[tuple[str, Tokenizer]], list[SpeedResult]]:
-    """(spec, tokenizer on the device) of all that load, diffusion decoders at several steps; records of failures."""
-    loaded: list[tuple[str, Tokenizer]] = []
-    failures = []
-    waiting = list(specs)
-    while waiting:
-        spec = waiting.pop(0)
+def load(models: str, device: torch.device, *, random_weights: bool) -> list[tuple[Spec, Tokenizer | CellError]]:
+    """Every tokenizer, on the device, or why it cannot be loaded."""
+    loaded: list[tuple[Spec, Tokenizer | CellError]] = []
+    for spec in parse_all(models):
         try:
-            tokenizer = create(spec, random_weights=options.random_weights)
-            prepare(tokenizer, options.device)
+            tokenizer = create(spec, random_weights=random_weights)
+            prepare(tokenizer, device)
         except CellError as error:
-            info = TokenizerInfo(name=spec.row, family="unknown")
-            failures.append(SpeedResult(info, 0, "", {}, failed=str(error)))
+            loaded.append((spec, error))
             continue
         for network in tokenizer.networks.values():
             network.requires_grad_(False)  # the FLOP counter stumbles over parameters that want gradients
         tokenizer.info = with_facts(tokenizer)
-        loaded.append((spec.text, tokenizer))
-        more = () if options.quick else other_steps(spec, tokenizer)
-        waiting[:0] = [parse(f"{spec.row}-steps{steps}={spec.text}@steps={steps}") for steps in more]
-    return loaded, failures
+        loaded.append((spec, tokenizer))
+    return loaded
 
 
-def other_steps(spec: Spec, tokenizer: Tokenizer) -> list[int]:
-    """The decode steps that a diffusion decoder is timed at besides its own, none if the spec fixes them."""
-    own = tokenizer.info.decode_steps
-    part = spec.parts[-1]
-    if own is None or "steps" in part.options or "steps" not in part.entry.options:
-        return []
-    return [steps for steps in (1, 2, 4, 8) if steps != own]
+def measure_resolution(cases: Sequence[SpeedCase], batch_sizes: Sequence[int], budget: TimingBudget) -> None:
+    """Cost, equality check and all stages of the cases of one resolution, with progress on stderr."""
+    for case in cases:
+        with case.survives():
+            set_up(case)
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
+        for stage in STAGES:
+            alive = [case for case in cases if case.record.failed is None]
+            measure_stage(alive, stage, batch_sizes, budget)
 
 
-def measure_resolution(rows: Sequence[Row], options: SpeedOptions) -> None:
-    """Cost, equality gate and all stages of the rows of one resolution, with progress on stderr."""
-    effort = options.effort
-    cap = min(effort.max_batch, CPU_MAX_BATCH) if options.device.type == "cpu" else effort.max_batch
-    sizes = options.batch_sizes or tuple(2**i for i in range(cap.bit_length()) if 2**i <= cap)
-    for row in rows:
-        multiple = row.tokenizer.info.size_multiple
-        if row.resolution % multiple:
-            row.failed = f"{row.resolution} px is not divisible by {multiple}"
-            continue
-        try:
-            with torch.compiler.set_stance("force_eager"):
-                row.flops = count_flops(row)
-            set_up(row, options)
-        except (RuntimeError, ValueError, CellError) as error:
-            row.failed = first_line(error)
-    for stage in STAGES:
-        print(f"{rows[0].resolution} px: {stage}", file=sys.stderr)
-        measure_stage([row for row in rows if row.failed is None], stage, sizes, effort)
-
-
-def set_up(row: Row, options: SpeedOptions) -> None:
-    """Compile if asked, and compare the fast setting with float32 eager on the bundled photographs."""
-    fast = options.compile or options.dtype != torch.float32
-    if not fast or options.quick:
-        row.gate = {"passed": None, "reason": "quick" if fast else "this is the reference setting: float32, eager"}
-        if options.compile:
-            row.compile_seconds = compile_networks(row)
-        return
-    images = sample_images(row.resolution)
+def set_up(case: SpeedCase) -> None:
+    """Count the cost, compile if asked, compare a fast setting with float32 eager. Raises what the model raises."""
+    info, asked = case.tokenizer.info, case.record.settings
+    if case.record.resolution % info.size_multiple:
+        raise CellError(f"{case.record.resolution} px is not divisible by {info.size_multiple}")
     with torch.compiler.set_stance("force_eager"):
-        exact = replace(row, dtype=torch.float32).reconstruct(images)
-    if options.compile:
-        row.compile_seconds = compile_networks(row)
-    row.gate = equality_gate(images, exact, row.reconstruct(images))
+        case.add(flops=count_flops(case))
+    if asked["compile"]:
+        for network in case.tokenizer.networks.values():
+            network.compile(dynamic=False)
+        start = time.perf_counter()
+        case.step("round-trip", 1)()
+        synchronise(case.device)
+        case.add(compile_seconds=time.perf_counter() - start)
+    if not asked["compile"] and case.dtype == torch.float32:
+        check: dict[str, object] = {"passed": None, "reason": "this is the reference setting: float32, eager"}
+    elif asked["quick"]:
+        check = {"passed": None, "reason": "quick"}
+    else:
+        check = check_equality(case)
+    case.add(equality_check=check)
 
 
-def sample_images(resolution: int) -> Tensor:
-    """The bundled photographs, cropped by the default protocol: uint8 [29, 3, H, W]."""
-    source = open_source("samples")
-    protocol = find_protocol("adm")
-    crops = [crop(source.read(index), resolution, protocol) for index in range(len(source.ids))]
-    return torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in crops])
+def count_flops(case: SpeedCase) -> dict[str, int]:
+    """Floating-point operations an image of encode and decode, 2 x MAC, attention included (eager, batch 1).
+
+    Attention is computed plainly meanwhile: of its fused kernels torch knows some and counts the others as nothing.
+    """
+    counts = {}
+    for stage in ("encode", "decode"):
+        step = case.step(stage, 1)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            step()
+        counts[stage] = int(counter.get_total_flops())
+    return counts
 
 
-def equality_gate(images: Tensor, exact: Tensor, fast: Tensor) -> dict[str, object]:
+def check_equality(case: SpeedCase) -> dict[str, object]:
+    """`equality_check` of the case's setting against float32, eager, on the bundled photographs."""
+    source, protocol = open_source("samples"), find_protocol("adm")
+    crops = [crop(source.read(index), case.record.resolution, protocol) for index in range(len(source.ids))]
+    images = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in crops])
+    with torch.compiler.set_stance("force_eager"):
+        exact = replace(case, dtype=torch.float32).reconstruct(images)
+    return equality_check(images, exact, case.reconstruct(images))
+
+
+def equality_check(images: Tensor, exact: Tensor, fast: Tensor) -> dict[str, object]:
     """Is the fast reconstruction as good as the exact one? uint8 [N, 3, H, W] each.
 
     Passed when the mean lpips-alex to the input moves by at most .001 and the mean PSNR by at most 0.02 dB.
@@ -243,74 +250,132 @@ def equality_gate(images: Tensor, exact: Tensor, fast: Tensor) -> dict[str, obje
     return record | {"passed": passed, "lpips_alex_shift": lpips_shift}
 
 
+def measure_stage(cases: Sequence[SpeedCase], stage: str, batch_sizes: Sequence[int], budget: TimingBudget) -> None:
+    """Fill `stages[stage]` of every case, or its `failed`."""
+    chosen: list[tuple[SpeedCase, dict[int, float], tuple[int, int] | None]] = []
+    steps: list[Step] = []
+    singles: list[Step] = []
+    for case in cases:
+        print(f"{case.record.resolution} px: {stage} of {case.record.tokenizer.name}", file=sys.stderr)
+        with case.survives(stage):
+            rates = search_batch(case, stage, batch_sizes, budget)
+            step, single = case.step(stage, best_batch(rates)), case.step(stage, 1)
+            chosen.append((case, rates, peak_memory(step, case.device)))
+            steps.append(step)
+            singles.append(single)
+    if not chosen:
+        return
+    device = chosen[0][0].device
+    seconds = zip(take_turns(steps, device, budget), take_turns(singles, device, budget), strict=True)
+    for (case, rates, memory), (times, single_times) in zip(chosen, seconds, strict=True):
+        if times is None or single_times is None:
+            case.add(failed=f"{stage}: out of memory beside the other models; measure it by itself")
+        else:
+            figures = summarise(case.record.resolution, rates, memory, times, single_times)
+            case.add(stages={**case.record.stages, stage: figures})
+
+
+def search_batch(case: SpeedCase, stage: str, batch_sizes: Sequence[int], budget: TimingBudget) -> dict[int, float]:
+    """Images/s at growing batch sizes until memory ends or two of them gain nothing; CellError if none fits.
+
+    In eager mode: to compile for every size would take hours.
+    """
+    rates: dict[int, float] = {}
+    for batch_size in batch_sizes:
+        with torch.compiler.set_stance("force_eager"):
+            seconds = time_briefly(partial(case.step, stage, batch_size), case.device, budget)
+        if seconds is None:
+            break
+        rates[batch_size] = batch_size / statistics.median(seconds)
+        tried = list(rates.values())
+        if len(tried) > 3 and max(tried[-2:]) * NEAR_BEST < max(tried[:-2]):
+            break
+    if not rates:
+        raise CellError(f"out of memory with batch size {batch_sizes[0]}")
+    return rates
+
+
+def best_batch(rates: Mapping[int, float]) -> int:
+    """The smallest batch size within 2 % of the best rate."""
+    return min(size for size, rate in rates.items() if rate >= NEAR_BEST * max(rates.values()))
+
+
+def summarise(
+    resolution: int,
+    rates: Mapping[int, float],
+    memory: tuple[int, int] | None,
+    seconds: Sequence[float],
+    singles: Sequence[float],
+) -> Stage:
+    """A stage's figures from the seconds of calls at the best batch size and at batch size 1."""
+    batch_size = best_batch(rates)
+    rate = batch_size / statistics.median(seconds)
+    p10, median, p90 = (1000 * float(value) for value in np.quantile(singles, (0.1, 0.5, 0.9)))
+    return Stage(
+        batch_size=batch_size,
+        images_per_second=rate,
+        megapixels_per_second=rate * resolution**2 / 1e6,
+        latency_ms=median,
+        latency_p10_ms=p10,
+        latency_p90_ms=p90,
+        memory_allocated=memory[0] if memory else None,
+        memory_reserved=memory[1] if memory else None,
+        sweep={str(size): rate for size, rate in rates.items()},
+    )
+
+
+def conditions(
+    device: torch.device, dtype: torch.dtype, budget: TimingBudget
+) -> tuple[dict[str, object], dict[str, object]]:
+    """(settings, provenance) of a record: what a speed depends on besides model, resolution and what was chosen."""
+    settings: dict[str, object] = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "iterations": budget.iterations,
+        "seconds": budget.seconds,
+        "memory_format": "channels_last",
+    }
+    about: dict[str, object] = asdict(provenance.collect(describe_device(device), device.type))
+    about["load_average"] = os.getloadavg()[0]
+    with precision(device, dtype):
+        about["peak_flops_per_second"] = peak_rate(device, dtype)
+        if device.type == "cuda":
+            settings["tf32"] = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+            about |= {"cudnn": torch.backends.cudnn.version(), **nvidia_smi(device)}
+        else:
+            settings["threads"] = torch.get_num_threads()
+    return settings, about
+
+
+def nvidia_smi(device: torch.device) -> dict[str, str]:
+    """Driver, power limit and clock of a GPU, {} where the program is missing or fails."""
+    wanted = ("driver_version", "power.limit", "clocks.sm", "utilization.gpu")
+    uuid = torch.cuda.get_device_properties(device).uuid  # without the prefix that nvidia-smi wants
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(wanted)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(wanted, done.stdout.strip().split(", "), strict=False))
+
+
+def slug(text: str) -> str:
+    """A file name of a text."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-")
+
+
 def file_name(result: SpeedResult) -> str:
     compiled = "-compile" if result.settings["compile"] else ""
     return f"{result.tokenizer.name}-{result.resolution}-{result.settings['dtype']}{compiled}"
 
 
-def conditions(options: SpeedOptions) -> tuple[dict[str, object], dict[str, object]]:
-    """(settings, provenance) of a record: all that a speed depends on besides model and resolution."""
-    device, effort = options.device, options.effort
-    settings: dict[str, object] = {
-        "dtype": str(options.dtype).removeprefix("torch."),
-        "compile": options.compile,
-        "random_weights": options.random_weights,
-        "quick": options.quick,
-        "iterations": effort.iterations,
-        "seconds": effort.seconds,
-        "memory_format": "channels_last",
-    }
-    about: dict[str, object] = asdict(provenance.collect(describe_device(device), device.type))
-    about |= {"load_average": os.getloadavg()[0], "host": platform.system()}
-    about["peak_flops_per_second"] = peak_rate(device, options.dtype)
-    if device.type != "cuda":
-        return settings | {"threads": torch.get_num_threads()}, about
-    settings |= {
-        "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
-        "tf32_cudnn": torch.backends.cudnn.allow_tf32,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-    }
-    about |= {"cudnn": torch.backends.cudnn.version()}
-    for name, query in (
-        ("driver", "--query-gpu=driver_version"),
-        ("power_limit_watts", "--query-gpu=power.limit"),
-        ("clock_mhz", "--query-gpu=clocks.sm"),
-        ("other_processes", "--query-compute-apps=pid"),
-    ):
-        about[name] = nvidia_smi(query, device)
-    return settings, about
+def show(results: Sequence[SpeedResult], reference: str | None, plots: Path | None) -> int:
+    """Print the table and draw the plots; the exit status, 1 if a row failed."""
+    from rich.console import Console
 
+    from tokbench.report import speed as report
 
-def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that a large matrix product or a wide 3x3 convolution reaches, the better of them: decoding's ceiling.
-
-    Both, because libraries differ: on AMD CPUs matrix products may reach less than convolutions.
-    """
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    x, w = (torch.randn(n, 256, side, side, device=device, dtype=dtype) for n, side in ((4, 64), (256, 3)))
-    x, w = x.contiguous(memory_format=torch.channels_last), w.contiguous(memory_format=torch.channels_last)
-    rates = []
-    for step, flops in (
-        (lambda: a @ b, 2 * size**3),
-        (lambda: torch.nn.functional.conv2d(x, w, padding=1), 2 * 4 * 64**2 * 256**2 * 9),
-    ):
-        warm_up(step, device)
-        rates.append(flops / min(time_block(step, 10, device)))
-    return max(rates)
-
-
-def nvidia_smi(query: str, device: torch.device) -> str | None:
-    """One answer of nvidia-smi about the device; None where the program is missing or fails."""
-    command = [
-        "nvidia-smi",
-        f"--id={torch.cuda.get_device_properties(device).uuid}",
-        query,
-        "--format=csv,noheader,nounits",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = [line for line in done.stdout.split() if line != str(os.getpid())]
-    return " ".join(lines) if done.returncode == 0 else None
+    Console(width=None if sys.stdout.isatty() else report.WIDTH).print(report.speed_table(results, reference))
+    if plots is not None:
+        report.rate_against_resolution(results, plots / "speed.png")
+        report.memory_against_resolution(results, plots / "memory.png")
+    return int(any(result.failed for result in results))
