@@ -11,13 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tokbench.speed import measure
-from tokbench.speed.measure import SpeedOptions, show
-from tokbench.speed.timing import Effort
+import torch
+
+from tokbench.runtime.device import select_device
+from tokbench.speed.measure import measure, show
+from tokbench.speed.timing import QUICK, TimingBudget
 
 OURS = ("ssdd-s-f8c4@steps=1", "ssdd-b-f8c4@steps=1", "ssdd-m-f8c4@steps=1")
 PUBLISHED = ("sd-vae-ft-mse", "sdxl-vae")
-EFFORT = Effort(seconds=1.0)  # five architectures at three resolutions have to fit into minutes
+BUDGET = TimingBudget(seconds=1.0)  # five architectures at three resolutions have to fit into minutes
 
 
 def main() -> int:
@@ -28,18 +30,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     out = arguments.out or Path("runs/speed" if arguments.quick else "results/speed")
-    shared = {"device": arguments.device, "quick": arguments.quick, "out": out, "batch_sizes": None}
+    device = select_device(arguments.device)
     if arguments.quick:
-        options = SpeedOptions.read(models="ssdd,klvae", resolutions=(128,), dtype="float32", **shared)
-        return show(measure(options), None, None)
+        return show(measure("ssdd,klvae", [128], device=device, out=out, budget=QUICK), None, None)
     tests = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "tests"])
     status = int(tests.returncode not in (0, 5))  # 5: none was collected
     for compiled, resolutions, sizes in ((False, (128, 256, 512), (1, 8, 32)), (True, (256,), (8,))):
-        settings = {**shared, "batch_sizes": sizes, "compile": compiled, "random_weights": True}
-        options = SpeedOptions.read(
-            models=",".join(OURS + PUBLISHED), resolutions=resolutions, dtype="bfloat16", **settings
-        )
-        results = measure(SpeedOptions(**{**vars(options), "effort": EFFORT}))
+        results = measure(
+            ",".join(OURS + PUBLISHED), resolutions, device=device, out=out, dtype=torch.bfloat16, batch_sizes=sizes,
+            compile=compiled, random_weights=True, budget=BUDGET,
+        )  # fmt: skip
         show(results, "sd-vae-ft-mse", out / "plots")
         status |= int(any(result.failed and result.tokenizer.name.startswith("ssdd") for result in results))
     return status

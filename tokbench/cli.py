@@ -108,20 +108,20 @@ def speed(
     dtype: DataType = "float32",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the networks.")] = False,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="No checkpoints: speed only.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="3 iterations, batches of 1 and 2, no equality check.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="3 iterations, batch 1 and 2, no equality check.")] = False,
     reference: Annotated[str | None, typer.Option(help="Row that speed-ups refer to; default: the first.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for plots.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for records.")] = Path("runs/speed"),
 ) -> None:
     """Measure throughput, latency, memory and cost, models in turns."""
-    from tokbench.config import parse_value
+    from tokbench.config import positive_numbers
     from tokbench.runtime.device import find_dtype, select_device
     from tokbench.speed.measure import measure, show
     from tokbench.speed.timing import QUICK, STANDARD
 
     results = measure(
-        models, parse_value(res, tuple[int, ...], "--res"),
-        batch_sizes=None if batch_size == "auto" else parse_value(batch_size, tuple[int, ...], "--batch-size"),
+        models, positive_numbers(res, "--res"),
+        batch_sizes=None if batch_size == "auto" else positive_numbers(batch_size, "--batch-size"),
         device=select_device(device), dtype=find_dtype(dtype), compile=compile, random_weights=random_weights,
         budget=QUICK if quick else STANDARD, out=out,
     )  # fmt: skip

@@ -1,17 +1,20 @@
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from tokbench.errors import InputError
-from tokbench.records.result import TokenizerInfo, read_speed
-from tokbench.registry import parse
+from tests.conftest import TINY
+from tokbench.errors import CellError, InputError
+from tokbench.records.result import SpeedResult, TokenizerInfo, read_speed
+from tokbench.registry import create, parse
 from tokbench.report import speed as report
-from tokbench.speed.measure import SpeedOptions, equality_gate, measure, other_steps, parse_numbers
-from tokbench.speed.timing import QUICK, Row, count_flops, find_batch, interleave
+from tokbench.speed.measure import SpeedCase, best_batch, count_flops, equality_check, measure, search_batch
+from tokbench.speed.timing import QUICK, take_turns
+from tokbench.tokenizer import Tokenizer
 
 
 class Attention(nn.Module):
@@ -41,21 +44,45 @@ class Tiny:
         return self.network(latents.flatten(2).transpose(1, 2))[..., :3].transpose(1, 2).unflatten(2, size)
 
 
-def row(resolution: int = 8, width: int = 4) -> Row:
-    return Row("tiny", Tiny(width), resolution, torch.float32, torch.device("cpu"))
+CPU = torch.device("cpu")
 
 
-def test_flops_of_attention_are_counted_by_hand():
-    tokens, width = 64, 4
+def case(tokenizer: Tokenizer, resolution: int = 8) -> SpeedCase:
+    return SpeedCase(tokenizer, CPU, torch.float32, SpeedResult(tokenizer.info, resolution, "", {}))
+
+
+def quick(models: str, resolutions: tuple[int, ...], out: Path) -> list[SpeedResult]:
+    return measure(models, resolutions, device=CPU, out=out, budget=QUICK)
+
+
+@pytest.mark.parametrize(("resolution", "width"), [(8, 4), (16, 8), (24, 16)])  # kernels differ by size
+def test_flops_of_attention_are_counted_whatever_kernel_computes_it(resolution: int, width: int):
+    tokens = resolution**2
     project = 2 * tokens * 3 * 3 * width
-    attention = 2 * tokens * tokens * width * 2  # scores and weighted sum
-    assert count_flops(row(8, width)) == {"encode": 0, "decode": project + attention}
+    attention = 2 * 2 * tokens * tokens * width  # scores and weighted sum
+    assert count_flops(case(Tiny(width), resolution)) == {"encode": 0, "decode": project + attention}
 
 
-def test_batch_search_takes_the_smallest_near_the_best(monkeypatch):
+def test_flops_of_windowed_attention_are_those_of_the_keys_that_windows_reach():
+    tokenizer = create(parse("ssdd@steps=1"), random_weights=True)
+    for network in tokenizer.networks.values():
+        network.requires_grad_(False)
+    narrow, wide = (count_flops(case(tokenizer, size)) for size in (64, 256))
+    assert 16 < wide["decode"] / narrow["decode"] < 16 * 1.05  # linear in the grid, but for attention's growing windows
+
+
+def test_batch_search_takes_the_smallest_near_the_best(monkeypatch: pytest.MonkeyPatch):
     rates = {1: 10.0, 2: 50.0, 4: 99.5, 8: 100.0, 16: 100.5, 32: None}
-    monkeypatch.setattr("tokbench.speed.timing.rate_at", lambda row, stage, size, effort: rates[size])
-    assert find_batch(row(), "decode", (1, 2, 4, 8, 16, 32), QUICK) == 4
+
+    def seconds(case: SpeedCase, stage: str, size: int, budget: object) -> list[float]:
+        if rates[size] is None:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 bytes")
+        return [size / rates[size]]
+
+    monkeypatch.setattr("tokbench.speed.measure.time_briefly", seconds)
+    assert best_batch(search_batch(case(Tiny()), "decode", list(rates), QUICK)) == 4
+    with pytest.raises(CellError, match="batch size 32"):
+        search_batch(case(Tiny()), "decode", [32], QUICK)
 
 
 def test_models_take_turns():
@@ -64,7 +91,7 @@ def test_models_take_turns():
     def step(name: str):
         return lambda: (calls.append(name), torch.zeros(1))[1]
 
-    seconds = interleave([step("a"), step("b")], torch.device("cpu"), QUICK)
+    seconds = take_turns([step("a"), step("b")], CPU, QUICK)
     assert "".join(calls) == "ababab"
     assert [len(times or []) for times in seconds] == [3, 3]
 
@@ -73,24 +100,23 @@ def test_a_model_that_runs_out_of_memory_stops_nobody_else():
     def full():
         raise RuntimeError("CUDA out of memory. Tried to allocate 1 bytes")
 
-    seconds = interleave([full, lambda: torch.zeros(1)], torch.device("cpu"), QUICK)
+    seconds = take_turns([full, lambda: torch.zeros(1)], CPU, QUICK)
     assert seconds[0] is None
     assert len(seconds[1] or []) == 3
 
 
-def test_gate_tells_equal_from_unequal():
+def test_equality_check_tells_equal_from_unequal():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8, generator=generator)
     exact = (images.int() + torch.randint(-20, 20, images.shape, generator=generator)).clamp(0, 255).byte()
     worse = (exact.int() + torch.randint(-9, 9, images.shape, generator=generator)).clamp(0, 255).byte()
-    assert equality_gate(images, exact, exact)["psnr_shift"] == 0
-    assert float(equality_gate(images, exact, worse)["psnr_shift"]) < -0.02
-    assert equality_gate(images, exact, worse)["passed"] in (False, None)  # None: no LPIPS weights here
+    assert equality_check(images, exact, exact)["psnr_shift"] == 0
+    assert float(equality_check(images, exact, worse)["psnr_shift"]) < -0.02
+    assert equality_check(images, exact, worse)["passed"] in (False, None)  # None: no LPIPS weights here
 
 
 def test_quick_run_writes_records_that_read_back(tmp_path):
-    options = SpeedOptions("bicubic-f8,small=bicubic-f16", (16, 24), torch.device("cpu"), tmp_path, effort=QUICK)
-    results = measure(options)
+    results = quick("bicubic-f8,small=bicubic-f16", (16, 24), tmp_path)
     assert [(r.tokenizer.name, r.resolution, bool(r.failed)) for r in results] == [
         ("bicubic-f8", 16, False), ("small", 16, False), ("bicubic-f8", 24, False), ("small", 24, True),
     ]  # fmt: skip
@@ -105,8 +131,7 @@ def test_quick_run_writes_records_that_read_back(tmp_path):
 
 
 def test_table_fits_and_keeps_failed_rows(tmp_path):
-    options = SpeedOptions("bicubic-f8,small=bicubic-f16", (24,), torch.device("cpu"), tmp_path, effort=QUICK)
-    results = measure(options)
+    results = quick("bicubic-f8,small=bicubic-f16", (24,), tmp_path)
     console = Console(width=report.WIDTH, record=True, file=io.StringIO())
     console.print(report.speed_table(results))
     text = console.export_text()
@@ -118,28 +143,33 @@ def test_table_fits_and_keeps_failed_rows(tmp_path):
 
 
 def test_other_hardware_and_settings_are_other_blocks(tmp_path):
-    result = measure(SpeedOptions("bicubic-f8", (16,), torch.device("cpu"), tmp_path, effort=QUICK))[0]
+    result = quick("bicubic-f8", (16,), tmp_path)[0]
     elsewhere = replace(result, hardware="another machine")
     compiled = replace(result, settings={**result.settings, "compile": True})
     assert len(report.blocks([result, elsewhere, compiled])) == 3
 
 
-def test_only_diffusion_decoders_get_more_steps():
-    assert other_steps(parse("bicubic-f8"), Tiny()) == []
-    assert other_steps(parse("ssdd"), Tiny(steps=1)) == [2, 4, 8]
-    assert other_steps(parse("ssdd@steps=2"), Tiny(steps=2)) == []
+def test_a_broken_model_fails_its_own_row_only(tmp_path):
+    results = quick(f"{TINY}@fault=latents,{TINY}@fault=load,bicubic-f8", (16,), tmp_path)
+    failed = {result.tokenizer.name: result.failed for result in results}
+    assert list(failed.values()).count(None) == 1
+    assert failed["bicubic-f8"] is None
+    assert len(list(tmp_path.glob("*/*.json"))) == 3
 
 
-@pytest.mark.parametrize("text", ["", "a", "0", "128,", "-1"])
-def test_numbers_are_read_strictly(text):
-    with pytest.raises(InputError, match="--res"):
-        parse_numbers(text, "--res")
+@pytest.mark.parametrize("text", ["", "a", "0", "-1"])
+def test_numbers_are_read_strictly(tokbench, text: str):
+    ran = tokbench("speed", "--models", "bicubic-f8", "--res", text)
+    assert ran.status == 2
+    assert "--res" in ran.reason
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_timing_and_memory(tmp_path):
-    options = SpeedOptions("ssdd-s-f8c4", (128,), torch.device("cuda"), tmp_path, random_weights=True, effort=QUICK)
-    stage = measure(options)[0].stages["decode"]
+    results = measure(
+        "ssdd-s-f8c4", (128,), device=torch.device("cuda"), out=tmp_path, random_weights=True, budget=QUICK
+    )
+    stage = results[0].stages["decode"]
     assert stage.memory_allocated
     assert stage.images_per_second > 0

@@ -186,7 +186,7 @@ class SpeedResult:
     stages: Mapping[str, Stage] = field(default_factory=dict)
     flops: Mapping[str, int] = field(default_factory=dict)  # stage -> floating-point operations an image, 2 x MAC
     compile_seconds: float | None = None
-    equality_check: Mapping[str, Any] = field(default_factory=dict)  # passed, lpips_alex_shift, psnr_shift, images | reason
+    equality_check: Mapping[str, Any] = field(default_factory=dict)  # passed, lpips_alex_shift, psnr_shift | reason
     failed: str | None = None  # a row that failed is kept with its reason
     provenance: Mapping[str, Any] = field(default_factory=dict)
     kind: str = "speed"

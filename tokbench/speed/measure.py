@@ -7,6 +7,7 @@ network run, uint8 images out. Copies between host and device are not in it.
 """
 
 import contextlib
+import math
 import os
 import re
 import statistics
@@ -47,14 +48,15 @@ from tokbench.speed.timing import (
     peak_rate,
     synchronise,
     take_turns,
-    time_briefly,
+    time_block,
+    unless_full,
+    warm_up,
 )
 from tokbench.tokenizer import Tokenizer
 
 STAGES = ("encode", "decode", "round-trip")
 NEAR_BEST = 0.98  # the smallest batch within 2 % of the best rate is reported
 LARGEST_BATCH = {"cpu": 16, "cuda": 1024}  # a CPU gains nothing beyond, and its memory is everybody's
-RECOMPILE_LIMIT = 256  # a graph for each model, resolution and two batch sizes
 
 
 @dataclass
@@ -109,6 +111,8 @@ class SpeedCase:
             self.add(failed=f"{doing}: {first_line(error)}" if doing else first_line(error))
 
 
+# Beyond the limit of graphs, for each model, resolution and batch size one, a model would silently run eagerly.
+@torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
 def measure(
     models: str,
     resolutions: Sequence[int],
@@ -146,9 +150,13 @@ def measure(
                 failures.append(replace(record, failed=str(tokenizer)))
             else:
                 cases.append(SpeedCase(tokenizer, device, dtype, replace(record, tokenizer=tokenizer.info)))
-        measure_resolution(cases, sizes, budget)
+        for case in cases:
+            with case.survives():
+                set_up(case)
+        for stage in STAGES:
+            measure_stage(cases, stage, device, sizes, budget)
         for result in [case.record for case in cases] + failures:
-            write_whole(out / slug(result.hardware) / f"{file_name(result)}.json", to_json(result))
+            write_whole(record_path(out, result), to_json(result))
             results.append(result)
     return results
 
@@ -168,17 +176,6 @@ def load(models: str, device: torch.device, *, random_weights: bool) -> list[tup
         tokenizer.info = with_facts(tokenizer)
         loaded.append((spec, tokenizer))
     return loaded
-
-
-def measure_resolution(cases: Sequence[SpeedCase], batch_sizes: Sequence[int], budget: TimingBudget) -> None:
-    """Cost, equality check and all stages of the cases of one resolution, with progress on stderr."""
-    for case in cases:
-        with case.survives():
-            set_up(case)
-    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
-        for stage in STAGES:
-            alive = [case for case in cases if case.record.failed is None]
-            measure_stage(alive, stage, batch_sizes, budget)
 
 
 def set_up(case: SpeedCase) -> None:
@@ -250,28 +247,27 @@ def equality_check(images: Tensor, exact: Tensor, fast: Tensor) -> dict[str, obj
     return record | {"passed": passed, "lpips_alex_shift": lpips_shift}
 
 
-def measure_stage(cases: Sequence[SpeedCase], stage: str, batch_sizes: Sequence[int], budget: TimingBudget) -> None:
-    """Fill `stages[stage]` of every case, or its `failed`."""
-    chosen: list[tuple[SpeedCase, dict[int, float], tuple[int, int] | None]] = []
+def measure_stage(
+    cases: Sequence[SpeedCase], stage: str, device: torch.device, batch_sizes: Sequence[int], budget: TimingBudget
+) -> None:
+    """Fill `stages[stage]` of every case that has not failed, or its `failed`."""
+    found: list[tuple[SpeedCase, dict[int, float], tuple[int, int] | None]] = []
     steps: list[Step] = []
     singles: list[Step] = []
-    for case in cases:
+    for case in (case for case in cases if case.record.failed is None):
         print(f"{case.record.resolution} px: {stage} of {case.record.tokenizer.name}", file=sys.stderr)
         with case.survives(stage):
             rates = search_batch(case, stage, batch_sizes, budget)
             step, single = case.step(stage, best_batch(rates)), case.step(stage, 1)
-            chosen.append((case, rates, peak_memory(step, case.device)))
+            found.append((case, rates, peak_memory(step, case.device)))
             steps.append(step)
             singles.append(single)
-    if not chosen:
-        return
-    device = chosen[0][0].device
-    seconds = zip(take_turns(steps, device, budget), take_turns(singles, device, budget), strict=True)
-    for (case, rates, memory), (times, single_times) in zip(chosen, seconds, strict=True):
-        if times is None or single_times is None:
+    times = zip(take_turns(steps, device, budget), take_turns(singles, device, budget), strict=True)
+    for (case, rates, memory), (seconds, single_seconds) in zip(found, times, strict=True):
+        if seconds is None or single_seconds is None:
             case.add(failed=f"{stage}: out of memory beside the other models; measure it by itself")
         else:
-            figures = summarise(case.record.resolution, rates, memory, times, single_times)
+            figures = summarise(case.record.resolution, rates, memory, seconds, single_seconds)
             case.add(stages={**case.record.stages, stage: figures})
 
 
@@ -283,7 +279,7 @@ def search_batch(case: SpeedCase, stage: str, batch_sizes: Sequence[int], budget
     rates: dict[int, float] = {}
     for batch_size in batch_sizes:
         with torch.compiler.set_stance("force_eager"):
-            seconds = time_briefly(partial(case.step, stage, batch_size), case.device, budget)
+            seconds = unless_full(partial(time_briefly, case, stage, batch_size, budget))
         if seconds is None:
             break
         rates[batch_size] = batch_size / statistics.median(seconds)
@@ -293,6 +289,13 @@ def search_batch(case: SpeedCase, stage: str, batch_sizes: Sequence[int], budget
     if not rates:
         raise CellError(f"out of memory with batch size {batch_sizes[0]}")
     return rates
+
+
+def time_briefly(case: SpeedCase, stage: str, batch_size: int, budget: TimingBudget) -> list[float]:
+    """Seconds of at least two iterations, for about `search_seconds`."""
+    step = case.step(stage, batch_size)
+    last = warm_up(step, case.device, budget.warm_ups)
+    return time_block(step, max(2, min(50, math.ceil(budget.search_seconds / max(last, 1e-6)))), case.device)
 
 
 def best_batch(rates: Mapping[int, float]) -> int:
@@ -307,19 +310,19 @@ def summarise(
     seconds: Sequence[float],
     singles: Sequence[float],
 ) -> Stage:
-    """A stage's figures from the seconds of calls at the best batch size and at batch size 1."""
-    batch_size = best_batch(rates)
-    rate = batch_size / statistics.median(seconds)
+    """A stage's figures from the seconds of iterations at the best batch size and at batch size 1."""
+    rate = best_batch(rates) / statistics.median(seconds)
     p10, median, p90 = (1000 * float(value) for value in np.quantile(singles, (0.1, 0.5, 0.9)))
+    allocated, reserved = memory or (None, None)
     return Stage(
-        batch_size=batch_size,
+        batch_size=best_batch(rates),
         images_per_second=rate,
         megapixels_per_second=rate * resolution**2 / 1e6,
         latency_ms=median,
         latency_p10_ms=p10,
         latency_p90_ms=p90,
-        memory_allocated=memory[0] if memory else None,
-        memory_reserved=memory[1] if memory else None,
+        memory_allocated=allocated,
+        memory_reserved=reserved,
         sweep={str(size): rate for size, rate in rates.items()},
     )
 
@@ -358,14 +361,11 @@ def nvidia_smi(device: torch.device) -> dict[str, str]:
     return dict(zip(wanted, done.stdout.strip().split(", "), strict=False))
 
 
-def slug(text: str) -> str:
-    """A file name of a text."""
-    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-")
-
-
-def file_name(result: SpeedResult) -> str:
+def record_path(out: Path, result: SpeedResult) -> Path:
+    """Where a record lies: by hardware, name, resolution, dtype and compilation."""
+    folder = re.sub(r"[^a-z0-9._-]+", "-", result.hardware.lower()).strip("-")
     compiled = "-compile" if result.settings["compile"] else ""
-    return f"{result.tokenizer.name}-{result.resolution}-{result.settings['dtype']}{compiled}"
+    return out / folder / f"{result.tokenizer.name}-{result.resolution}-{result.settings['dtype']}{compiled}.json"
 
 
 def show(results: Sequence[SpeedResult], reference: str | None, plots: Path | None) -> int:

@@ -77,17 +77,6 @@ def unless_full(measure: Callable[[], T]) -> T | None:
     return None
 
 
-def time_briefly(make: Callable[[], Step], device: torch.device, budget: TimingBudget) -> list[float] | None:
-    """Seconds of at least two calls of what `make` makes, for about `search_seconds`; None if memory does not suffice."""
-
-    def measure() -> list[float]:
-        step = make()
-        last = warm_up(step, device, budget.warm_ups)
-        return time_block(step, max(2, min(50, math.ceil(budget.search_seconds / max(last, 1e-6)))), device)
-
-    return unless_full(measure)
-
-
 def take_turns(steps: Sequence[Step], device: torch.device, budget: TimingBudget) -> list[list[float] | None]:
     """Seconds of each call of every step, the steps taking turns until each has had its time; None: out of memory."""
     singles = [unless_full(partial(warm_up, step, device, budget.warm_ups)) for step in steps]
