@@ -9,7 +9,6 @@ network run, uint8 images out. Copies between host and device are not in it.
 import contextlib
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from tokbench.metrics.perceptual import lpips_network
 from tokbench.metrics.pixel import psnr, squared_error
 from tokbench.protocols import find_protocol
 from tokbench.records import provenance
-from tokbench.records.files import write_whole
+from tokbench.records.files import slug, write_whole
 from tokbench.records.result import SpeedResult, Stage, TokenizerInfo, to_json
 from tokbench.registry import Spec, create, parse_all
 from tokbench.runtime.device import describe_device, precision, prepare
@@ -363,9 +362,12 @@ def nvidia_smi(device: torch.device) -> dict[str, str]:
 
 def record_path(out: Path, result: SpeedResult) -> Path:
     """Where a record lies: by hardware, name, resolution, dtype and compilation."""
-    folder = re.sub(r"[^a-z0-9._-]+", "-", result.hardware.lower()).strip("-")
     compiled = "-compile" if result.settings["compile"] else ""
-    return out / folder / f"{result.tokenizer.name}-{result.resolution}-{result.settings['dtype']}{compiled}.json"
+    return (
+        out
+        / slug(result.hardware)
+        / f"{result.tokenizer.name}-{result.resolution}-{result.settings['dtype']}{compiled}.json"
+    )
 
 
 def show(results: Sequence[SpeedResult], reference: str | None, plots: Path | None) -> int:
