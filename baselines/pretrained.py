@@ -30,7 +30,7 @@ class Half(nn.Module):
         self.run = run
 
     def forward(self, x: Tensor) -> Any:
-        return self.run(x.to(next(self.parameters()).dtype))
+        return self.run(x.to(next(self.parameters()).dtype) if x.is_floating_point() else x)
 
 
 def halves(model: Any) -> dict[str, Half]:
@@ -46,6 +46,8 @@ class Continuous:
 
     `shift` and `scale` are numbers or one value a channel; the latents that travel are (z - shift) * scale.
     """
+
+    resolution: int | None = None  # the only one it works at
 
     def __init__(self, model: Any, info: TokenizerInfo, shift: Any = 0.0, scale: Any = 1.0) -> None:
         self.info = info
@@ -69,6 +71,10 @@ class Continuous:
         return self.run_decoder(self.denormalise(latents)).float()
 
     def run_encoder(self, x: Tensor) -> Any:
+        if self.resolution and x.shape[-2:] != (self.resolution, self.resolution):
+            raise CellError(
+                f"{self.info.name}: works at {self.resolution} px only, not at {x.shape[-2]} x {x.shape[-1]}"
+            )
         return self.networks["encoder"](x)
 
     def run_decoder(self, z: Tensor) -> Tensor:
@@ -120,8 +126,6 @@ class Representation(Continuous):
         self.resolution = model.decoder_image_size
 
     def run_encoder(self, x: Tensor) -> Any:
-        if x.shape[2:] != (self.resolution, self.resolution):
-            raise CellError(f"{self.info.name}: works at {self.resolution} px only, not at {x.shape[2]} x {x.shape[3]}")
         return super().run_encoder((x + 1) / 2)
 
     def run_decoder(self, z: Tensor) -> Tensor:
@@ -142,6 +146,23 @@ class Consistency(Continuous):
         for name in ("means", "stds"):  # buffers of the model itself, which no part of it carries along
             setattr(self.model, name, getattr(self.model, name).to(z))
         return self.model.decode(z, generator=generators, return_dict=False)[0].float()
+
+
+class Codes(Continuous):
+    """A network that makes codes and takes them; the rate is that of a fixed-length code."""
+
+    def encode(self, images: Tensor, *, sample: bool, seeds: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> codes int64 [B, ...]."""
+        return self.run_encoder(to_float(images))
+
+    def decode(self, latents: Tensor, *, seeds: Tensor, size: tuple[int, int]) -> Tensor:
+        """codes int64 [B, ...] -> float32 [B, 3, H, W]."""
+        return self.run_decoder(latents).float()
+
+    def bits(self, latents: Tensor) -> Tensor:
+        """float64 [B]: codes times log2 of the codebook's size."""
+        assert self.info.codebook_size is not None
+        return code_bits(latents, self.info.codebook_size)
 
 
 class Codebook(Continuous):
@@ -230,8 +251,11 @@ def any_autoencoder(source: str, latent_space: str = "") -> Any:
     return wrap(model, row, random_weights=False)
 
 
-def wrap(model: Any, row: Published, random_weights: bool) -> Continuous:
-    """The tokenizer around a model, with the row's scale and shift or, where it has none, those of the config."""
+def wrap(model: Any, row: Published, random_weights: bool, adapter: type[Continuous] | None = None) -> Continuous:
+    """The tokenizer around a model, with the row's scale and shift or, where it has none, those of the config.
+
+    `adapter` is the one of the model's class if not given.
+    """
     shift, scale = config_scale(model)
     facts = [row.note]
     verified = not random_weights and (row.name in VERIFIED or row.family == ANY)
@@ -247,7 +271,8 @@ def wrap(model: Any, row: Published, random_weights: bool) -> Continuous:
         downsample=row.downsample,
         channels=row.channels,
         codebook_size=row.codebook_size,
-        size_multiple=row.downsample,
+        tokens_per_image=row.tokens_per_image,
+        size_multiple=row.downsample or 1,
         decode_steps=row.decode_steps,
         deterministic=row.kind != "ConsistencyDecoderVAE",
         trained_on=row.trained_on,
@@ -258,8 +283,10 @@ def wrap(model: Any, row: Published, random_weights: bool) -> Continuous:
         verified=verified,
         note="; ".join(filter(None, facts)) if not random_weights else "random weights: for speed only",
     )
-    adapter = Codebook if row.codebook_size else ADAPTERS.get(row.kind, Continuous)
-    return adapter(model, info, shift, scale)
+    adapter = adapter or (Codebook if row.codebook_size else ADAPTERS.get(row.kind, Continuous))
+    tokenizer = adapter(model, info, shift, scale)
+    tokenizer.resolution = tokenizer.resolution or row.resolution
+    return tokenizer
 
 
 def config_scale(model: Any) -> tuple[Any, Any]:

@@ -21,10 +21,11 @@ class Published:
     name: str
     family: str
     kind: str
-    downsample: int
+    downsample: int | None = None  # None: a sequence of tokens without a grid
     repo: str = ""
     channels: int | None = None
     codebook_size: int | None = None
+    tokens_per_image: int | None = None
     subfolder: str = ""
     file: str = ""  # of an LDM checkpoint
     scale: float | None = None

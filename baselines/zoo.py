@@ -20,12 +20,9 @@ def register() -> None:
         add(f"{file_format}-q{{quality}}", _codec(file_format), summary=f"{title} with its measured size")
     add("klvae", klvae, summary="KL-VAE trained with tokbench; the bundled demo weights, or klvae:FILE")
     for row in PUBLISHED.values():
-        grid = (
-            f"f{row.downsample}, {row.channels} channels"
-            if row.channels
-            else f"f{row.downsample}, {row.codebook_size} codes"
-        )
-        add(row.name, _published(row.name), summary=f"{grid}; {row.repo or row.file}; licence: {row.licence}")
+        grid = f"f{row.downsample}" if row.downsample else f"{row.tokens_per_image} tokens"
+        kind = f"{row.channels} channels" if row.channels else f"{row.codebook_size} codes"
+        add(row.name, _published(row.name), summary=f"{grid}, {kind}; {row.repo or row.file}; licence: {row.licence}")
     add(
         "hf",
         any_autoencoder,

@@ -1,0 +1,221 @@
+"""Families with a reader of their own: small instances, saved in the published layout, loaded as users load them.
+
+The networks were also run beside their authors' code with equal random weights; that code is not kept here.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from baselines import seed_voken, titok, var
+from baselines.ldm import LDMConfig
+from baselines.published import PUBLISHED
+from baselines.seed_voken import IndexBackpropagation, LookupConfig, LookupFree
+from baselines.titok import TiTok
+from baselines.var import MultiScale
+from tests.baselines.test_pretrained import both_ways
+from tokbench.errors import CellError
+from tokbench.registry import create
+
+FAMILIES = ("seed_voken", "var", "titok", "cosmos")
+NAMES = [row.name for row in PUBLISHED.values() if row.kind in FAMILIES]
+SEEDS = torch.tensor([1, 2])
+
+
+def small(config: LDMConfig | LookupConfig) -> Any:
+    if isinstance(config, LDMConfig):
+        return replace(config, width=32, blocks=1, z_channels=8, latent_channels=8, codebook_size=64)
+    return replace(config, width=32, blocks=1)
+
+
+@pytest.fixture(autouse=True)
+def shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every configuration with narrow levels, so that the public path runs on small files."""
+    for module in (seed_voken, var):
+        monkeypatch.setattr(module, "CONFIGS", {name: small(config) for name, config in module.CONFIGS.items()})
+    monkeypatch.setattr(titok, "SIZES", {"S": (32, 1, 2), "B": (32, 1, 4), "L": (64, 1, 4)})
+    monkeypatch.setattr(titok, "MASKGIT_WIDTHS", (32, 32, 64, 64, 64))
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Weights that make codes differ, which the classes' own beginnings hardly do."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape)
+        if parameter.ndim == 1:
+            parameter.data = 0.1 * noise + (not name.endswith("bias"))
+        else:
+            parameter.data = noise * (1.0 if "embedding" in name or "token" in name else parameter[0].numel() ** -0.5)
+    return model.eval()
+
+
+def voken(name: str, folder: Path) -> tuple[Any, str]:
+    """Trained weights, which are not to be used, their moving average without dots, and the loss's networks."""
+    config = seed_voken.CONFIGS[name]
+    model = randomise(LookupFree(config) if isinstance(config, LookupConfig) else IndexBackpropagation(config))
+    state = model.state_dict()
+    trained = {key: torch.zeros_like(value) for key, value in state.items()}
+    average = {f"model_ema.{key.replace('.', '')}": value for key, value in state.items()}
+    rest = {"loss.discriminator.main.0.weight": torch.zeros(1), "model_ema.decay": torch.zeros(())}
+    torch.save({"state_dict": trained | average | rest}, folder / "model.ckpt")
+    return model, f"{name}:{folder / 'model.ckpt'}"
+
+
+def multi_scale(name: str, folder: Path) -> tuple[Any, str]:
+    model = randomise(MultiScale(var.CONFIGS[name]))
+    state = dict(model.state_dict())
+    held = {"quantize.ema_vocab_hit_SV": torch.zeros(10, 64)}
+    for key, value in state.items():
+        if ".attn" in key and ".q." in key:
+            value = torch.cat([state[key.replace(".q.", f".{one}.")] for one in "qkv"])
+        if ".k." not in key and ".v." not in key:
+            key = key.replace("smoothings.", "quantize.quant_resi.qresi_ls.")
+            held[key.replace(".q.", ".qkv.")] = value
+    torch.save(held, folder / "vae.pth")
+    return model, f"{name}:{folder / 'vae.pth'}"
+
+
+def one_dimensional(name: str, folder: Path) -> tuple[Any, str]:
+    model = randomise(TiTok(titok.CONFIGS[name]))
+    held = dict(model.state_dict())
+    held["latent_tokens"] = held.pop("encoder.latent_tokens")
+    save_file(held, folder / "model.safetensors")
+    return model, f"{name}:{folder / 'model.safetensors'}"
+
+
+class Down(nn.Module):
+    """Stands for a Cosmos encoder: continuous latents, or codes and what they stand for."""
+
+    def __init__(self, factor: int, discrete: bool) -> None:
+        super().__init__()
+        self.conv, self.discrete = nn.Conv2d(3, 16, factor, stride=factor), discrete
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.conv(x)
+        return (h[:, 0].mul(100).abs().int(), h) if self.discrete else (h, h)
+
+
+class Up(nn.Module):
+    def __init__(self, factor: int, discrete: bool) -> None:
+        super().__init__()
+        self.conv, self.discrete = nn.ConvTranspose2d(1 if discrete else 16, 3, factor, stride=factor), discrete
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.conv(z[:, None].to(self.conv.weight.dtype) / 100 if self.discrete else z)
+
+
+@torch.no_grad()
+def scripted(name: str, folder: Path) -> tuple[Any, str]:
+    row = PUBLISHED[name]
+    model, example = nn.Module(), torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16)
+    for side, build in (("encoder", Down), ("decoder", Up)):
+        network = randomise(build(row.downsample, bool(row.codebook_size))).bfloat16()
+        torch.jit.save(torch.jit.trace(network, example), folder / f"{side}.jit")
+        example = network(example)[0]
+        setattr(model, side, network)
+    model.encode = lambda x: model.encoder(x.bfloat16())[:1]
+    model.decode = lambda z: (model.decoder(z).float(),)
+    return model, f"{name}:{folder}"
+
+
+SAVED: dict[str, Callable[[str, Path], tuple[Any, str]]] = {
+    "seed_voken": voken, "var": multi_scale, "titok": one_dimensional, "cosmos": scripted,
+}  # fmt: skip
+
+
+def images(name: str) -> Tensor:
+    side = PUBLISHED[name].resolution or 64
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(2, 3, 8, 8, generator=generator)
+    return (nn.functional.interpolate(coarse, size=(side, side), mode="bilinear").clamp(0, 1) * 255).byte()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # torch calls TorchScript old; only the test writes it
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_loads_from_its_published_layout_and_keeps_the_contract(name: str, tmp_path: Path) -> None:
+    row, pixels = PUBLISHED[name], images(name)
+    model, spec = SAVED[row.kind](name, tmp_path)
+    tokenizer: Any = create(spec)
+    latents, decoded = both_ways(tokenizer, pixels, SEEDS)
+    with torch.no_grad():
+        raw = model.encode(pixels.float() / 127.5 - 1)[0]
+        raw = getattr(raw, "mean", raw) if not isinstance(raw, Tensor) else raw
+        torch.testing.assert_close(latents, raw.to(latents.dtype), rtol=1e-4, atol=1e-5)
+        near = 1e-3 * decoded.abs().max().item()  # what kernels for other batches differ by, in random networks
+        torch.testing.assert_close(decoded, model.decode(raw)[0], rtol=0, atol=near)
+    assert decoded.shape == pixels.shape
+    assert decoded.dtype == torch.float32
+    assert not tokenizer.info.verified
+    if row.tokens_per_image:
+        assert latents[0].numel() == row.tokens_per_image * (row.channels or 1)
+        assert tokenizer.info.tokens_per_image == row.tokens_per_image
+    else:
+        assert latents.shape[-2:] == (64 // row.downsample, 64 // row.downsample)
+    if row.codebook_size:
+        assert latents.dtype == torch.int64
+        assert latents.unique().numel() > 1
+        assert 0 <= latents.min() <= latents.max() < row.codebook_size
+        bits = latents[0].numel() * math.log2(row.codebook_size)
+        assert tokenizer.bits(latents).tolist() == pytest.approx([bits] * 2)
+    alone = both_ways(tokenizer, pixels[1:], SEEDS[1:])
+    assert (alone[0] == latents[1:]).double().mean() > 0.97 or not row.codebook_size
+    if torch.equal(alone[0], latents[1:]):
+        torch.testing.assert_close(alone[1], decoded[1:], rtol=0, atol=near)
+    assert torch.equal(both_ways(tokenizer, pixels, SEEDS)[1], decoded)
+
+
+@pytest.mark.parametrize("name", ["titok-l32", "var-f16"])
+def test_another_resolution_is_refused_with_the_one_it_takes(name: str, tmp_path: Path) -> None:
+    tokenizer = create(SAVED[PUBLISHED[name].kind](name, tmp_path)[1])
+    with pytest.raises(CellError, match=f"{name}.*: works at 256 px only, not at 64 x 64"):
+        both_ways(tokenizer, torch.zeros(2, 3, 64, 64, dtype=torch.uint8), SEEDS)
+
+
+def test_signs_become_bits_and_bits_signs() -> None:
+    model = LookupFree(LookupConfig((1, 1), bits=5, groups=2, width=32, blocks=1))
+    seen: list[Tensor] = []
+    model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    codes = torch.randint(0, 32, (2, 2, 3, 3))
+    model.decode(codes)
+    assert set(seen[0].unique().tolist()) == {-1.0, 1.0}
+    model.encoder.forward = lambda x: seen[0]  # type: ignore[method-assign]
+    assert torch.equal(model.encode(torch.zeros(1))[0], codes)
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.undo()
+    with torch.device("meta"):
+        yield
+
+
+def test_the_published_sizes_are_those_of_the_papers(whole: None) -> None:
+    """Millions of parameters as the papers give them, rounded or cut."""
+    models = {
+        "titok-l32": (TiTok(titok.CONFIGS["titok-l32"]), 641),
+        "titok-b64": (TiTok(titok.CONFIGS["titok-b64"]), 204),
+        "titok-s128": (TiTok(titok.CONFIGS["titok-s128"]), 83),
+        "var-f16": (MultiScale(var.CONFIGS["var-f16"]), 109),
+    }
+    for name, (model, expected) in models.items():
+        assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(expected, abs=1), name
+
+
+@pytest.mark.parametrize("fault", ["text", "missing"])
+def test_a_file_that_is_no_torchscript_costs_its_row_with_one_line(fault: str, tmp_path: Path) -> None:
+    if fault == "text":
+        (tmp_path / "encoder.jit").write_text("no archive")
+    with pytest.raises(CellError, match=r"cosmos-ci8x8: .*encoder.jit is no TorchScript file"):
+        create(f"cosmos-ci8x8:{tmp_path}")
+
+
+def test_cosmos_has_no_random_weights() -> None:
+    with pytest.raises(CellError, match="its network is in its files only"):
+        create("cosmos-di8x8", random_weights=True)
