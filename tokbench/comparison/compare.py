@@ -1,6 +1,5 @@
 """`tokbench compare A.json B.json`: is B better than A? Paired by image, with plain verdicts. No torch."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from tokbench.records.files import per_image_path, read_per_image
 from tokbench.records.result import EvalResult, read_result
 from tokbench.records.samples import SampleStore
 from tokbench.report.columns import DAGGER, is_training_loss
+from tokbench.runtime.terminal import stdout_console
 
 Z = 1.959964  # of a 95 % interval, where there are no degrees of freedom to count
 
@@ -146,7 +146,6 @@ def _of_columns(
 
 def run_compare(path_a: Path, path_b: Path) -> int:
     """Print the table; the exit status is 0 whatever the verdicts are."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -161,7 +160,7 @@ def run_compare(path_a: Path, path_b: Path) -> int:
     colours = {"better": "green", "worse": "bold red", "inconclusive": "yellow", "same": ""}
     for d in differences:
         table.add_row(*(Text(text, style=colours[d.verdict]) for text in describe(d)))
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = stdout_console(100)
     console.print(table)
     console.print(Text(f"N = {a.dataset.num_images} · protocol {a.protocol} · same: within the metric's tolerance"))
     if any(any(d.trained) for d in differences):

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from tokbench.metrics import METRICS
 from tokbench.records.files import image_folders, image_name, per_image_path, read_per_image, writable, write_whole
 from tokbench.report.columns import DAGGER
 from tokbench.report.tables import markdown_escape
+from tokbench.runtime.terminal import stdout_console
 
 STYLES = {"worse": "bold red", "better": "green", "same": "", "inconclusive": "yellow"}
 HEADINGS = ("cell", "metric", "N", "baseline", "new", "worse by", "tolerated", "verdict")
@@ -152,7 +152,7 @@ def run_check(options: CheckOptions) -> int:
     """Compare, print, write what was asked for; 1 if something got worse. GitHub's step summary gets the Markdown."""
     tolerances = parse_tolerances(options.tolerance)
     metrics = [name.strip() for name in options.metrics.split(",")] if options.metrics else None
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = stdout_console(120)
     if options.update:
         rules: dict[str, Any] = {"tolerances": tolerances, "metrics": metrics}
         for line in update(options.new, options.against, accept=options.accept, **rules):

@@ -1,7 +1,6 @@
 """`tokbench run`: every model at every resolution, one cell after the other; table, plot and summary at the end."""
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,7 +24,7 @@ from tokbench.records.files import hold, result_path, write_whole
 from tokbench.records.result import EvalResult
 from tokbench.runtime.device import describe_device, release, select_device
 from tokbench.runtime.processes import Processes, join
-from tokbench.runtime.terminal import say
+from tokbench.runtime.terminal import say, stdout_console
 from tokbench.tokenizer import Tokenizer
 
 
@@ -175,7 +174,6 @@ def announce(source: Source, resolutions: Sequence[int], num_models: int, kits: 
 
 def report(outcome: Outcome, out: Path) -> None:
     """The table on stdout, a plot per data set and resolution, the summary on stderr."""
-    from rich.console import Console
 
     from tokbench.report.columns import ResultEntry
     from tokbench.report.plots import quality_vs_time
@@ -183,7 +181,7 @@ def report(outcome: Outcome, out: Path) -> None:
 
     entries = [ResultEntry(result, path) for path, result in outcome.results]
     if entries:
-        Console(width=None if sys.stdout.isatty() else 100).print(leaderboard_table(entries))
+        stdout_console(100).print(leaderboard_table(entries))
     for folder in dict.fromkeys(path.parent for path, _ in outcome.results):
         own = [entry for entry in entries if entry.path is not None and entry.path.parent == folder]
         quality_vs_time(own, folder / "quality-vs-time.png")

@@ -9,6 +9,7 @@ from tokbench.metrics import METRICS
 from tokbench.records.files import read_results
 from tokbench.records.result import EvalResult
 from tokbench.report.columns import DAGGER, is_training_loss
+from tokbench.runtime.terminal import stdout_console
 
 BEST_BY = ("gfid", "fd-dinov2", "fd-mobilenet", "kid")  # the first that was measured marks the best of a sweep
 ALWAYS = ("gfid", "is", "precision", "recall")
@@ -18,7 +19,6 @@ RATES = "/s: images a second of one process"
 def print_table(results: Sequence[EvalResult], folders: Sequence[Path]) -> None:
     """tokenizer, rfid (looked up in `folders`), generator, steps trained, guidance, scores, and images a second of the
     generator, of the decoder and of both. To stdout; what could not be given is explained below it."""
-    from rich.console import Console
     from rich.table import Table
 
     known = reconstruction_scores(folders)
@@ -51,8 +51,7 @@ def print_table(results: Sequence[EvalResult], folders: Sequence[Path]) -> None:
             *(shown(result, name) for name in names),
             *(f"{1 / time:.2f}" for time in times),
         )
-    console = Console()
-    Console(width=None if console.is_terminal else 200).print(table)
+    stdout_console(200).print(table)
     notes = {v.note for r in results for v in r.metrics.values() if v.value is None}
     for note in sorted(notes | {reason for r in results for reason in r.unavailable.values()}):
         print(f"- {note}")

@@ -24,6 +24,7 @@ from tokbench.report.reported import (
     reported_cells,
 )
 from tokbench.report.speed import speed_markdown, speed_table
+from tokbench.runtime.terminal import stdout_console
 
 FORMATS = ("table", "markdown", "latex", "csv", "html")
 
@@ -89,7 +90,7 @@ def _write(report: Report, options: ReportOptions) -> None:
         index = write_page(report.entries, report.speeds, report.reported, options.out, options.columns, options.group)
         print(f"tokbench: wrote {index}", file=sys.stderr)
     elif options.format == "table" and options.out is None:
-        console = Console(width=None if sys.stdout.isatty() else tables.WIDTH)
+        console = stdout_console(tables.WIDTH)
         console.print(_leaderboard(report, options))
         if report.speeds:
             console.print(speed_table(report.speeds, entries=report.entries))

@@ -4,7 +4,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SHOW_AFTER = 30.0  # seconds a job must be expected to take before a log is told so
 
@@ -12,6 +15,13 @@ SHOW_AFTER = 30.0  # seconds a job must be expected to take before a log is told
 def say(text: str) -> None:
     """A line for whoever watches; never among the results."""
     print(text, file=sys.stderr, flush=True)
+
+
+def stdout_console(width: int) -> "Console":
+    """For tables on stdout: as wide as the terminal, `width` columns where there is none."""
+    from rich.console import Console  # rich takes a tenth of a second that most commands can spare
+
+    return Console(width=None if sys.stdout.isatty() else width)
 
 
 class Advance(Protocol):
