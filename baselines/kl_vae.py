@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssdd_models.encoder import Encoder, EncoderConfig, Posterior
 from ssdd_models.layers import AttentionBlock, Init, ResBlock, Upsample, initialise
-from tokbench.checkpoints import checkpoint_metadata, load_strictly, read_model
+from tokbench.checkpoints import load_strictly, read_checkpoint, read_header
 from tokbench.config import from_dict, to_dict
 from tokbench.data.pixels import to_float
 from tokbench.records.result import TokenizerInfo
@@ -146,7 +146,7 @@ class PatchGAN(nn.Module):
 
 def load(path: Path) -> tuple[KLVAE, dict[str, Any]]:
     """A KL-VAE of ours and its metadata. Raises InputError for another file."""
-    tensors, metadata = read_model(path, "klvae")
+    tensors, metadata = read_checkpoint(path, "klvae")
     model = KLVAE(from_dict(KLVAEConfig, metadata["config"]))
     load_strictly(model, tensors, path)
     return model.eval(), metadata
@@ -185,5 +185,5 @@ def load_tokenizer(file: Path | None = None, *, random_weights: bool = False) ->
     if not random_weights:
         model, metadata = load(path)
         return KLVAETokenizer(model, metadata["info"])
-    metadata = checkpoint_metadata(path) if path.exists() else {"config": to_dict(SMALL)}
+    metadata = read_header(path)[1] if path.exists() else {"config": to_dict(SMALL)}
     return KLVAETokenizer(KLVAE(from_dict(KLVAEConfig, metadata["config"])), {"note": "random weights"})

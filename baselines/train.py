@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from baselines.kl_vae import KLVAE, SMALL, ConvDecoderConfig, KLVAEConfig, KLVAETokenizer, PatchGAN, load
 from ssdd_models.encoder import EncoderConfig
 from ssdd_models.layers import AttentionBlock, ResBlock
-from tokbench.checkpoints import load_strictly, read_model, write_model
+from tokbench.checkpoints import load_strictly, read_checkpoint, write_checkpoint
 from tokbench.config import describe, from_dict, override, to_dict
 from tokbench.data.pixels import to_float
 from tokbench.data.training_crops import CropConfig, PhotoCrops
@@ -212,7 +212,7 @@ def build(config: KLVAETraining, start: Path | None, encoder_from: Path | None) 
 
 def read_encoder(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
     """The encoder in a file of ours, KL-VAE or SSDD: its sizes and tensors. Raises InputError for another file."""
-    tensors, metadata = read_model(path, "klvae", "ssdd")
+    tensors, metadata = read_checkpoint(path, "klvae", "ssdd")
     own = {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
     return from_dict(EncoderConfig, metadata["config"]["encoder"]), own
 
@@ -293,7 +293,7 @@ def export(
     if normalised_on is not None:
         finished.normalise_latents(*latent_statistics(finished, normalised_on))
     metadata = {"model": "klvae", "config": to_dict(model.config), "info": info, "training": training}
-    write_model(path, finished.state_dict(), metadata, torch.float32)
+    write_checkpoint(path, finished.state_dict(), metadata, torch.float32)
 
 
 @torch.no_grad()

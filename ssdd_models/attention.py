@@ -37,10 +37,6 @@ class Axis:
     region: int
     runs: tuple[Run, ...]
 
-    @property
-    def num_blocks(self) -> int:
-        return -(-self.size // self.block)
-
     def starts(self, run: Run, device: torch.device) -> Tensor:
         """First query of each block of a run: int64 [count]"""
         blocks = torch.arange(run.first, run.first + run.count, device=device)

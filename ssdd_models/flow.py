@@ -31,11 +31,6 @@ def predict_clean(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     return x_t + per_sample(t, x_t) * v
 
 
-def logit_normal(num: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> Tensor:
-    """Training times [num], sigmoid of a standard normal: mostly in the middle, almost never near 0 or 1."""
-    return torch.sigmoid(torch.randn(num, device=device, generator=generator))
-
-
 def sampler_times(steps: int, shift: float = 2.0) -> list[float]:
     """steps + 1 times from 1 to 0, linspace(1, 0) ** shift. ValueError if steps < 1 or shift <= 0."""
     if steps < 1 or shift <= 0:

@@ -4,13 +4,10 @@
     z = model.encode(images).mode()                         # images float [B, 3, H, W] in [-1, 1]
     again = model.decode(z, steps=1)
 
-Imports torch and its siblings; safetensors and huggingface_hub only inside the methods that load and save.
+Imports torch, its siblings and the reader of checkpoints.
 """
 
 import dataclasses
-import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +20,7 @@ from ssdd_models import flow
 from ssdd_models.encoder import Encoder, EncoderConfig, Posterior
 from ssdd_models.layers import Init
 from ssdd_models.uvit import DecoderConfig, Tap, UViT
+from tokbench.checkpoints import load_strictly, read_checkpoint, write_checkpoint
 
 WEIGHTS = "model.safetensors"  # in a folder or a hub repository
 
@@ -54,6 +52,11 @@ class SSDDConfig:
             return cls(EncoderConfig(**record["encoder"]), DecoderConfig(**record["decoder"]), **rest)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a configuration of an SSDD: {error}") from error
+
+    @classmethod
+    def of_file(cls, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, Any]) -> "SSDDConfig":
+        """From our metadata, or for a file of others from its shapes. ValueError if it is no SSDD."""
+        return cls.from_json(metadata["config"]) if "config" in metadata else cls.from_shapes(shapes)
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> "SSDDConfig":
@@ -112,26 +115,17 @@ class SSDD(nn.Module):
             raise ValueError("this SSDD decodes the latents of an external encoder and has none of its own")
         return self.encoder(x)
 
-    def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.config
-        mean, std = (torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (config.z_mean, config.z_std))
-        return mean, std
-
     def normalise(self, z: Tensor) -> Tensor:
         """Encoder latents -> the scale the decoder was trained on; the identity for released weights."""
-        mean, std = self._scale(z)
+        mean, std = (
+            torch.tensor(v, device=z.device).view(1, -1, 1, 1) for v in (self.config.z_mean, self.config.z_std)
+        )
         return (z - mean) / std
-
-    def denormalise(self, z: Tensor) -> Tensor:
-        """The inverse of `normalise`."""
-        mean, std = self._scale(z)
-        return z * std + mean
 
     def forward(self, x_t: Tensor, t: Tensor, z: Tensor, tap: Tap | None = None) -> Tensor:
         """Velocity [B, 3, H, W] at x_t [B, 3, H, W], t [B] in [0, 1], for encoder latents z [B, c, h, w]."""
         return self.decoder(x_t, t, self.normalise(z), tap)
 
-    @torch.no_grad()
     def decode(
         self,
         z: Tensor,
@@ -145,13 +139,17 @@ class SSDD(nn.Module):
 
         `noise` is standard normal, of the images' shape; drawn if it is not given. One step is x = noise + v(noise, 1).
         """
-        size = (z.shape[2] * self.config.encoder.downsample, z.shape[3] * self.config.encoder.downsample)
         if noise is None:
-            noise = torch.randn(len(z), 3, *size, device=z.device, generator=generator)
+            noise = torch.randn(len(z), 3, *self.image_size(z), device=z.device, generator=generator)
+        return self.sample(self.normalise(z), noise, steps, time_shift)
+
+    @torch.no_grad()
+    def sample(self, z: Tensor, noise: Tensor, steps: int | None = None, time_shift: float | None = None) -> Tensor:
+        """As `decode`, of latents that are normalised already."""
+        size = self.image_size(z)
         if noise.shape != (len(z), 3, *size):
             raise ValueError(f"noise {tuple(noise.shape)}: latents {tuple(z.shape)} need {(len(z), 3, *size)}")
         steps = self.config.steps if steps is None else steps
-        z = self.normalise(z)
         given = z if steps == 1 else self.decoder.condition(z, size)  # one call may be compiled as a whole
         return flow.euler(
             lambda x, t: self.decoder(x, t, given),
@@ -160,11 +158,16 @@ class SSDD(nn.Module):
             self.config.time_shift if time_shift is None else time_shift,
         )
 
+    def image_size(self, z: Tensor) -> tuple[int, int]:
+        """Height and width of what latents [B, c, h, w] decode to."""
+        downsample = self.config.encoder.downsample
+        return z.shape[2] * downsample, z.shape[3] * downsample
+
     @classmethod
     def from_pretrained(cls, source: str | Path, *, filename: str = WEIGHTS, revision: str | None = None) -> "SSDD":
         """A file, a folder holding `filename`, or a Hugging Face repository. float32, on the CPU, in eval mode.
 
-        Raises FileNotFoundError, ValueError (not an SSDD; lists missing and unexpected keys) or the hub's own errors.
+        Raises FileNotFoundError, InputError (damaged, or of other tensors), ValueError (no SSDD) or the hub's errors.
         """
         path = Path(source) / filename if Path(source).is_dir() else Path(source)
         if not path.is_file():
@@ -174,11 +177,8 @@ class SSDD(nn.Module):
 
             path = Path(hf_hub_download(str(source), filename, revision=revision))
         state, metadata = read_checkpoint(path)
-        if "config" in metadata:
-            config = SSDDConfig.from_json(metadata["config"])
-        else:
-            config = SSDDConfig.from_shapes({key: tuple(value.shape) for key, value in state.items()})
-        return cls.from_state(config, state)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return cls.from_state(SSDDConfig.of_file(shapes, metadata), state)
 
     @classmethod
     def from_config(cls, config: SSDDConfig) -> "SSDD":
@@ -187,11 +187,10 @@ class SSDD(nn.Module):
 
     @classmethod
     def from_state(cls, config: SSDDConfig, state: Mapping[str, Tensor]) -> "SSDD":
-        """A model around given tensors, which exactly its own. ValueError lists what is missing or left over."""
+        """A model of given tensors, which must be exactly its own. InputError lists what is missing or left over."""
         with torch.device("meta"):
             model = cls.from_config(config)
-        check_keys(model.state_dict(), state)
-        model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+        load_strictly(model, state, "SSDD", assign=True)
         return model.requires_grad_().eval()
 
     def save_pretrained(
@@ -203,55 +202,7 @@ class SSDD(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> Path:
         """Write a `.safetensors` file, or `model.safetensors` in a folder: whole, or not at all. Returns the file."""
-        from safetensors.torch import save_file
-
         path = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / WEIGHTS
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record = {"model": "ssdd", "config": dataclasses.asdict(self.config), "info": dict(info or {})}
-        record["training"] = dict(training or {})
-        state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in self.state_dict().items()}
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            save_file(state, Path(folder) / WEIGHTS, metadata={"tokbench": json.dumps(record)})
-            os.replace(Path(folder) / WEIGHTS, path)
+        record = {"model": "ssdd", "config": dataclasses.asdict(self.config), "info": info or {}}
+        write_checkpoint(path, self.state_dict(), record | {"training": training or {}}, dtype)
         return path
-
-    def push_to_hub(self, repository: str, *, private: bool = False, token: str | None = None, **saved: Any) -> str:
-        """Upload what `save_pretrained` writes; `saved` are its keywords. Returns the commit's address."""
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        api.create_repo(repository, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **saved)
-            return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload SSDD"))
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a safetensors file and our record in its header ({} for others' files). ValueError if unreadable."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no iterator of its own)
-            metadata = json.loads((file.metadata() or {}).get("tokbench", "{}"))
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    return state, metadata
-
-
-def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise ValueError listing missing and unexpected keys, and shapes that differ: 20 of each at most."""
-    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    shapes = [
-        f"{key} {tuple(found[key].shape)}, not {tuple(expected[key].shape)}"
-        for key in expected
-        if key in found and found[key].shape != expected[key].shape
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    lines = [
-        f"{len(keys)} {what}: {', '.join(keys[:20])}{' and more' * (len(keys) > 20)}"
-        for what, keys in problems.items()
-        if keys
-    ]
-    if lines:
-        raise ValueError("not the tensors of this model; " + "; ".join(lines))

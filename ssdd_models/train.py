@@ -19,10 +19,11 @@ from ssdd_models.losses import (
     teacher_sample,
     training_times,
 )
-from ssdd_models.ssdd import SSDD, SSDDConfig, read_checkpoint
+from ssdd_models.ssdd import SSDD, SSDDConfig
 from ssdd_models.stages import PRESETS, SSDDTraining, Stage
 from ssdd_models.tokenizer import SSDDTokenizer
 from ssdd_models.uvit import SIZES, DecoderConfig, UViT
+from tokbench.checkpoints import load_strictly, read_checkpoint, read_header
 from tokbench.config import describe, from_dict, override
 from tokbench.data.training_crops import PhotoCrops
 from tokbench.errors import InputError, first_line
@@ -189,12 +190,11 @@ def sizes(path: Path) -> tuple[EncoderConfig, DecoderConfig | None]:
 
     Raises InputError for any other file.
     """
+    shapes, metadata = read_header(path)
     try:
-        state, metadata = read_checkpoint(path)
         if metadata.get("model") == "klvae":
             return from_dict(EncoderConfig, metadata["config"]["encoder"]), None
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        config = SSDDConfig.from_json(metadata["config"]) if metadata else SSDDConfig.from_shapes(shapes)
+        config = SSDDConfig.of_file(shapes, metadata)
     except (ValueError, KeyError) as error:
         raise InputError(f"{path}: neither an SSDD nor a KL-VAE: {error}") from error
     return config.encoder, config.decoder
@@ -214,7 +214,9 @@ def build(config: SSDDTraining, start: Path | None, encoder_from: Path | None) -
         cancel_noise(model.decoder)
     for path, name, part in ((start, "model", model), (encoder_from, "encoder", model.encoder)):
         if path is not None:
-            load_part(part, path, "" if name == "model" else "encoder.")
+            state, prefix = read_checkpoint(path)[0], "" if name == "model" else "encoder."
+            held = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            load_strictly(part, held, path)
             origin[name] = f"{path.name} {file_sha256(path)[:16]}"
     model.encoder.requires_grad_(not config.freeze_encoder)
     return model, origin
@@ -237,15 +239,6 @@ def cancel_noise(decoder: UViT) -> None:
         decoder.conv_in.weight[channel, colour, 1, 1] = sign
         last[channel, last.shape[1] - width + channel, 0, 0] = 1
         decoder.conv_out.weight[colour, channel, 1, 1] = -sign
-
-
-def load_part(part: torch.nn.Module, path: Path, prefix: str) -> None:
-    """Load the file's tensors below `prefix` into a module. Raises InputError for a file that does not fit."""
-    try:
-        state, _ = read_checkpoint(path)
-        part.load_state_dict({k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)})
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: does not fit this model: {first_line(error)}") from error
 
 
 def make_repa(model: SSDD, device: torch.device) -> Repa:

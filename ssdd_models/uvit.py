@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssdd_models.attention import SIDE, Layout, make_layout, windowed_attention
-from ssdd_models.layers import Init, affine_group_norm, group_norm, initialise, timestep_embedding, upsample_conv
+from ssdd_models.cpu_kernels import group_norm, upsample_conv
+from ssdd_models.layers import Init, affine_group_norm, initialise, timestep_embedding
 
 Tap = Callable[[int, Tensor], None]
 

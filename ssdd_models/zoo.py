@@ -1,18 +1,15 @@
 """SSDD models for the registry: the bundled demo weights, the released ones, any file. Cheap to import."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ssdd_models.tokenizer import SSDDTokenizer
+from tokbench.checkpoints import read_header
 from tokbench.errors import CellError, InputError, first_line
 from tokbench.registry import Trainer, TrainOptions, register_trainer
 from tokbench.registry import register as add
 
-if TYPE_CHECKING:
-    pass
-
 BUNDLED = Path(__file__).parent / "weights" / "ssdd.safetensors"
+RANDOM = {"note": "random weights: for speed only"}  # info of a model without trained weights
 RELEASED = "facebook/SSDD"  # folders F8C4, ..., SDVAE; files *_{S,B,M,L,XL}_256
 SIZES = {
     "F8C4": "S B M L XL",
@@ -53,27 +50,23 @@ def ssdd(
 
     `steps` of the sampler (a file's own default otherwise: 1 for distilled ones of ours, 8 for released ones).
     """
-    from ssdd_models.ssdd import SSDD, SSDDConfig, read_checkpoint
+    from ssdd_models.ssdd import SSDD, SSDDConfig
+    from ssdd_models.stages import SMALL_STAGES
+    from ssdd_models.tokenizer import SSDDTokenizer
 
     path = BUNDLED if file is None else Path(file)
-    if random_weights and not path.exists():
-        from ssdd_models.stages import SMALL_STAGES
-
-        small = SMALL_STAGES["pretrain"]
-        model = SSDD(small.encoder, small.decoder, steps=1)
-        return SSDDTokenizer(model, steps, time_shift, {"note": "random weights: for speed only"})
-    if not path.exists():
-        raise CellError(f"no demo weights at {path.name}; train some with `tokbench train ssdd`, or name a file")
     path = path / "model.safetensors" if path.is_dir() else path
-    state, metadata = read_checkpoint(path)
+    if not path.exists() and not random_weights:
+        raise CellError(f"no demo weights at {path.name}; train some with `tokbench train ssdd`, or name a file")
+    if not path.exists():
+        small = SMALL_STAGES["pretrain"]
+        return SSDDTokenizer(SSDD(small.encoder, small.decoder, steps=1), steps, time_shift, RANDOM)
+    shapes, metadata = read_header(path)
     if metadata.get("model", "ssdd") != "ssdd":
         raise InputError(f"{path}: holds {metadata['model']}, not ssdd")
     if random_weights:
-        config = (
-            SSDDConfig.from_json(metadata["config"]) if "config" in metadata else SSDDConfig.from_shapes(shapes(state))
-        )
-        return SSDDTokenizer(SSDD.from_config(config), steps, time_shift, {"note": "random weights: for speed only"})
-    return SSDDTokenizer(SSDD.from_pretrained(path), steps, time_shift, metadata.get("info", {}))
+        return SSDDTokenizer(SSDD.from_config(SSDDConfig.of_file(shapes, metadata)), steps, time_shift, RANDOM)
+    return SSDDTokenizer(SSDD.from_pretrained(path), steps, time_shift, metadata.get("info"))
 
 
 def released(
@@ -81,20 +74,21 @@ def released(
 ) -> Any:
     """Weights of the paper's authors from the hub, or any size XS ... G of any shape with random weights."""
     from ssdd_models.ssdd import SSDD
+    from ssdd_models.tokenizer import SSDDTokenizer
 
-    facts = {"licence": "CC-BY-NC 4.0", "latent_space": f"ssdd-{latent.lower()}", "trained_on": "ImageNet"}
+    info = {"licence": "CC-BY-NC 4.0", "latent_space": f"ssdd-{latent.lower()}", "trained_on": "ImageNet"}
     external = latent.upper() == "SDVAE"
     if random_weights:
         try:
             model = SSDD("f8c4" if external else latent.lower(), size.upper(), external_encoder=external)
         except ValueError as error:
             raise InputError(f"ssdd-{size}-{latent}: {error}") from error
-        return SSDDTokenizer(model, steps, time_shift, {"note": "random weights: for speed only"})
+        return SSDDTokenizer(model, steps, time_shift, RANDOM)
     if size.upper() not in SIZES.get(latent.upper(), "").split():
         known = "; ".join(f"{name.lower()}: {sizes.lower()}" for name, sizes in SIZES.items())
         raise InputError(f"ssdd-{size}-{latent}: not among the released weights ({known})")
     path = fetch_released(latent.upper(), size.upper())
-    return SSDDTokenizer(SSDD.from_pretrained(path), steps, time_shift, {} if external else facts)
+    return SSDDTokenizer(SSDD.from_pretrained(path), steps, time_shift, None if external else info)
 
 
 def fetch_released(folder: str, size: str) -> Path:
@@ -116,14 +110,8 @@ def fetch_released(folder: str, size: str) -> Path:
     return files[0]
 
 
-def shapes(state: Any) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items()}
-
-
 def is_ssdd(path: Path) -> bool:
     """Whether a safetensors file has the tensors of an SSDD decoder; reads its header alone."""
     if path.suffix != ".safetensors" or not path.is_file():
         return False
-    with path.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return "decoder.ada_ctx_proj.0.weight" in header
+    return "decoder.ada_ctx_proj.0.weight" in read_header(path)[0]

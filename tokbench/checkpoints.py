@@ -9,17 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
-from tokbench.errors import InputError
+from tokbench.errors import InputError, preview
 from tokbench.records.files import write_whole
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+HEADER_LIMIT = 100_000_000  # bytes; the safetensors format allows no longer header
 
-def write_model(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, Any], dtype: "torch.dtype") -> None:
+
+def write_checkpoint(
+    path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, Any], dtype: "torch.dtype"
+) -> None:
     """Write the tensors as `dtype`, whole or not at all."""
     from safetensors.torch import save
 
@@ -27,37 +29,8 @@ def write_model(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[s
     write_whole(path, save(plain, metadata={"tokbench": json.dumps(metadata)}))
 
 
-def read_model(path: Path, *models: str) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-    """The tensors as float32 and the metadata. Raises InputError if the file is no checkpoint of one of `models`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("tokbench", "{}"))
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a readable checkpoint ({error})") from error
-    if metadata.get("model") not in models:
-        held = metadata.get("model") or "no tokbench model"
-        raise InputError(f"{path}: holds {held}, expected {' or '.join(models)}")
-    return tensors, metadata
-
-
-def load_strictly(module: "nn.Module", tensors: Mapping[str, "Tensor"], where: Path) -> None:
-    """Load all tensors. Raises InputError listing missing, unexpected and misshapen keys."""
-    own = module.state_dict()
-    wrong = [f"{name} {tuple(tensors[name].shape)} for {tuple(own[name].shape)}" for name in own.keys() & tensors.keys()
-             if own[name].shape != tensors[name].shape]  # fmt: skip
-    faults = {"missing": sorted(own.keys() - tensors.keys()), "unexpected": sorted(tensors.keys() - own.keys())}
-    text = "; ".join(f"{kind}: {', '.join(keys[:5])}" for kind, keys in (faults | {"shape": wrong}).items() if keys)
-    if text:
-        raise InputError(f"{where}: does not fit this model; {text}")
-    module.load_state_dict(dict(tensors))
-
-
-HEADER_LIMIT = 100_000_000  # bytes; the safetensors format allows no longer header
-
-
-def checkpoint_metadata(path: Path) -> dict[str, Any]:
-    """The `tokbench` metadata of a safetensors file ({} without one), read without torch.
+def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Shapes of a safetensors file's tensors and its `tokbench` metadata ({} for files of others), without torch.
 
     Raises InputError for a file that is no safetensors file.
     """
@@ -66,8 +39,45 @@ def checkpoint_metadata(path: Path) -> dict[str, Any]:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(HEADER_LIMIT, path.stat().st_size):
                 raise ValueError("its header is not one of safetensors")
-            metadata = json.loads(stream.read(length)).get("__metadata__", {})
-        record = json.loads(metadata.get("tokbench", "{}"))
-    except (OSError, ValueError, AttributeError) as error:
+            header = json.loads(stream.read(length))
+        metadata = json.loads(header.pop("__metadata__", {}).get("tokbench", "{}"))
+        shapes = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error
-    return record if isinstance(record, dict) else {}
+    return shapes, metadata if isinstance(metadata, dict) else {}
+
+
+def read_checkpoint(path: Path, *models: str) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+    """The tensors as float32 and the metadata of a file of one of `models`, or of any file if none is named.
+
+    Raises InputError if the file is damaged or holds another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    _, metadata = read_header(path)
+    if models and metadata.get("model") not in models:
+        held = metadata.get("model") or "no tokbench model"
+        raise InputError(f"{path}: holds {held}, expected {' or '.join(models)}")
+    try:
+        return {name: tensor.float() for name, tensor in load_file(path).items()}, metadata
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def load_strictly(
+    module: "nn.Module", tensors: Mapping[str, "Tensor"], where: Path | str, assign: bool = False
+) -> None:
+    """Load all tensors. Raises InputError listing missing, unexpected and misshapen keys.
+
+    `assign`: take the tensors themselves, for a module without memory of its own (on the meta device).
+    """
+    own = module.state_dict()
+    unlike = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    wrong = sorted(f"{name} {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}" for name in unlike)
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": wrong}
+    if any(faults.values()):
+        text = "; ".join(f"{len(keys)} {what}: {preview(keys)}" for what, keys in faults.items() if keys)
+        raise InputError(f"{where}: not the tensors of this model; {text}")
+    module.load_state_dict(dict(tensors), assign=assign)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from tokbench.checkpoints import checkpoint_metadata
+from tokbench.checkpoints import read_header
 from tokbench.config import parse_value
 from tokbench.errors import MODEL_ERRORS, CellError, InputError, first_line
 from tokbench.records.files import writable
@@ -280,7 +280,7 @@ def _entry_from_source(head: str, text: str) -> Entry:
 def _entry_for_file(path: Path, text: str) -> Entry:
     """The entry that opens a bare file or folder: its own metadata names it, or an entry accepts it."""
     if path.suffix == ".safetensors":
-        model = checkpoint_metadata(path).get("model")
+        model = read_header(path)[1].get("model")
         if model in _entries and "file" in _entries[model].options:
             return _entries[model]
     for entry in entries():

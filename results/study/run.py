@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokbench.checkpoints import checkpoint_metadata
+from tokbench.checkpoints import read_header
 from tokbench.records.files import write_whole
 
 HERE = Path(__file__).parent
@@ -160,7 +160,7 @@ def keep(preset: Preset, out: Path) -> Path:
     models = {file.parent.relative_to(out): file for file in out.glob("**/model.safetensors")}
     models |= {Path("encoder"): Path(preset.encoder)} if preset.encoder else {}
     for name, file in models.items():
-        record = json.dumps(checkpoint_metadata(file)["training"], indent=1)
+        record = json.dumps(read_header(file)[1]["training"], indent=1)
         write_whole(kept / "training" / name.with_suffix(".json"), record + "\n")
     samples = out / "eval" / "adm" / "samples-256"
     for file in (*out.glob("eval/*/*/*.json"), *samples.glob("*.csv.gz"), *out.glob("speed/*/*.json")):
@@ -180,7 +180,7 @@ def step(folder: Path, *arguments: str) -> None:
     model = folder / "model.safetensors"
     if not model.exists():
         return tokbench(*arguments)
-    if shlex.split(checkpoint_metadata(model)["training"]["command"])[1:] != list(arguments):
+    if shlex.split(read_header(model)[1]["training"]["command"])[1:] != list(arguments):
         sys.exit(f"study: {model} was trained by another command; remove it or choose another --out")
     return None
 

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from ssdd_models.encoder import EncoderConfig
-from ssdd_models.ssdd import SSDD, SSDDConfig, read_checkpoint
+from ssdd_models.ssdd import SSDD, SSDDConfig
 from ssdd_models.tokenizer import SSDDTokenizer
 from ssdd_models.uvit import SIZES, DecoderConfig
 from tests.reference import full_shapes
+from tokbench.checkpoints import read_header
 from tokbench.errors import CellError, InputError
 from tokbench.registry import create
 from tokbench.runtime.device import hash_state
@@ -43,29 +44,15 @@ def test_save_and_load_keep_weights_and_configuration(tmp_path: Path) -> None:
     assert loaded.config == model.config
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in loaded.parameters())
-    assert read_checkpoint(tmp_path / "a.safetensors")[1]["info"] == {"note": "n"}
+    assert read_header(tmp_path / "a.safetensors")[1]["info"] == {"note": "n"}
     model.save_pretrained(tmp_path / "folder", dtype=torch.float16)
     assert SSDD.from_pretrained(tmp_path / "folder").decoder.conv_in.weight.dtype == torch.float32
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["model.safetensors"]
 
 
-def test_pushing_uploads_what_saving_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    class Hub:
-        def __init__(self, token: str | None) -> None: ...
-        def create_repo(self, repository: str, **options: Any) -> None:
-            calls.append((repository, options))
-
-        def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
-            calls.append((repo_id, SSDD.from_pretrained(folder_path).config))
-            return "address"
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *given, **_: str(tmp_path / "a.safetensors"))
+def test_a_repositorys_name_is_fetched_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = saved(tmp_path / "a.safetensors")
-    assert model.push_to_hub("me/ssdd", private=True) == "address"
-    assert calls == [("me/ssdd", {"private": True, "exist_ok": True}), ("me/ssdd", model.config)]
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *given, **_: str(tmp_path / "a.safetensors"))
     assert SSDD.from_pretrained("me/ssdd").config == model.config
 
 
@@ -99,7 +86,7 @@ def test_a_file_that_does_not_fit_lists_missing_and_unexpected_keys(tmp_path: Pa
     state["decoder.extra.weight"] = torch.zeros(1)
     state["decoder.conv_out.bias"] = torch.zeros(4)
     save_file(state, tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match="not the tensors of this model") as caught:
+    with pytest.raises(InputError, match="not the tensors of this model") as caught:
         SSDD.from_pretrained(tmp_path / "b.safetensors")
     for part in (
         "2 missing: decoder.conv_norm_out.bias, decoder.conv_norm_out.weight",
@@ -107,7 +94,7 @@ def test_a_file_that_does_not_fit_lists_missing_and_unexpected_keys(tmp_path: Pa
         r"1 of another shape: decoder.conv_out.bias (4,), not (3,)",
     ):
         assert part in str(caught.value)
-    with pytest.raises(CellError, match="2 missing"):
+    with pytest.raises(InputError, match="2 missing"):
         create(f"ssdd:{tmp_path}/b.safetensors")
 
 

@@ -15,7 +15,7 @@ from baselines.kl_vae import load
 from baselines.train import KLVAETraining
 from ssdd_models.ssdd import SSDD
 from tests.forked import start
-from tokbench.checkpoints import checkpoint_metadata
+from tokbench.checkpoints import read_header
 from tokbench.config import override
 from tokbench.errors import InputError
 from tokbench.training.session import open_session
@@ -158,7 +158,7 @@ def test_stages_follow_each_other_and_record_their_origin(
     encoder = load(klvae)[0].encoder.state_dict()
     frozen = load(again)[0].encoder.state_dict()  # normalised anew, in its last layer alone
     assert all(torch.equal(frozen[key], value) for key, value in encoder.items() if "out_proj" not in key)
-    state, metadata = load_file(student), checkpoint_metadata(student)
+    state, metadata = load_file(student), read_header(student)[1]
     assert all(torch.equal(state[f"encoder.{key}"], value) for key, value in encoder.items())
     assert metadata["training"]["stage"] == "distill"
     assert metadata["training"]["started_from"]["model"].startswith("model.safetensors ")

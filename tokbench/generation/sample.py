@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tokbench.checkpoints import load_strictly, read_model
+from tokbench.checkpoints import load_strictly, read_checkpoint
 from tokbench.config import from_dict
 from tokbench.errors import CellError, InputError, first_line
 from tokbench.evaluation.reconstruct import MODEL_ERRORS, Cell, Stopwatch, decode_uint8
@@ -75,7 +75,7 @@ class FlowGenerator:
     default_steps = 50
 
     def __init__(self, file: Path, device: torch.device, weights: str) -> None:
-        tensors, metadata = read_model(file, "dit")
+        tensors, metadata = read_checkpoint(file, "dit")
         self.model = DiT(from_dict(DiTConfig, metadata["config"]))
         load_strictly(self.model, tensors, file)
         self.model.to(device).eval().requires_grad_(False)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokbench.checkpoints import write_model
+from tokbench.checkpoints import write_checkpoint
 from tokbench.config import to_dict
 from tokbench.data.training_crops import CropConfig
 from tokbench.errors import InputError
@@ -175,7 +175,7 @@ def train(config: DiTTraining, data: str, out: Path) -> Path:
                 training = {**to_dict(config), "step": step.number}
                 metadata = {"model": "dit", "config": to_dict(dit.config), "info": info, "training": training}
                 with session.averaged_weights():
-                    write_model(out / "generator.safetensors", dit.state_dict(), metadata, torch.float32)
+                    write_checkpoint(out / "generator.safetensors", dit.state_dict(), metadata, torch.float32)
         session.processes.wait()  # nobody opens the generator before it is written
     return out / "generator.safetensors"
 

@@ -38,6 +38,7 @@ from tokbench.records.files import slug, write_whole
 from tokbench.records.result import SpeedResult, Stage, TokenizerInfo, to_json
 from tokbench.registry import Spec, create, parse_all
 from tokbench.runtime.device import describe_device, precision, prepare
+from tokbench.runtime.terminal import stdout_console
 from tokbench.speed.timing import (
     QUICK,
     STANDARD,
@@ -372,11 +373,10 @@ def record_path(out: Path, result: SpeedResult) -> Path:
 
 def show(results: Sequence[SpeedResult], reference: str | None, plots: Path | None) -> int:
     """Print the table and draw the plots; the exit status, 1 if a row failed."""
-    from rich.console import Console
 
     from tokbench.report import speed as report
 
-    Console(width=None if sys.stdout.isatty() else report.WIDTH).print(report.speed_table(results, reference))
+    stdout_console(report.WIDTH).print(report.speed_table(results, reference))
     if plots is not None:
         report.rate_against_resolution(results, plots / "speed.png")
         report.memory_against_resolution(results, plots / "memory.png")
