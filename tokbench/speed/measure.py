@@ -373,7 +373,6 @@ def record_path(out: Path, result: SpeedResult) -> Path:
 
 def show(results: Sequence[SpeedResult], reference: str | None, plots: Path | None) -> int:
     """Print the table and draw the plots; the exit status, 1 if a row failed."""
-
     from tokbench.report import speed as report
 
     stdout_console(report.WIDTH).print(report.speed_table(results, reference))
