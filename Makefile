@@ -4,18 +4,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-weights lint check bench gpu-check study leaderboard
+.PHONY: help demo test test-weights format lint check bench gpu-check study leaderboard
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed  ## measure the two bundled tokenizers on the bundled photographs
 	$(BIN)/tokbench run --models ssdd,klvae --res 256
 
-test: $(VENV)/.installed
+help:  ## what can be made
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+test: $(VENV)/.installed  ## all tests that need neither network nor GPU
 	$(BIN)/python -m pytest -n 2
 
-test-weights: $(VENV)/.installed
+test-weights: $(VENV)/.installed  ## tests with published weights; needs the network
 	$(BIN)/python -m pytest -m weights
 
-lint: $(VENV)/.installed
+format: $(VENV)/.installed  ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: $(VENV)/.installed  ## ruff and mypy, as CI and pre-commit run them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -23,7 +30,7 @@ lint: $(VENV)/.installed
 # Our own use of `tokbench check`: the demo weights, and rows that no model can change, against results/. Weights and
 # seeds are fixed, so only rounding may differ between machines. LPIPS is left out where its network cannot be had.
 CHECKED := identity,jpeg-q10,klvae,ssdd
-check: $(VENV)/.installed
+check: $(VENV)/.installed  ## our own results against results/
 	metrics=psnr,ssim; if $(BIN)/tokbench weights fetch lpips-alex; then metrics=$$metrics,lpips-alex; fi; \
 	$(BIN)/tokbench run --fresh --models $(CHECKED) --res 128,256 --metrics $$metrics --save-images 0 --out runs/check && \
 	$(BIN)/tokbench check runs/check --against results --metrics $$metrics --two-sided --strict \
@@ -32,7 +39,7 @@ check: $(VENV)/.installed
 	  $(BIN)/tokbench check runs/check/adm/samples-$$res/identity.json --against results --metrics $$metrics --exact || exit; \
 	done
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed  ## our speed beside other software's
 	$(BIN)/python -m tests.bench_pipeline
 	$(BIN)/python -m tests.bench_metrics
 	$(BIN)/python -m tests.bench_report
@@ -40,15 +47,15 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m tests.bench_ssdd
 
 # Everything that needs CUDA. PYTHON=python3 runs it from the checkout alone, without an environment of its own.
-gpu-check:
+gpu-check:  ## tests and speed on a GPU
 	if [ -x $(BIN)/python ]; then $(BIN)/python -m tests.gpu_check; else $(PYTHON) -m tests.gpu_check; fi
 
 PRESET ?= cpu
-study: $(VENV)/.installed
+study: $(VENV)/.installed  ## the study: PRESET=cpu|gpu TRAIN=FOLDER
 	$(BIN)/python results/study/run.py --preset $(PRESET) --train $(TRAIN)
 
 # After results/ has changed; a test fails where this was forgotten.
-leaderboard: $(VENV)/.installed
+leaderboard: $(VENV)/.installed  ## tables and plots of results/
 	$(BIN)/tokbench report --format markdown --out results/LEADERBOARD.md --plots results/plots
 	$(BIN)/tokbench report --format csv --out results/leaderboard.csv
 
