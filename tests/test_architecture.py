@@ -1,6 +1,7 @@
-"""Who may know whom and what stays readable, read from the source; docs/architecture.md draws the same rooms."""
+"""Who may know whom and what stays readable, read from the source; docs/architecture.md lists the rooms."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,15 +18,14 @@ FILES = {
     for package in PACKAGES
     for path in sorted((ROOT / package).rglob("*.py"))
 }
-# Rooms and root modules of tokbench, in the order of the data: each imports only from those before it.
-ORDER = (
-    "errors", "config", "protocols", "records", "checkpoints", "tokenizer", "weights", "runtime", "registry", "data",
-    "metrics", "report", "evaluation", "comparison", "speed", "training", "generation", "cli", "__main__",
-)  # fmt: skip
+PAGES = [ROOT / name for name in ("docs/architecture.md", "CONTRIBUTING.md")]
+# Rooms and root modules of tokbench in the order of the data: each imports only from those before it.
+ROWS = re.findall(r"^\| `(\w+)` \| .* \|( yes)? \|$", PAGES[0].read_text(), re.MULTILINE)
+ORDER = [name for name, _ in ROWS]
 FUNCTION_LINES = 60  # a forward pass may be longer
 ROOT_MODULES, ROOM_MODULES = 9, 10
 HEAVY = {"lpips", "dreamsim", "torch_fidelity", "diffusers", "transformers"}
-WITHOUT_TORCH = ("records", "report", "comparison")
+WITHOUT_TORCH = [name for name, torch in ROWS if not torch and (ROOT / "tokbench" / name).is_dir()]
 MAY_IMPORT = {"tokbench": set(), "ssdd_models": {"tokbench"}, "baselines": {"tokbench", "ssdd_models"}}
 OF_SSDD = {"ssdd_models.layers", "ssdd_models.encoder"}  # what baselines may use
 
@@ -75,6 +75,14 @@ def test_rooms_import_only_from_rooms_before_them(module: str) -> None:
 
 def test_every_room_has_its_place_in_the_order() -> None:
     assert {room(name) for name in FILES if name.startswith("tokbench.")} == set(ORDER)
+    assert set(WITHOUT_TORCH) == {"records", "report", "comparison"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_the_pages_name_is_there(page: Path) -> None:
+    named = re.findall(r"`([\w./]+/[\w.]+\.\w+)`", page.read_text())
+    assert named
+    assert not [name for name in named if not (ROOT / name).exists() and not (ROOT / "tokbench" / name).exists()]
 
 
 def test_no_import_goes_in_a_circle() -> None:
