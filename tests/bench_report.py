@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.made_records import record, rows, write
 from tokbench.records.files import image_folders
-from tokbench.report.build import ReportOptions, build
+from tokbench.report.build import build
 
 NUM_RESULTS, ROWS_EACH, MODELS, IMAGES = 2000, 50, 20, 200
 SECONDS, BYTES, FIRST_VIEW = 10.0, 1e9, 1.0
@@ -33,7 +33,7 @@ def measure(folder: Path, format: str) -> None:
     """Run one format in this process (a fresh one) and print its seconds and peak bytes."""
     start = time.perf_counter()
     out = folder / ("site" if format == "html" else f"report.{format}")
-    build(ReportOptions(folder / "results", format=format, out=out))
+    build(folder / "results", format=format, out=out)
     print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
@@ -53,7 +53,7 @@ def first_view(folder: Path) -> float | None:
             Image.fromarray(pixels).save(name / "img00000.png", compress_level=1)
             for k in range(1, IMAGES):
                 shutil.copyfile(name / "img00000.png", name / f"img{k:05}.png")
-    build(ReportOptions(results, format="html", out=folder / "view"))
+    build(results, format="html", out=folder / "view")
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})

@@ -6,7 +6,7 @@ import pytest
 
 from tests import ROOT
 from tokbench.errors import InputError
-from tokbench.report.build import Report, ReportOptions, text
+from tokbench.report.build import Report, text
 from tokbench.report.collect import gather
 from tokbench.report.curves import all_plots
 from tokbench.report.reported import ordered, read_reported
@@ -26,7 +26,7 @@ def report() -> Report:
 
 @pytest.mark.parametrize(("format", "name"), [("markdown", "LEADERBOARD.md"), ("csv", "leaderboard.csv")])
 def test_committed_leaderboard_is_that_of_the_committed_results(report: Report, format: str, name: str) -> None:
-    fresh = text(report, ReportOptions(RESULTS, format=format))
+    fresh = text(report, format)
     committed = (RESULTS / name).read_text(encoding="utf-8")
     assert committed == fresh, f"results/{name} is stale: run make leaderboard and commit what it wrote"
 

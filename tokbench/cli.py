@@ -72,14 +72,14 @@ def report(
     strict: Annotated[bool, typer.Option("--strict", help="A file that has to be skipped is a failure.")] = False,
 ) -> None:
     """Tables, plots and a page from result files alone."""
-    from tokbench.report.build import ReportOptions, build
+    from tokbench.report.build import build
 
     chosen = tuple(name.strip() for name in columns.split(",") if name.strip()) if columns else None
-    options = ReportOptions(
-        results=results, format=format, out=out, plots=plots, plot_format=plot_format, columns=chosen, where=where,
+    status = build(
+        results, format=format, out=out, plots=plots, plot_format=plot_format, columns=chosen, where=where,
         group=group, reported=reported, strict=strict,
     )  # fmt: skip
-    raise typer.Exit(build(options))
+    raise typer.Exit(status)
 
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at images before a run.")
@@ -146,14 +146,13 @@ def check(
     accept: Annotated[bool, typer.Option("--accept", help="With --update: even where it is worse.")] = False,
 ) -> None:
     """Fail when quality got worse than a baseline."""
-    from tokbench.comparison.verdicts import CheckOptions, run_check
+    from tokbench.comparison.verdicts import run_check
 
-    options = CheckOptions(
-        new=new, against=against, tolerance=tolerance, metrics=metrics, exact=exact, two_sided=two_sided,
-        strict=strict, speed=speed, markdown=markdown, junit=junit, json=json, strips=strips, update=update,
-        accept=accept,
+    status = run_check(
+        new, against, tolerance=tolerance, metrics=metrics, exact=exact, two_sided=two_sided, strict=strict,
+        speed=speed, markdown=markdown, junit=junit, json=json, strips=strips, overwrite=update, accept=accept,
     )  # fmt: skip
-    raise typer.Exit(run_check(options))
+    raise typer.Exit(status)
 
 
 @app.command(context_settings={"help_option_names": []})
@@ -240,7 +239,7 @@ def compare(
     b: Annotated[Path, typer.Argument(help="Another on the same images.")],
 ) -> None:
     """Say of every metric whether B is better than A: paired differences with intervals."""
-    from tokbench.comparison.compare import run_compare
+    from tokbench.comparison.verdicts import run_compare
 
     raise typer.Exit(run_compare(a, b))
 

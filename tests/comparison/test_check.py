@@ -1,24 +1,20 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from rich.console import Console
-from rich.table import Table
 
 from tests.made_records import record, rows, write
-from tokbench.comparison.check import check, judge, parse_tolerances, update
-from tokbench.comparison.verdicts import (
-    HEADINGS,
-    cells,
-    most_lost,
-    verdict_json,
-    verdict_junit,
-    verdict_markdown,
-    verdict_table,
-)
+from tokbench.comparison.check import check, parse_tolerances, update
+from tokbench.comparison.differences import compare, said
+from tokbench.comparison.verdicts import most_lost, verdict_json, verdict_junit, verdict_markdown, verdict_table
 from tokbench.errors import InputError
+from tokbench.records.result import Value, read_result
+from tokbench.report.columns import ResultEntry
+from tokbench.report.tables import Printed, Table
 
 
 def lay(folder: Path, **facts: object) -> Path:
@@ -32,8 +28,8 @@ def test_equal_results_are_the_same(tmp_path):
     lay(tmp_path / "new")
     result = check(tmp_path / "new", tmp_path / "base", exact=True)
     assert not result.failures
-    assert {c.verdict for c in result.comparisons} == {"same"}
-    assert {c.metric for c in result.comparisons} == {"psnr", "ssim", "lpips-alex", "lpips-vgg"}  # rfid: null on both
+    assert {d.verdict for d in result.differences} == {"same"}
+    assert {d.metric for d in result.differences} == {"psnr", "ssim", "lpips-alex", "lpips-vgg"}  # rfid: null on both
 
 
 @pytest.mark.parametrize(("shift", "verdict"), [(-0.5, "worse"), (0.5, "better"), (0.0, "same")])
@@ -41,22 +37,8 @@ def test_direction_decides_what_is_worse(tmp_path, shift, verdict):
     lay(tmp_path / "base")
     lay(tmp_path / "new", shift=shift)
     result = check(tmp_path / "new", tmp_path / "base")
-    assert {c.verdict for c in result.comparisons} == {verdict}
+    assert {d.verdict for d in result.differences} == {verdict}
     assert bool(result.failures) == (verdict == "worse")
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "verdict"),
-    [
-        (0.11, 0.3, "worse"),
-        (-0.05, 0.09, "same"),
-        (-0.4, -0.2, "better"),
-        (0.05, 0.3, "inconclusive"),
-        (-0.5, 0.5, "inconclusive"),
-    ],
-)
-def test_an_interval_is_judged_against_the_tolerance(low, high, verdict):
-    assert judge(low, high, 0.1) == verdict
 
 
 def test_inconclusive_passes_unless_strict(tmp_path):
@@ -71,18 +53,45 @@ def test_a_certain_loss_below_the_tolerance_warns(tmp_path):
     lay(tmp_path / "base")
     lay(tmp_path / "new", shift=-0.02)
     result = check(tmp_path / "new", tmp_path / "base", metrics=["psnr"], tolerances={"psnr": "0.5"})
-    assert [c.verdict for c in result.comparisons] == ["same"]
-    assert result.comparisons[0].warning
+    assert [d.verdict for d in result.differences] == ["same"]
+    assert said(result.differences[0]) == "same (certainly worse by a little)"
 
 
-def test_without_rows_the_tolerance_alone_decides(tmp_path):
+def test_without_rows_a_wide_interval_excuses_nothing(tmp_path):
     write(tmp_path / "base", record("klvae"))
-    write(tmp_path / "new", record("klvae", shift=-0.5))
+    write(tmp_path / "new", record("klvae", shift=-0.2))
     result = check(tmp_path / "new", tmp_path / "base", tolerances={"psnr": "10"})
-    verdicts = {c.metric: c.verdict for c in result.comparisons}
-    assert verdicts["psnr"] == "same"
-    assert verdicts["ssim"] == "worse"
-    assert all(c.low is None for c in result.comparisons)
+    verdicts = {d.metric: (d.verdict, d in result.failures) for d in result.differences}
+    assert verdicts["psnr"] == ("same", False)
+    assert verdicts["ssim"] == ("inconclusive", True)
+    assert all(d.how.startswith("unpaired") for d in result.differences)
+
+
+def test_strict_forgives_a_gain_that_may_be_small(tmp_path):
+    lay(tmp_path / "base")
+    lay(tmp_path / "new", shift=0.1, seed=3)
+    rules = {"metrics": ["psnr"], "tolerances": {"psnr": "0.3"}}
+    result = check(tmp_path / "new", tmp_path / "base", strict=True, **rules)
+    assert [d.verdict for d in result.differences] == ["inconclusive"]
+    assert not result.failures
+    assert check(tmp_path / "new", tmp_path / "base", strict=True, two_sided=True, **rules).failures
+
+
+def test_check_and_compare_judge_alike(tmp_path):
+    """Per-image columns, and psnr-global by the delta method, whatever the command."""
+    paths = []
+    for name, shift in (("base", 0.0), ("new", -0.1)):
+        columns = rows(0, 29, shift)
+        columns["mse"] = 10 ** (-columns["psnr"] / 10)
+        value = Value(float(-10 * np.log10(columns["mse"].mean())), n=29)
+        result = record("klvae", shift=shift)
+        result = replace(result, metrics={**result.metrics, "psnr-global": value})
+        paths.append(write(tmp_path / name, result, columns))
+    checked = check(tmp_path / "new", tmp_path / "base").differences
+    assert {d.metric: d for d in checked} == {d.metric: d for d in compare(*paths)}
+    (overall,) = [d for d in checked if d.metric == "psnr-global"]
+    assert overall.how == "paired by image"
+    assert overall.low < overall.change < overall.high < 0
 
 
 def test_exact_fails_on_any_change(tmp_path):
@@ -99,8 +108,8 @@ def test_what_cannot_be_compared_is_an_error(tmp_path):
         check(tmp_path / "other", tmp_path / "base")
     for field, value, words in (
         ("protocol_fingerprint", "e" * 16, "protocol"),
-        ("dataset", {"fingerprint": "a" * 16}, "other images"),
-        ("tokenizer", {"decode_steps": 8}, "8 decode steps"),
+        ("dataset", {"fingerprint": "a" * 16}, "images"),
+        ("tokenizer", {"decode_steps": 8}, "decode steps None and 8"),
         ("schema", 99, "schema 99"),
     ):
         changed = json.loads(base.read_text())
@@ -155,8 +164,8 @@ def test_outputs_say_what_failed(tmp_path):
     assert len(suite.findall("testcase/failure")) == 4
     assert json.loads(verdict_json(result))["passed"] is False
     assert "FAILED: 4 comparisons, 4 worse" in verdict_markdown(result)
-    assert verdict_table(result).row_count == 4
-    lost = most_lost(new, base, ["psnr"])
+    assert len(verdict_table(result).rows) == 4
+    lost = most_lost(*(ResultEntry(read_result(path), path) for path in (base, new)), ["psnr"])
     assert len(lost) == 10
     assert lost == sorted(lost, key=lambda pair: -pair[1])
 
@@ -165,7 +174,8 @@ def test_tables_give_n_and_mark_what_a_model_was_trained_for(tmp_path):
     lay(tmp_path / "base")
     lay(tmp_path / "new", losses=("lpips-alex",))
     result = check(tmp_path / "new", tmp_path / "base")
-    rows = {c.metric: dict(zip(HEADINGS, cells(c), strict=True)) for c in result.comparisons}
+    table = verdict_table(result)
+    rows = {row.cells["metric"].text: {key: cell.text for key, cell in row.cells.items()} for row in table.rows}
     assert {row["N"] for row in rows.values()} == {"29"}
     assert [rows["lpips-alex"][side][-1] == "†" for side in ("baseline", "new")] == [False, True]
     assert "†" not in rows["psnr"]["new"]
@@ -177,12 +187,12 @@ def test_tables_give_n_and_mark_what_a_model_was_trained_for(tmp_path):
 
 def test_no_loss_is_no_negative_zero(tmp_path):
     lay(tmp_path / "base")
-    (loss,) = [cells(c)[5] for c in check(tmp_path / "base", tmp_path / "base", metrics=["psnr"]).comparisons]
-    assert loss == "+0.000 [+0.000, +0.000]"
+    (row,) = verdict_table(check(tmp_path / "base", tmp_path / "base", metrics=["psnr"])).rows
+    assert [row.cells[key].text for key in ("difference", "95 % interval")] == ["+0.000", "[+0.000, +0.000]"]
 
 
 def rendered(table: Table) -> str:
     console = Console(width=120)
     with console.capture() as capture:
-        console.print(table)
+        console.print(Printed([table]))
     return capture.get()

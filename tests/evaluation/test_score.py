@@ -1,12 +1,10 @@
 """`score` measures what `run` would, and `compare` says which of two results is better."""
 
 import io
-import json
 import shutil
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +14,16 @@ from PIL import Image
 from torch import nn
 
 from tests.conftest import Ran
-from tests.made_records import record, rows
 from tokbench import registry
-from tokbench.comparison.compare import compare
 from tokbench.data.crops import crop
 from tokbench.data.open import open_source
 from tokbench.data.pixels import quantise
-from tokbench.errors import InputError
 from tokbench.evaluation import kits, score
-from tokbench.metrics import METRICS as TABLE
-from tokbench.metrics import kernel_of
 from tokbench.metrics.extractors import Extractor, Shared
 from tokbench.metrics.suite import Instruments
 from tokbench.protocols import find_protocol
-from tokbench.records.files import per_image_path, read_per_image, write_per_image
-from tokbench.records.result import Value, read_result, to_json
-from tokbench.records.samples import SampleStore
+from tokbench.records.files import per_image_path, read_per_image
+from tokbench.records.result import read_result
 
 METRICS = "psnr,psnr-global,ssim"
 
@@ -194,121 +186,3 @@ def test_metrics_that_need_the_model_are_said_to(
     assert tokbench("score", photographs, copies, "--metrics", "psnr,bpp", "--out", tmp_path).status == 0
     result = read_result(tmp_path / "adm" / "photographs-32" / "copies.json")
     assert result.unavailable == {"bpp": "needs the model, not only its images"}
-
-
-def results(folder: Path, *shifts: float, n: int = 200) -> list[Path]:
-    """Result files with per-image rows; `records.rows` says what a shift does."""
-    paths = []
-    for index, shift in enumerate(shifts):
-        path = folder / f"m{index}.json"
-        result = record(f"m{index}", seed=index, n=n, shift=shift)
-        path.write_text(to_json(result))
-        columns = rows(index, n, shift)
-        write_per_image(per_image_path(path), [f"{i:04d}" for i in range(n)], columns)
-        paths.append(path)
-    return paths
-
-
-def test_compare_says_better_worse_same_and_inconclusive(tmp_path: Path) -> None:
-    a, better, same, near = results(tmp_path, 0.0, 1.0, 0.0, 0.012)
-    assert {d.metric: d.verdict for d in compare(a, better)} == dict.fromkeys(
-        ("psnr", "ssim", "lpips-alex", "lpips-vgg"), "better"
-    )
-    assert {d.verdict for d in compare(better, a)} == {"worse"}
-    first = compare(a, same)
-    assert {d.verdict for d in first} <= {"same", "inconclusive"}
-    for d in [*first, *compare(a, near)]:
-        assert d.low is not None
-        assert d.high is not None
-        assert d.low <= d.difference <= d.high
-        assert d.how == "paired by image"
-        assert (d.needed is not None and d.needed >= d.n) == (d.verdict == "inconclusive")
-
-
-def test_compare_gives_no_metric_the_interval_of_another(tmp_path: Path) -> None:
-    paths = results(tmp_path, 0.0, 0.5)
-    for path, spread in zip(paths, (1.0, 2.0), strict=True):
-        base = read_result(path)
-        metrics = {"latent-std": Value(spread, n=200), "kid": kernel_of("net", Noise(spread))}
-        path.write_text(to_json(replace(base, metrics=metrics)))
-        columns = {"latent-mean": np.arange(200.0), "latent-square": np.arange(200.0)}
-        write_per_image(per_image_path(path), [f"{i:04d}" for i in range(200)], columns)
-    assert {(d.metric, d.verdict, d.how) for d in compare(*paths)} == {
-        ("latent-std", "inconclusive", "no error known"),
-        ("kid", "inconclusive", "unpaired: wider than need be"),  # its own error
-    }
-
-
-class Noise:
-    """Features of two sides, the fakes' wider."""
-
-    def __init__(self, spread: float) -> None:
-        self.ids, self.spread = [str(i) for i in range(20)], spread
-
-    def features(self, side: str, extractor: str) -> np.ndarray:
-        return np.random.default_rng(0).standard_normal((20, 3)) * (1 if side == "real" else self.spread)
-
-    def column(self, name: str) -> np.ndarray:
-        raise KeyError(name)
-
-
-def test_the_interval_of_the_global_psnr_is_that_of_many_redrawn_sets(tmp_path: Path) -> None:
-    generator, n, paths = np.random.default_rng(0), 300, results(tmp_path, 0.0, 0.0)
-    errors = generator.gamma(2, 1e-3, (2, n))
-    for path, own in zip(paths, errors, strict=True):
-        value = Value(float(-10 * np.log10(own.mean())), n=n)
-        path.write_text(to_json(replace(read_result(path), metrics={"psnr-global": value})))
-        write_per_image(per_image_path(path), [f"{i:04d}" for i in range(n)], {"mse": own})
-    (d,) = compare(*paths)
-    redrawn = [errors[:, rows].mean(1) for rows in generator.integers(n, size=(4000, n))]
-    expected = np.quantile([-10 * np.log10(b / a) for a, b in redrawn], [0.025, 0.975])
-    assert (d.low, d.high) == pytest.approx(expected, abs=0.05)
-
-
-def test_compare_without_rows_is_wider(tmp_path: Path) -> None:
-    a, b = results(tmp_path, 0.0, 1.0)
-    paired = {d.metric: d for d in compare(a, b)}
-    per_image_path(a).unlink()
-    for d in compare(a, b):
-        assert d.how.startswith("unpaired")
-        assert (d.high or 0) - (d.low or 0) > (paired[d.metric].high or 0) - (paired[d.metric].low or 0)
-
-
-def test_compare_pairs_frechet_distances_by_kept_features(tmp_path: Path) -> None:
-    generator, n = np.random.default_rng(0), 2100
-    real = generator.standard_normal((n, 6)).astype(np.float32)
-    ids = [f"{i:05d}" for i in range(n)]
-    paths = []
-    fake = real
-    for name, amount in (("a", 0.5), ("b", 0.2)):  # b errs where a does, and a little more
-        path = tmp_path / f"{name}.json"
-        fake = fake + amount * generator.standard_normal((n, 6)).astype(np.float32)
-        with SampleStore(path.with_suffix(".features")) as store:
-            store.append(ids, {}, {("real", "inception"): real, ("fake", "inception"): fake})
-        value = TABLE["rfid"].value(SampleStore(path.with_suffix(".features")))
-        base = record(name, n=n)
-        path.write_text(to_json(type(base)(**{**vars(base), "metrics": {"rfid": value}})))
-        paths.append(path)
-    (d,) = compare(*paths)
-    assert (d.verdict, d.how) == ("worse", "paired half-samples")
-    for path in paths:
-        shutil.rmtree(path.with_suffix(".features"))
-    (loose,) = compare(*paths)
-    assert (loose.high or 0) - (loose.low or 0) > (d.high or 0) - (d.low or 0)
-
-
-def test_results_on_other_images_are_not_compared(tokbench: Callable[..., Ran], tmp_path: Path) -> None:
-    a, _ = results(tmp_path, 0.0, 1.0)
-    other = json.loads(a.read_text())
-    other["dataset"]["fingerprint"] = "e" * 16
-    (tmp_path / "other.json").write_text(json.dumps(other))
-    with pytest.raises(InputError, match="not comparable: images"):
-        compare(a, tmp_path / "other.json")
-    assert tokbench("compare", a, tmp_path / "missing.json").status == 2
-
-
-def test_compare_prints_intervals_verdicts_and_n(tokbench: Callable[..., Ran], tmp_path: Path) -> None:
-    ran = tokbench("compare", *results(tmp_path, 0.0, 1.0))
-    assert ran.status == 0
-    for text in ("psnr", "better", "N = 200", "[+"):
-        assert text in ran.out

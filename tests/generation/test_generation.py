@@ -107,8 +107,9 @@ def test_identity_end_to_end_gives_a_record_images_and_a_table(
         assert file["arr_0"].shape == (5, 16, 16, 3)
         assert file["arr_1"].tolist() == [0, 1, 0, 1, 0]
     table = capsys.readouterr().out
-    assert f"N = 5 against {result.dataset.name}" in table
-    assert "steps trained" in table
+    assert f"generated, against {result.dataset.name}" in table
+    assert "N = 5" in table
+    assert "trained" in table
     assert "decoder/s" in table
 
 

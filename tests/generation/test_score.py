@@ -17,9 +17,7 @@ from tokbench.generation.score import (
     read_statistics,
     score,
 )
-from tokbench.generation.table import is_best, print_table
 from tokbench.metrics import frechet
-from tokbench.records.result import EvalResult, TokenizerInfo
 from tokbench.records.samples import SampleStore
 from tokbench.runtime.processes import Processes
 
@@ -82,42 +80,6 @@ def test_adm_statistics_give_moments_and_images_and_what_needs_images_says_so(tm
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((5, 16, 16, 3), np.uint8))
     reference = reference_of(tmp_path / "images.npz", tmp_path)
     assert reference.features("inception").shape == (5, 12)
-
-
-def test_the_best_guidance_of_a_sweep_is_the_lowest_distance(tmp_path: Path) -> None:
-    from tokbench.records.result import Dataset, Value
-
-    def result(name: str, value: float) -> EvalResult:
-        return EvalResult("p", "", TokenizerInfo(name, ""), Dataset("d", None, 8, 9, ""), {"gfid": Value(value)})
-
-    results = [result("a", 3.0), result("a", 2.0), result("b", 1.0)]
-    assert [is_best(r, results) for r in results] == [False, True, False]
-
-
-def test_the_table_gives_errors_and_marks_what_the_decoder_was_trained_for(capsys: pytest.CaptureFixture[str]) -> None:
-    from tokbench.records.result import Dataset, Provenance, Settings, Value
-
-    info = TokenizerInfo("a", "", losses=("dinov2",))
-    run = {"guidance": 1.0, "generator": {"name": "dit-b-2", "steps_trained": 1000}}
-    values = {"gfid": Value(3.21, 0.05, n=50_000), "fd-dinov2": Value(75.0, 1.5, n=50_000)}
-    data, seconds = Dataset("ref", None, 256, 50_000, ""), Provenance(seconds={"generator": 1.0, "decode": 0.5})
-    print_table(
-        [
-            EvalResult(
-                protocol="p",
-                protocol_fingerprint="",
-                tokenizer=info,
-                dataset=data,
-                metrics=values,
-                settings=Settings(generation=run),
-                provenance=seconds,
-            )
-        ],
-        [],
-    )
-    table = " ".join(capsys.readouterr().out.split())
-    for text in ("3.210 ±0.050", "75.000† ±1.500", "N = 50,000 against ref; ± standard error; † the metric's network"):
-        assert text in table
 
 
 def test_statistics_of_another_dimension_are_refused(tmp_path: Path) -> None:

@@ -52,15 +52,23 @@ def test_half_sample_error_of_a_mean_is_its_standard_error() -> None:
     [
         (-0.01, 0.02, "higher", "same"),
         (0.01, 0.04, "higher", "same"),
-        (0.01, 0.2, "higher", "better"),
-        (0.01, 0.2, "lower", "worse"),
+        (0.06, 0.2, "higher", "better"),
+        (0.06, 0.2, "lower", "worse"),
         (-0.3, -0.2, "lower", "better"),
+        (0.01, 0.2, "higher", "inconclusive"),  # better, but perhaps by less than counts
         (-0.1, 0.2, "higher", "inconclusive"),
         (0.1, 0.2, "neither", "worse"),
     ],
 )
 def test_verdicts_follow_from_interval_and_tolerance(low: float, high: float, better: str, expected: str) -> None:
-    assert statistics.verdict(low, high, 0.05, better) == expected
+    assert statistics.judge(low, high, 0.05, better) == expected
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.01, 0.02), (0.06, 0.2), (-0.3, -0.2), (0.01, 0.2), (-0.3, -0.01)])
+@pytest.mark.parametrize("better", ["higher", "lower"])
+def test_exchanging_the_two_exchanges_better_and_worse(low: float, high: float, better: str) -> None:
+    there, back = (statistics.judge(*ends, 0.05, better) for ends in ((low, high), (-high, -low)))
+    assert {"better": "worse", "worse": "better"}.get(there, there) == back
 
 
 def test_the_number_of_images_needed_settles_the_verdict() -> None:

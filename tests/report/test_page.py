@@ -20,7 +20,8 @@ from tokbench.evaluation.picture import save_pairs
 from tokbench.report.collect import gather
 from tokbench.report.columns import ResultEntry
 from tokbench.report.html import script_json, write_page
-from tokbench.report.reported import ordered, read_reported
+from tokbench.report.leaderboard import blocks
+from tokbench.report.reported import ordered, read_reported, reported_table
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -45,9 +46,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_pairs(path, dict(zip(IDS, zip(planes(real), planes(real // (i + 2)), strict=True), strict=True)))
     write(results, record("evil", seed=9, n=12, family=NASTY, note="</script>" + NASTY))
     write(results, record("other", seed=5, n=12, res=512))
-    entries, speeds, _ = gather(results)
+    entries, _, _ = gather(results)
     named = [rename(entry, NASTY) if entry.name == "evil" else entry for entry in entries]
-    write_page(named, speeds, ordered(read_reported(REPORTED))[:40], out)
+    reported = reported_table(ordered(read_reported(REPORTED))[:40])
+    assert reported is not None
+    write_page(blocks(named), [reported], out)
     return out
 
 

@@ -23,7 +23,7 @@ from tokbench.report.curves import (
     training_curves,
 )
 from tokbench.report.plots import Point, label_points, pareto, quality_vs_time, save, scatter
-from tokbench.report.reported import compare, comparison_cells, ordered, read_reported
+from tokbench.report.reported import compare, ordered, papers_table, read_reported
 from tokbench.report.speed import of_one_place
 
 REPORTED = ROOT / "results" / "reported.csv"
@@ -144,19 +144,22 @@ def test_quality_beside_speed_comes_from_one_data_set(tmp_path: Path) -> None:
     assert of_one_place([]) == []
 
 
+def papers(metric: str, source: str, **change: object) -> dict[str, str]:
+    """The row of one metric of one source against `ours(**change)`."""
+    rows = [row for row in read_reported(REPORTED) if row.source.startswith(source)]
+    table = papers_table(rows, [ours(**change)])
+    assert table is not None
+    (row,) = [row for row in table.rows if row.cells["metric"].text == metric]
+    return {key: cell.text for key, cell in row.cells.items()}
+
+
 def test_papers_are_compared_on_the_same_images_only() -> None:
-    found = read_reported(REPORTED)
-    same = {
-        c.metric: c
-        for c in compare(found, [ours()])
-        if c.reported.source.startswith("lavinal712/AutoencoderKL README.md (main)")
-    }
-    assert same["rfid"].comparable == ""
-    assert comparison_cells(same["rfid"])[2:5] == ["0.69", "0.70", "+0.01"]
-    assert "network not stated" in same["lpips-alex"].comparable
-    other = {c.metric: c for c in compare(found, [ours(name="samples", split=None)])}
-    assert comparison_cells(other["rfid"])[4] == "–"
-    assert compare(found, [ours(resolution=512)]) == []
+    source = "lavinal712/AutoencoderKL README.md (main)"
+    same = papers("rfid", source)
+    assert [same[key] for key in ("paper", "ours", "difference", "remark")] == ["0.69", "0.70", "+0.01", ""]
+    assert "network not stated" in papers("lpips-alex", source)["remark"]
+    assert papers("rfid", source, name="samples", split=None)["difference"] == "–"
+    assert compare(read_reported(REPORTED), [ours(resolution=512)]) == []
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,25 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from tests import ROOT
 from tests.made_records import record, rows, write
 from tokbench.errors import InputError
-from tokbench.records.result import EvalResult, TokenizerInfo, Value
-from tokbench.report.build import Report, ReportOptions, build, text
+from tokbench.records.files import read_results
+from tokbench.records.result import (
+    EvalResult,
+    Provenance,
+    Settings,
+    TokenizerInfo,
+    Value,
+    from_json,
+    read_result,
+    to_json,
+)
+from tokbench.report.build import Report, build, text
 from tokbench.report.collect import frame, gather, where
 from tokbench.report.columns import ResultEntry, column, compression
 from tokbench.report.leaderboard import blocks, ranking
-from tokbench.report.tables import LATEX_PACKAGES, WIDTH, latex, leaderboard_table, markdown, plain_latex
+from tokbench.report.tables import LATEX_PACKAGES, WIDTH, Heading, Printed, latex, markdown, plain
 
 
 def entry(folder: Path, name: str, **options: object) -> ResultEntry:
@@ -33,7 +44,7 @@ def with_metrics(result: EvalResult, **metrics: Value) -> EvalResult:
 def printed(entries: list[ResultEntry], terminal: bool = False) -> str:
     console = Console(width=WIDTH, force_terminal=terminal, no_color=not terminal)
     with console.capture() as capture:
-        console.print(leaderboard_table(entries))
+        console.print(Printed(blocks(entries)))
     return capture.get()
 
 
@@ -42,9 +53,9 @@ def test_best_is_bold_and_second_underlined(tmp_path: Path) -> None:
         entry(tmp_path, name, seed=i, shift=s) for i, (name, s) in enumerate([("a", 2), ("b", 1), ("c", 0)])
     )
     (block,) = blocks([poor, good, fair])
-    ranks = {row.entry.name: row.cells["psnr"].rank for row in block.rows}
+    ranks = {row.name: row.cells["psnr"].rank for row in block.rows}
     assert ranks == {"a": 1, "b": 2, "c": 0}
-    assert [row.entry.name for row in block.rows] == ["a", "b", "c"]
+    assert [row.name for row in block.rows] == ["a", "b", "c"]
     text = markdown(block)
     assert f"**{good.result.metrics['psnr'].value:.2f}**" in text
     assert f"<ins>{fair.result.metrics['psnr'].value:.2f}</ins>" in text
@@ -83,7 +94,7 @@ def test_the_identity_wins_nothing(tmp_path: Path) -> None:
         *(entry(tmp_path, n, seed=i, shift=i) for i, n in enumerate("ab")),
     ]
     (block,) = blocks(entries, group=False)
-    assert {row.entry.name: row.cells["psnr"].rank for row in block.rows} == {"identity": 0, "a": 2, "b": 1}
+    assert {row.name: row.cells["psnr"].rank for row in block.rows} == {"identity": 0, "a": 2, "b": 1}
 
 
 @pytest.mark.parametrize(
@@ -108,9 +119,10 @@ def test_rows_are_gathered_by_compression_and_ranked_within() -> None:
         for i, (n, c) in enumerate([("a", 4), ("b", 4), ("c", 16), ("d", 16)])
     ]
     (block,) = blocks(entries, ["psnr"])
-    assert [
-        (heading, [(row.entry.name, row.cells["psnr"].rank) for row in rows]) for heading, rows in block.groups
-    ] == [("f8c4", [("b", 1), ("a", 2)]), ("f8c16", [("d", 1), ("c", 2)])]
+    assert [(heading, [(row.name, row.cells["psnr"].rank) for row in rows]) for heading, rows in block.groups] == [
+        ("f8c4", [("b", 1), ("a", 2)]),
+        ("f8c16", [("d", 1), ("c", 2)]),
+    ]
     (flat,) = blocks(entries, ["psnr"], group=False)
     assert [row.cells["psnr"].rank for row in flat.rows] == [1, 2, 0, 0]
 
@@ -169,19 +181,19 @@ def test_values_keep_the_digits_that_their_error_leaves() -> None:
 def test_unavailable_metrics_are_named_with_their_reason() -> None:
     result = dataclasses.replace(record("a"), unavailable={"dists": "no network; tokbench weights fetch dists"})
     (block,) = blocks([ResultEntry(result), ResultEntry(record("b"))])
-    assert "dists – (a): no network; tokbench weights fetch dists" in block.footnotes
+    assert "dists – (a): no network; tokbench weights fetch dists" in block.notes
 
 
 def test_only_what_was_asked_for_is_said_to_be_missing() -> None:
     (block,) = blocks([ResultEntry(record("a"))], ["psnr"])
-    assert not any("rfid" in note for note in block.footnotes)
+    assert not any("rfid" in note for note in block.notes)
 
 
 def test_images_that_were_left_out_or_enlarged_are_said() -> None:
     settings = dataclasses.replace(record("a").settings, skipped=2, upscaled=3)
     (block,) = blocks([ResultEntry(dataclasses.replace(record("a"), settings=settings)), ResultEntry(record("b"))])
-    assert "a: unreadable images left out: 2" in block.footnotes
-    assert "a: images enlarged: 3" in block.footnotes
+    assert "a: unreadable images left out: 2" in block.notes
+    assert "a: images enlarged: 3" in block.notes
 
 
 def test_times_of_different_machines_are_not_ranked() -> None:
@@ -189,7 +201,7 @@ def test_times_of_different_machines_are_not_ranked() -> None:
     b = dataclasses.replace(b, provenance=dataclasses.replace(b.provenance, device="GPU"))
     (block,) = blocks([ResultEntry(a), ResultEntry(b)])
     assert {row.cells["decode"].rank for row in block.rows} == {0}
-    assert any("different machines" in note for note in block.footnotes)
+    assert any("different machines" in note for note in block.notes)
 
 
 def test_metrics_this_version_does_not_know_are_shown() -> None:
@@ -231,8 +243,8 @@ def test_foreign_newer_and_half_written_files_are_named_and_skipped(
     assert [e.name for e in entries] == ["good"]
     for name in ("foreign", "half", "newer", "bytes", "list"):
         assert any(f"{name}.json" in warning for warning in warnings), name
-    assert build(ReportOptions(tmp_path)) == 0
-    assert build(ReportOptions(tmp_path, strict=True)) == 1
+    assert build(tmp_path) == 0
+    assert build(tmp_path, strict=True) == 1
     assert "foreign.json" in capsys.readouterr().err
 
 
@@ -263,11 +275,54 @@ def test_damaged_rows_are_named(tmp_path: Path) -> None:
 
 def test_csv_holds_full_precision(tmp_path: Path) -> None:
     a = entry(tmp_path, "a")
-    table = text(Report([a], [], []), ReportOptions(tmp_path, format="csv"))
+    table = text(Report([a]), "csv")
     assert repr(a.result.metrics["psnr"].value) in table
-    head = text(Report([a], [], []), ReportOptions(tmp_path, format="csv", columns=("ssim", "psnr"))).splitlines()[0]
+    head = text(Report([a], columns=("ssim", "psnr")), "csv").splitlines()[0]
     assert head.endswith("ssim,psnr")
     assert frame([a])["f"].tolist() == [8]
+
+
+def generated(name: str, guidance: float = 1.0, **metrics: Value) -> ResultEntry:
+    """A result of `tokbench generate`."""
+    base = record(name, n=50_000, losses=("dinov2",))
+    run = {"guidance": guidance, "generator": {"name": "dit-b-2", "weights": "w", "steps_trained": 1000}}
+    return ResultEntry(
+        dataclasses.replace(
+            with_metrics(base, **metrics), protocol=f"generate-dit-b-2-1000-g{guidance:g}",
+            settings=Settings(generation=run), provenance=Provenance(seconds={"generator": 1.0, "decode": 0.25}),
+        )
+    )  # fmt: skip
+
+
+def test_generated_rows_have_columns_of_their_own_and_the_rfid_of_their_tokenizer() -> None:
+    rows = [generated(n, gfid=Value(3.21, 0.05, n=50_000), fd_dinov2=Value(75.0, 1.5, n=50_000)) for n in "ab"]
+    known = [ResultEntry(with_metrics(record("other-name"), rfid=Value(0.87, n=50_000)))]  # of the same weights
+    (block,) = blocks(rows, known=known)
+    cells = {key: cell.text + ("†" if cell.dagger else "") for key, cell in block.rows[0].cells.items()}
+    assert cells == {
+        "latent": "f8c4", "generator": "dit-b-2", "trained": "1000", "guidance": "1.00", "rfid": "0.870",
+        "gfid": "3.210", "fd-dinov2": "75.0†", "generator/s": "1.00", "decoder/s": "4.00", "both/s": "0.80",
+    }  # fmt: skip
+    assert block.title.startswith("generated, against samples at 256 px")
+    assert "N = 50,000" in block.notes[0]
+
+
+def test_the_best_guidance_of_a_sweep_is_the_lowest_distance() -> None:
+    found = blocks([generated(n, g, gfid=Value(v)) for n, g, v in [("a", 1, 3.0), ("a", 2, 2.0), ("b", 1, 1.0)]])
+    remarks = [[note for note in block.notes if "guidance" in note] for block in found]
+    assert remarks == [[], ["a: best of 2 guidance scales by gfid"]]
+
+
+def test_all_committed_records_are_read_and_kept_by_their_json() -> None:
+    """Those of schema 1 too: whatever the leaderboard leaves out."""
+    paths = [path for path in (ROOT / "results").rglob("*.json") if '"metrics"' in path.read_text(encoding="utf-8")]
+    assert len(paths) > 70
+    for path in paths:
+        result = read_result(path)
+        assert from_json(to_json(result)) == result
+        assert [found for _, found in read_results(path)[0]] == [result]
+    names = {result.protocol for _, result in read_results(ROOT / "results")[0]}
+    assert names == {"adm", "generate-dit-tiny-2-1500-g1"}
 
 
 NASTY = "<script>alert(1)</script> | ` * _ [x](y) \\ & % $ # { } ~ ^ é 中"
@@ -288,7 +343,7 @@ def test_latex_compiles_with_booktabs(tmp_path: Path) -> None:
         entry(tmp_path, n, seed=i, shift=i, losses=("lpips-vgg",), note=NASTY, channels=4 + i % 2)
         for i, n in enumerate("abcd")
     ]
-    papers = plain_latex(NASTY, ["a", "b"], [[NASTY, "1"]])
+    papers = latex(plain(NASTY, [Heading(key="a"), Heading(key="b")], [[NASTY, "1"]]))
     tables = [*(latex(block) for block in blocks(entries)), papers]
     document = [r"\documentclass{article}", LATEX_PACKAGES, r"\begin{document}", *tables, r"\end{document}"]
     (tmp_path / "t.tex").write_text("\n".join(document), encoding="utf-8")
@@ -303,7 +358,7 @@ def test_report_never_imports_torch(tmp_path: Path) -> None:
     entry(tmp_path, "a"), entry(tmp_path, "b", seed=1)
     code = (
         "import sys; from pathlib import Path; from tokbench.report.build import *;"
-        "d = Path(sys.argv[1]); build(ReportOptions(d, format='html', out=d / 'site', plots=d / 'plots'));"
+        "d = Path(sys.argv[1]); build(d, format='html', out=d / 'site', plots=d / 'plots');"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
@@ -314,4 +369,4 @@ def test_report_never_imports_torch(tmp_path: Path) -> None:
 def test_wrong_use_is_an_input_error(tmp_path: Path, options: dict[str, object]) -> None:
     entry(tmp_path, "a")
     with pytest.raises(InputError):
-        build(ReportOptions(tmp_path, **options))  # type: ignore[arg-type]
+        build(tmp_path, **options)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from tokbench.errors import CellError, InputError
 from tokbench.records.result import SpeedResult, TokenizerInfo, read_speed
 from tokbench.registry import create, parse
 from tokbench.report import speed as report
+from tokbench.report.tables import Printed, markdown
 from tokbench.speed.measure import SpeedCase, best_batch, count_flops, equality_check, measure, search_batch
 from tokbench.speed.timing import QUICK, take_turns
 from tokbench.tokenizer import Tokenizer
@@ -133,20 +134,20 @@ def test_quick_run_writes_records_that_read_back(tmp_path):
 def test_table_fits_and_keeps_failed_rows(tmp_path):
     results = quick("bicubic-f8,small=bicubic-f16", (24,), tmp_path)
     console = Console(width=report.WIDTH, record=True, file=io.StringIO())
-    console.print(report.speed_table(results))
+    console.print(Printed(report.speed_tables(results)))
     text = console.export_text()
     assert "small: 24 px is not divisible by 16" in text
     assert max(map(len, text.splitlines())) <= report.WIDTH
-    assert "1.00x" in report.speed_markdown(results)
+    assert "1.00x" in "".join(map(markdown, report.speed_tables(results)))
     with pytest.raises(InputError, match="no speed row is called 'nobody'"):
-        report.speed_table(results, "nobody")
+        report.speed_tables(results, "nobody")
 
 
 def test_other_hardware_and_settings_are_other_blocks(tmp_path):
     result = quick("bicubic-f8", (16,), tmp_path)[0]
     elsewhere = replace(result, hardware="another machine")
     compiled = replace(result, settings={**result.settings, "compile": True})
-    assert len(report.blocks([result, elsewhere, compiled])) == 3
+    assert len(report.comparable([result, elsewhere, compiled])) == 3
 
 
 def test_a_broken_model_fails_its_own_row_only(tmp_path):

@@ -2,57 +2,49 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-
+from tokbench.comparison.differences import UNKNOWN, UNPAIRED, Difference, cell_name, differences
 from tokbench.errors import InputError
 from tokbench.metrics import METRICS
-from tokbench.metrics.statistics import paired_interval
-from tokbench.records.files import per_image_path, read_per_image, read_results, result_path, write_whole
-from tokbench.records.result import EvalResult, SpeedResult, Value, read_speed
-from tokbench.report.columns import is_training_loss
+from tokbench.metrics.statistics import judge
+from tokbench.records.files import per_image_path, read_results, result_path, write_whole
+from tokbench.records.result import EvalResult, SpeedResult, read_speed
+from tokbench.report.columns import Conditions, ResultEntry, conditions, differing
 
-Verdict = Literal["worse", "same", "better", "inconclusive"]
 SPEED_TOLERANCE = 0.3  # share of the baseline's rate; clocks and neighbours move a machine by a tenth or more
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One metric of one cell. `loss` is how much worse the new value is, in the metric's unit: negative is better."""
-
-    cell: str
-    metric: str
-    base: float
-    new: float
-    loss: float
-    low: float | None  # 95 % interval of the loss from paired images; None where only means are known
-    high: float | None
-    tolerance: float
-    verdict: Verdict
-    warning: str = ""
-    n: int = 0  # images; 0 for a speed
-    trained: tuple[bool, bool] = (False, False)  # whether the metric's network was in the base's, the new's loss
+CellKey = tuple[Conditions, str, int | None]
 
 
 @dataclass(frozen=True)
 class CheckResult:
     """Everything that was compared, and the rules it was compared by."""
 
-    comparisons: tuple[Comparison, ...]
+    differences: tuple[Difference, ...]
     strict: bool = False
-    pairs: tuple[tuple[Path, Path], ...] = ()  # (new, base) result files
+    pairs: tuple[tuple[ResultEntry, ResultEntry], ...] = ()  # (base, new)
 
     @property
-    def failures(self) -> list[Comparison]:
-        bad = ("worse", "inconclusive") if self.strict else ("worse",)
-        return [c for c in self.comparisons if c.verdict in bad]
+    def failures(self) -> list[Difference]:
+        return [d for d in self.differences if fails(d, self.strict)]
+
+
+def fails(d: Difference, strict: bool = False) -> bool:
+    """Does a difference fail the check? What is worse does; with `strict` also what may be, by its interval.
+
+    Where no per-image rows tell chance from loss, that excuses nothing: the difference alone decides.
+    """
+    if d.verdict != "inconclusive":
+        return d.verdict == "worse"
+    if d.how in (UNPAIRED, UNKNOWN) and d.loss(d.change) > d.tolerance:
+        return True
+    return strict and max(map(d.loss, d.bounds)) > d.tolerance
 
 
 def parse_tolerances(text: str | None) -> dict[str, str]:
-    """`psnr=0.05,lpips-alex=1%` -> {metric: text}; InputError for an unknown metric or a number that is none."""
+    """`psnr=0.05,lpips-alex=1%` -> {metric: text}; InputError for an unknown metric or no number."""
     found = {}
     for part in filter(None, (text or "").split(",")):
         name, separator, amount = (piece.strip() for piece in part.partition("="))
@@ -75,22 +67,9 @@ def _amount(text: str, base: float, where: str) -> float:
     return abs(base) * amount / 100 if text.endswith("%") else amount
 
 
-def cell_key(result: EvalResult) -> tuple[Any, ...]:
-    """What has to agree for two cells to be compared. Weights and seeds may differ: that is what is checked."""
-    data, info = result.dataset, result.tokenizer
-    return (
-        result.protocol,
-        result.protocol_fingerprint,
-        data.fingerprint,
-        data.num_images,  # --skip-bad may have left some out
-        data.resolution,
-        info.name,
-        info.decode_steps,
-    )
-
-
-def cell_name(result: EvalResult) -> str:
-    return f"{result.tokenizer.name} at {result.dataset.resolution} px"
+def cell_key(result: EvalResult) -> CellKey:
+    """What makes a cell the same again. Weights and seeds may differ: that is what is checked."""
+    return conditions(result), result.tokenizer.name, result.tokenizer.decode_steps
 
 
 def check(
@@ -113,156 +92,85 @@ def check(
         if name not in METRICS:
             raise InputError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}")
     candidates = _readable(new)
-    baselines = {cell_key(result): (path, result) for path, result in _readable(against)}
-    comparisons: list[Comparison] = []
+    baselines = {cell_key(entry.result): entry for entry in _readable(against)}
+    found: list[Difference] = []
     pairs = []
-    for path, result in candidates:
-        if cell_key(result) not in baselines:
-            raise InputError(
-                f"{cell_name(result)}: {_why_missing(result, [r for _, r in baselines.values()], against)}"
-            )
-        base_path, base = baselines[cell_key(result)]
-        pairs.append((path, base_path))
-        comparisons += compare_cells(
-            (path, result), (base_path, base), tolerances or {}, metrics, exact=exact, two_sided=two_sided
-        )
-    if not comparisons:
+    for entry in candidates:
+        base = baselines.get(cell_key(entry.result))
+        if base is None:
+            raise InputError(f"{cell_name(entry)}: {_why_missing(entry, list(baselines.values()), against)}")
+        pairs.append((base, entry))
+        found += compare_cells(base, entry, tolerances, metrics, exact=exact, two_sided=two_sided)
+    if not found:
         raise InputError(f"{new}: nothing was compared; measure something that {against} holds")
-    return CheckResult(tuple(comparisons), strict, tuple(pairs))
+    return CheckResult(tuple(found), strict, tuple(pairs))
 
 
-def _readable(path: Path) -> list[tuple[Path, EvalResult]]:
+def _readable(path: Path) -> list[ResultEntry]:
     results, warnings = read_results(path)
     if warnings:
         raise InputError(warnings[0])
     if not results:
         raise InputError(f"{path}: holds no results; write some with `tokbench run --out {path}`")
-    return results
+    return [ResultEntry(result, file) for file, result in results]
 
 
-def _why_missing(result: EvalResult, baselines: Sequence[EvalResult], against: Path) -> str:
+def _why_missing(entry: ResultEntry, baselines: Sequence[ResultEntry], against: Path) -> str:
     """What keeps the nearest baseline cell from being this one's."""
     for base in baselines:
-        if base.tokenizer.name != result.tokenizer.name or base.dataset.resolution != result.dataset.resolution:
-            continue
-        if base.protocol_fingerprint != result.protocol_fingerprint:
-            ours, theirs = (f"{r.protocol} {r.protocol_fingerprint}" for r in (result, base))
-            return f"protocol {ours}, the baseline's is {theirs}"
-        if base.dataset != result.dataset:
-            ours, theirs = (f"{r.dataset.name}, {r.dataset.num_images}" for r in (result, base))
-            return f"measured on other images ({ours}) than the baseline ({theirs})"
-        return f"{result.tokenizer.decode_steps} decode steps, the baseline has {base.tokenizer.decode_steps}"
+        if cell_name(base) == cell_name(entry):
+            steps = f"decode steps {base.result.tokenizer.decode_steps} and {entry.result.tokenizer.decode_steps}"
+            return f"not comparable with the baseline: {differing(base.result, entry.result) or steps}"
     return f"{against} has no such cell; add it with `tokbench check --update`"
 
 
 def compare_cells(
-    new: tuple[Path, EvalResult],
-    base: tuple[Path, EvalResult],
-    tolerances: Mapping[str, str],
-    metrics: Sequence[str] | None,
+    base: ResultEntry,
+    new: ResultEntry,
+    tolerances: Mapping[str, str] | None = None,
+    metrics: Sequence[str] | None = None,
     *,
     exact: bool = False,
     two_sided: bool = False,
-) -> list[Comparison]:
-    """All metrics of a cell. InputError for one that only one side has."""
-    names = list(metrics or dict.fromkeys([*new[1].metrics, *base[1].metrics]))
-    rows = [_rows(path) for path, _ in (new, base)]
-    found = []
-    for name in names:
-        sides = []
-        for path, result in (new, base):
-            if name not in result.metrics:
-                reason = result.unavailable.get(name, "not measured")
-                raise InputError(f"{path}: {name} cannot be compared: {reason}; restrict the check with --metrics")
-            sides.append(result.metrics[name])
-        if sides[0].value is None and sides[1].value is None:
-            continue  # null on both sides, as rfid is on few images
-        if sides[0].value is None or sides[1].value is None:
-            raise InputError(
-                f"{cell_name(new[1])}: {name} has a value on one side only ({sides[0].note or sides[1].note})"
-            )
-        compared = _compare(cell_name(new[1]), name, sides[0], sides[1], rows, tolerances, exact, two_sided)
-        found.append(replace(compared, trained=(is_training_loss(base[1], name), is_training_loss(new[1], name))))
-    return found
+) -> list[Difference]:
+    """All metrics of a cell but those that are null on both sides. InputError for one that only one side has."""
+    names = []
+    for name in metrics or dict.fromkeys([*new.result.metrics, *base.result.metrics]):
+        if name not in METRICS:
+            raise InputError(f"{new.path}: {name} is unknown to this version; restrict the check with --metrics")
+        for entry in (new, base):
+            if name not in entry.result.metrics:
+                reason = entry.result.unavailable.get(name, "not measured")
+                raise InputError(
+                    f"{entry.path}: {name} cannot be compared: {reason}; restrict the check with --metrics"
+                )
+        values = [entry.result.metrics[name] for entry in (new, base)]
+        if (values[0].value is None) != (values[1].value is None):
+            reason = values[0].note or values[1].note
+            raise InputError(f"{cell_name(new)}: {name} has a value on one side only ({reason})")
+        if values[0].value is not None:
+            names.append(name)
+    amounts = {
+        name: _amount(text, base.result.metrics[name].value or 0.0, name)
+        for name, text in (tolerances or {}).items()
+        if name in names
+    }
+    return differences(base, new, names, tolerances=amounts, exact=exact, two_sided=two_sided)
 
 
-def _rows(path: Path) -> tuple[list[str], dict[str, np.ndarray]] | None:
-    table = per_image_path(path)
-    return read_per_image(table) if table.exists() else None
-
-
-def _compare(
-    cell: str,
-    name: str,
-    new: Value,
-    base: Value,
-    rows: Sequence[tuple[list[str], dict[str, np.ndarray]] | None],
-    tolerances: Mapping[str, str],
-    exact: bool,
-    two_sided: bool,
-) -> Comparison:
-    metric = METRICS.get(name)
-    if metric is None:
-        raise InputError(f"{cell}: metric {name!r} is unknown to this version; restrict the check with --metrics")
-    assert new.value is not None
-    assert base.value is not None
-    sign = {"higher": -1.0, "lower": 1.0, "neither": 1.0}[metric.better]
-    loss = sign * (new.value - base.value)
-    tolerance = _amount(tolerances.get(name, str(metric.tolerance)), base.value, name)
-    low = high = None
-    paired = _paired(name, rows)
-    if paired is not None:
-        low, high = paired_interval(sign * paired[0], sign * paired[1])
-    if exact:
-        changed = new.value != base.value or (paired is not None and not np.array_equal(*paired))
-        verdict: Verdict = "worse" if changed else "same"
-        tolerance = 0.0
-    else:
-        spread = (low, high) if low is not None and high is not None else (loss, loss)
-        verdict = judge(*spread, tolerance, two_sided=two_sided or metric.better == "neither")
-    certain = low is not None and low > 0 and verdict in ("same", "inconclusive")
-    warning = "certainly a little worse" if certain and metric.better != "neither" else ""
-    return Comparison(cell, name, base.value, new.value, loss, low, high, tolerance, verdict, warning, new.n)
-
-
-def _paired(
-    name: str, rows: Sequence[tuple[list[str], dict[str, np.ndarray]] | None]
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """(new, base) per-image values of a metric, in the same order; None where a side has none or other images."""
-    new, base = rows
-    if new is None or base is None or name not in new[1] or name not in base[1] or new[0] != base[0] or len(new[0]) < 2:
-        return None
-    return new[1][name], base[1][name]
-
-
-def judge(low: float, high: float, tolerance: float, *, two_sided: bool = False) -> Verdict:
-    """A verdict on the interval [low, high] of a loss, given what loss is tolerated.
-
-    Worse: all of it beyond the tolerance. Same: all of it within. Better: all of it below zero. Else inconclusive.
-    `two_sided`: worse on either side, as for a metric without a direction.
-    """
-    if low > tolerance or (two_sided and high < -tolerance):
-        return "worse"
-    if -tolerance <= low and high <= tolerance:
-        return "same"
-    if high < 0 and not two_sided:
-        return "better"
-    return "inconclusive"
-
-
-def check_speed(new: Path, against: Path, tolerance: float = SPEED_TOLERANCE) -> list[Comparison]:
+def check_speed(new: Path, against: Path, tolerance: float = SPEED_TOLERANCE) -> list[Difference]:
     """Decode rates against the baseline's, for rows of the same name, resolution, setting and hardware only."""
-    sides = [{_speed_key(r): r for r in _speeds(path)} for path in (new, against)]
+    sides = [{_speed_key(r): r for r in _speeds(path)} for path in (against, new)]
     found = []
-    for key, result in sides[0].items():
-        base = sides[1].get(key)
+    for key, result in sides[1].items():
+        base = sides[0].get(key)
         if base is None or "decode" not in result.stages or "decode" not in base.stages:
             continue
-        rates = result.stages["decode"].images_per_second, base.stages["decode"].images_per_second
-        loss, allowed = rates[1] - rates[0], tolerance * rates[1]
+        before, after = (r.stages["decode"].images_per_second for r in (base, result))
+        verdict = judge(after - before, after - before, tolerance * before)
         name = f"{result.tokenizer.name} at {result.resolution} px"
-        verdict = judge(loss, loss, allowed)
-        found.append(Comparison(name, "decode img/s", rates[1], rates[0], loss, None, None, allowed, verdict))
+        found.append(Difference(cell=name, metric="decode img/s", base=before, new=after, how="", better="higher",
+                                tolerance=tolerance * before, verdict=verdict))  # fmt: skip
     if not found:
         raise InputError(f"{against}: no speed record of this hardware and setting; nothing was compared")
     return found
@@ -277,32 +185,38 @@ def _speed_key(result: SpeedResult) -> tuple[Any, ...]:
     return (result.hardware, result.tokenizer.name, result.resolution, setting)
 
 
-def update(new: Path, against: Path, *, accept: bool = False, **rules: Any) -> list[str]:
+def update(
+    new: Path,
+    against: Path,
+    *,
+    accept: bool = False,
+    tolerances: Mapping[str, str] | None = None,
+    metrics: Sequence[str] | None = None,
+) -> list[str]:
     """Make `new` the baseline: copy its results and per-image tables. Returns what changed, a line each.
 
     A baseline that the new results are worse than is kept (InputError) unless `accept`. Cells that only the baseline
     holds stay.
     """
     candidates = _readable(new)
-    known = {cell_key(r): (p, r) for p, r in read_results(against)[0]} if against.exists() else {}
+    results = read_results(against)[0] if against.exists() else []
+    known = {cell_key(result): ResultEntry(result, path) for path, result in results}
     lines = []
-    for path, result in candidates:
-        if cell_key(result) in known:
-            old = known[cell_key(result)]
-            changes = compare_cells((path, result), old, rules.get("tolerances") or {}, rules.get("metrics"))
-            worse = [c for c in changes if c.verdict == "worse"]
-            if worse and not accept:
-                first = worse[0]
-                change = f"{first.metric} {first.base:.5g} -> {first.new:.5g}"
-                raise InputError(f"{first.cell}: {change} is worse; --accept takes it")
-            lines += [
-                f"{c.cell}: {c.metric} {c.base:.5g} -> {c.new:.5g} ({c.verdict})" for c in changes if c.base != c.new
-            ]
-        else:
-            lines.append(f"{cell_name(result)}: new")
-    for path, result in candidates:
-        target = result_path(against, result)
-        if per_image_path(path).exists():  # the record last: it vouches for its table
-            write_whole(per_image_path(target), per_image_path(path).read_bytes())
-        write_whole(target, path.read_bytes())
+    for entry in candidates:
+        base = known.get(cell_key(entry.result))
+        if base is None:
+            lines.append(f"{cell_name(entry)}: new")
+            continue
+        for d in compare_cells(base, entry, tolerances, metrics):
+            change = f"{d.cell}: {d.metric} {d.base:.5g} -> {d.new:.5g}"
+            if fails(d) and not accept:
+                raise InputError(f"{change} is worse; --accept takes it")
+            if d.change:
+                lines.append(f"{change} ({d.verdict})")
+    for entry in candidates:
+        assert entry.path is not None
+        target = result_path(against, entry.result)
+        if per_image_path(entry.path).exists():  # the record last: it vouches for its table
+            write_whole(per_image_path(target), per_image_path(entry.path).read_bytes())
+        write_whole(target, entry.path.read_bytes())
     return lines or ["nothing changed"]

@@ -24,7 +24,7 @@ from tokbench.records.files import hold, result_path, write_whole
 from tokbench.records.result import EvalResult
 from tokbench.runtime.device import describe_device, release, select_device
 from tokbench.runtime.processes import Processes, join
-from tokbench.runtime.terminal import say, stdout_console
+from tokbench.runtime.terminal import say
 from tokbench.tokenizer import Tokenizer
 
 
@@ -174,14 +174,14 @@ def announce(source: Source, resolutions: Sequence[int], num_models: int, kits: 
 
 def report(outcome: Outcome, out: Path) -> None:
     """The table on stdout, a plot per data set and resolution, the summary on stderr."""
-
     from tokbench.report.columns import ResultEntry
+    from tokbench.report.leaderboard import blocks
     from tokbench.report.plots import quality_vs_time
-    from tokbench.report.tables import leaderboard_table
+    from tokbench.report.tables import show
 
     entries = [ResultEntry(result, path) for path, result in outcome.results]
     if entries:
-        stdout_console(100).print(leaderboard_table(entries))
+        show(blocks(entries))
     for folder in dict.fromkeys(path.parent for path, _ in outcome.results):
         own = [entry for entry in entries if entry.path is not None and entry.path.parent == folder]
         quality_vs_time(own, folder / "quality-vs-time.png")

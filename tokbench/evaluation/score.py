@@ -26,7 +26,7 @@ from tokbench.records.files import hold, per_image_path, result_path, write_per_
 from tokbench.records.result import Dataset, EvalResult, Settings, TokenizerInfo, Value, to_json
 from tokbench.records.samples import SampleStore
 from tokbench.runtime.device import describe_device, release, select_device
-from tokbench.runtime.terminal import bar, stdout_console
+from tokbench.runtime.terminal import bar
 
 LOSSLESS = ("PNG", "WEBP", "BMP", "TIFF")
 LOSSLESS_TIFF = ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd")
@@ -50,12 +50,12 @@ class ScoreOptions:
 
 def run_score(options: ScoreOptions) -> int:
     """Measure, write the record and print its table; the exit status."""
-
     from tokbench.report.columns import ResultEntry
-    from tokbench.report.tables import leaderboard_table
+    from tokbench.report.leaderboard import blocks
+    from tokbench.report.tables import show
 
     result = score(options)
-    stdout_console(100).print(leaderboard_table([ResultEntry(result, result_path(options.out, result))]))
+    show(blocks([ResultEntry(result, result_path(options.out, result))]))
     return 0
 
 

@@ -35,7 +35,6 @@ from tokbench.generation.sample import (
     sample_latents,
 )  # fmt: skip
 from tokbench.generation.score import Reference, generation_metrics, open_reference, score
-from tokbench.generation.table import print_table
 from tokbench.metrics import find_metrics
 from tokbench.metrics.suite import Instruments as Tools
 from tokbench.metrics.suite import instruments
@@ -44,6 +43,10 @@ from tokbench.records import provenance
 from tokbench.records.files import result_path, write_whole
 from tokbench.records.result import Dataset, EvalResult, Settings, TokenizerInfo, to_json
 from tokbench.records.samples import SampleStore
+from tokbench.report.collect import known_results
+from tokbench.report.columns import ResultEntry
+from tokbench.report.leaderboard import blocks
+from tokbench.report.tables import show
 from tokbench.runtime.device import describe_device, find_dtype, prepare, select_device
 from tokbench.runtime.processes import Processes, join
 from tokbench.tokenizer import Tokenizer
@@ -155,7 +158,8 @@ def _generate(options: GenerateOptions, world: Processes) -> int:
                 keep(result, options, place / "images", labels)
                 results.append(result)
     if world.rank == 0:
-        print_table(results, [options.out, options.results])
+        entries = [ResultEntry(result, result_path(options.out, result)) for result in results]
+        show(blocks(entries, known=known_results([options.out, options.results])), 130)
     return 1 if failures else 0
 
 

@@ -76,15 +76,15 @@ def half_sample_error(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(((pairs[:, 0] - pairs[:, 1]) / 2) ** 2)))
 
 
-def verdict(low: float, high: float, tolerance: float, better: str = "higher") -> Verdict:
+def judge(low: float, high: float, tolerance: float, better: str = "higher") -> Verdict:
     """What the 95 % interval [low, high] of a difference (new - base) says.
 
-    "same": within the tolerance whatever it is; "better" or "worse": on one side of zero; else "inconclusive". For a
-    metric with no direction every difference beyond the tolerance is "worse".
+    "same": all of it within ±tolerance; "better" or "worse": all of it beyond, on that side; else "inconclusive". Who
+    exchanges new and base exchanges better and worse. A metric with no direction (`better` "neither") only gets worse.
     """
     if -tolerance <= low and high <= tolerance:
         return "same"
-    if low <= 0 <= high:
+    if low <= tolerance and high >= -tolerance:
         return "inconclusive"
     if better == "neither":
         return "worse"
@@ -94,11 +94,9 @@ def verdict(low: float, high: float, tolerance: float, better: str = "higher") -
 def images_needed(difference: float, low: float, high: float, num_images: int, tolerance: float) -> int | None:
     """How many images would settle an inconclusive interval, if the difference stays; None if no number would.
 
-    The half-width shrinks with the root of the number: it has to fall below |difference| (then it is better or worse)
-    or below tolerance - |difference| (then it is the same), whichever is easier.
+    The half-width shrinks with the root of the number: it has to fall below the distance to the tolerance's bound.
     """
-    half = (high - low) / 2
-    gap = max(abs(difference), tolerance - abs(difference))
-    if gap <= 0 or half == 0:
+    half, gap = (high - low) / 2, abs(abs(difference) - tolerance)
+    if gap == 0 or half == 0:
         return None
     return max(num_images, math.ceil(num_images * (half / gap) ** 2))

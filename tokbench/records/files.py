@@ -151,10 +151,15 @@ def read_per_image(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
 
 
 def read_results(folder: Path) -> tuple[list[tuple[Path, EvalResult]], list[str]]:
-    """All results below a folder (or in one file), sorted by path, and a line for each file that is not one."""
+    """All results in a folder as `result_path` lays them out, or in one file, by path; one warning per unreadable file.
+
+    Those of generated images may lie below `generation/`. Deeper folders are other experiments' own: name them.
+    """
     if not folder.exists():
         raise InputError(f"{folder}: no such folder of results")
-    paths = [folder] if folder.is_file() else sorted(folder.glob("*/*/*.json"))
+    paths = (
+        [folder] if folder.is_file() else sorted([*folder.glob("*/*/*.json"), *folder.glob("generation/*/*/*.json")])
+    )
     results, warnings = [], []
     for path in paths:
         parts = path.relative_to(folder).parts

@@ -3,15 +3,13 @@
 import tokenize
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from tokbench.errors import InputError, first_line
 from tokbench.records.files import read_results, results_frame
 from tokbench.records.result import SpeedResult, Value
-from tokbench.report.columns import FACTS, ResultEntry
-from tokbench.report.leaderboard import block_key
+from tokbench.report.columns import FACTS, Conditions, ResultEntry, conditions
 from tokbench.report.speed import read_speeds
 
 
@@ -30,12 +28,18 @@ def gather(folder: Path) -> tuple[list[ResultEntry], list[SpeedResult], list[str
     return entries, speeds, warnings
 
 
+def known_results(folders: Sequence[Path]) -> list[ResultEntry]:
+    """The results below those folders that are there."""
+    found = (read_results(folder)[0] for folder in folders if folder.exists())
+    return [ResultEntry(result, path) for pairs in found for path, result in pairs]
+
+
 def newest(entries: Sequence[ResultEntry]) -> tuple[list[ResultEntry], list[str]]:
     """One entry per comparable cell and row name, the latest by date; and a warning for each that it replaced."""
-    kept: dict[tuple[Any, ...], ResultEntry] = {}
+    kept: dict[tuple[Conditions, str], ResultEntry] = {}
     warnings = []
     for entry in sorted(entries, key=lambda e: (e.result.provenance.date, str(e.path))):
-        key = (*block_key(entry.result), entry.name)
+        key = (conditions(entry.result), entry.name)
         if key in kept:
             warnings.append(f"skipped {kept[key].path}: the same cell as {entry.path}, which is newer")
         kept[key] = entry

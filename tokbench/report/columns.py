@@ -1,9 +1,10 @@
-"""The columns of a table: metrics, and facts about a tokenizer or a run; and the entries they read."""
+"""The columns of a leaderboard: metrics, and facts about a tokenizer or a run; and the results that they read."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,32 @@ from tokbench.errors import InputError
 from tokbench.metrics import METRICS
 from tokbench.records.files import per_image_path, read_per_image
 from tokbench.records.result import EvalResult, TokenizerInfo, Value
+from tokbench.report.tables import Heading
 
-ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}
+MINOR = ("psnr-global", "ssim-gauss", "ms-ssim", "encode", "params", "steps")
+TIMES = ["encode", "decode"]  # ranked on one machine only, as the next
+RATES = ["generator/s", "decoder/s", "both/s"]
+
+
+class Conditions(NamedTuple):
+    """What two results must share to be compared or ranked together, whatever the data set is called."""
+
+    protocol: str
+    protocol_fingerprint: str
+    images: str  # the data set's fingerprint
+    num_images: int  # --skip-bad may have left some out
+    resolution: int
+
+
+def conditions(result: EvalResult) -> Conditions:
+    data = result.dataset
+    return Conditions(result.protocol, result.protocol_fingerprint, data.fingerprint, data.num_images, data.resolution)
+
+
+def differing(a: EvalResult, b: EvalResult) -> str:
+    """The conditions that two results do not share, as "resolution 128 and 256"; "" if they can be compared."""
+    pairs = zip(Conditions._fields, conditions(a), conditions(b), strict=True)
+    return ", ".join(f"{name.replace('_', ' ')} {x} and {y}" for name, x, y in pairs if x != y)
 
 
 @dataclass(frozen=True)
@@ -35,37 +60,37 @@ class ResultEntry:
         return read_per_image(per_image_path(self.path))
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: a metric, or a fact about the tokenizer or the run."""
+def paired_columns(a: ResultEntry, b: ResultEntry, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A per-image column of both over the images that both have, in the order of a's ids; empty where one lacks it."""
+    (ids, ours), (other_ids, theirs) = a.rows, b.rows
+    if name not in ours or name not in theirs:
+        return np.empty(0), np.empty(0)
+    if ids == other_ids:
+        return ours[name], theirs[name]
+    place = {sample: i for i, sample in enumerate(other_ids)}
+    shared = [(i, place[sample]) for i, sample in enumerate(ids) if sample in place]
+    return ours[name][[i for i, _ in shared]], theirs[name][[j for _, j in shared]]
 
-    key: str
-    unit: str
-    better: str  # "higher", "lower" or "neither": no best value is marked
-    digits: int
-    description: str
+
+@dataclass(frozen=True, kw_only=True)
+class Column(Heading):
+    """A column that is read from results."""
+
+    digits: int = 0  # after the point
     read: Callable[[EvalResult], Value | str | None]
     per_image: str | None = None  # the per-image column that this is the mean (or a monotone function of the mean) of
-
-    @property
-    def heading(self) -> str:
-        return f"{self.key} {ARROWS[self.better]}".strip()
 
 
 def compression(info: TokenizerInfo) -> str:
     """How much a tokenizer compresses, in the field's shorthand: f8c4, f16 K16384, 32 tokens; else "codec"."""
     if info.downsample is None and info.tokens_per_image is None:
         return "codec" if info.codebook_size is None else f"K{info.codebook_size}"
-    place = f"f{info.downsample}" if info.downsample is not None else f"{info.tokens_per_image} tokens"
+    place = f"{info.tokens_per_image} tokens" if info.downsample is None else f"f{info.downsample}"
     if info.codebook_size is not None:
         return f"{place} K{info.codebook_size}"
-    return (
-        place
-        if info.channels is None
-        else f"{place}c{info.channels}"
-        if place[0] == "f"
-        else f"{place} c{info.channels}"
-    )
+    if info.channels is None:
+        return place
+    return f"{place} c{info.channels}" if info.downsample is None else f"{place}c{info.channels}"
 
 
 def milliseconds(result: EvalResult, part: str) -> Value | None:
@@ -74,9 +99,10 @@ def milliseconds(result: EvalResult, part: str) -> Value | None:
     return None if seconds is None else Value(1000 * float(seconds), n=result.dataset.num_images)
 
 
-def clipped(name: str, limit: int = 32) -> str:
-    """A row's name, shortened in its middle so that what tells rows apart (prefix and settings) stays."""
-    return name if len(name) <= limit else f"{name[: limit - 13]}…{name[-12:]}"
+def _rate(result: EvalResult, *parts: str) -> Value | None:
+    """Generated images a second of one process, over these parts of the work."""
+    seconds = sum(result.provenance.seconds.get(part, 0.0) for part in parts)
+    return Value(1 / seconds) if result.settings.generation and seconds else None
 
 
 def _count(number: float | None, scale: float = 1) -> Value | None:
@@ -96,54 +122,52 @@ def elements_ratio(info: TokenizerInfo) -> float | None:
     return None if info.downsample is None or info.channels is None else info.channels / (3 * info.downsample**2)
 
 
-_FACTS = (
-    Column(
-        "latent", "", "neither", 0, "downsampling f and channels c, or codebook K", lambda r: compression(r.tokenizer)
-    ),
-    Column("f", "", "neither", 0, "pixels per latent position along a side", lambda r: _count(r.tokenizer.downsample)),
-    Column("c", "", "neither", 0, "channels of the latent", lambda r: _count(r.tokenizer.channels)),
-    Column("codebook", "", "neither", 0, "number of codes", lambda r: _count(r.tokenizer.codebook_size)),
-    Column("tokens", "", "neither", 0, "latent positions of an image", lambda r: _count(tokens(r))),
-    Column(
-        "ratio",
-        "",
-        "neither",
-        4,
-        "elements of the latent by those of the image",
-        lambda r: _count(elements_ratio(r.tokenizer)),
-    ),
-    Column("steps", "", "neither", 0, "network evaluations of the decoder", lambda r: _count(r.tokenizer.decode_steps)),
-    Column(
-        "params",
-        "M",
-        "neither",
-        2,
-        "decoder's parameters, millions",
-        lambda r: _count(r.tokenizer.decoder_params or None, 1e6),
-    ),
-    Column(
-        "encode",
-        "ms/img",
-        "lower",
-        1,
-        "encoding time in the run that measured quality",
-        lambda r: milliseconds(r, "encode"),
-    ),
-    Column(
-        "decode",
-        "ms/img",
-        "lower",
-        1,
-        "decoding time in the run that measured quality",
-        lambda r: milliseconds(r, "decode"),
-    ),
-    Column("n", "", "neither", 0, "images", lambda r: Value(r.dataset.num_images)),
-    Column("device", "", "neither", 0, "machine", lambda r: device(r)),
-    Column("date", "", "neither", 0, "day of the measurement", lambda r: r.provenance.date[:10]),
-)
-FACTS = {column.key: column for column in _FACTS}
-TIMES = ("encode", "decode")
-DAGGER = "† the metric's network was part of this model's training loss"
+def device(result: EvalResult) -> str:
+    return result.provenance.device or "unknown device"
+
+
+def _generator(result: EvalResult) -> Mapping[str, Any]:
+    generator: Mapping[str, Any] = result.settings.generation.get("generator", {})
+    return generator
+
+
+FACTS = {
+    key: Column(key=key, description=description, read=read, words=key in ("latent", "generator"), minor=key in MINOR)
+    for key, description, read in (
+        ("latent", "downsampling f and channels c, or codebook K", lambda r: compression(r.tokenizer)),
+        ("f", "pixels per latent position along a side", lambda r: _count(r.tokenizer.downsample)),
+        ("c", "channels of the latent", lambda r: _count(r.tokenizer.channels)),
+        ("codebook", "number of codes", lambda r: _count(r.tokenizer.codebook_size)),
+        ("tokens", "latent positions of an image", lambda r: _count(tokens(r))),
+        ("steps", "network evaluations of the decoder", lambda r: _count(r.tokenizer.decode_steps)),
+        ("n", "images", lambda r: Value(r.dataset.num_images)),
+        ("device", "machine", device),
+        ("date", "day of the measurement", lambda r: r.provenance.date[:10]),
+        ("generator", "what drew the latents", lambda r: str(_generator(r).get("name") or "")),
+        ("trained", "steps that the generator was trained", lambda r: _count(_generator(r).get("steps_trained"))),
+    )
+}  # fmt: skip
+FACTS |= {
+    column.key: column
+    for column in (
+        Column(key="ratio", digits=4, description="elements of the latent by those of the image",
+               read=lambda r: _count(elements_ratio(r.tokenizer))),
+        Column(key="params", unit="M", digits=2, description="decoder's parameters, millions", minor=True,
+               read=lambda r: _count(r.tokenizer.decoder_params or None, 1e6)),
+        Column(key="encode", unit="ms/img", better="lower", digits=1, minor=True,
+               description="encoding time in the run that measured quality", read=lambda r: milliseconds(r, "encode")),
+        Column(key="decode", unit="ms/img", better="lower", digits=1,
+               description="decoding time in the run that measured quality", read=lambda r: milliseconds(r, "decode")),
+        Column(key="guidance", digits=2, description="scale of classifier-free guidance; 1: none",
+               read=lambda r: _count(r.settings.generation.get("guidance"))),
+        Column(key="generator/s", unit="img/s", better="higher", digits=2,
+               description="images a second that the generator draws", read=lambda r: _rate(r, "generator")),
+        Column(key="decoder/s", unit="img/s", better="higher", digits=2,
+               description="images a second that the tokenizer decodes", read=lambda r: _rate(r, "decode")),
+        Column(key="both/s", unit="img/s", better="higher", digits=2,
+               description="images a second of both", read=lambda r: _rate(r, "generator", "decode")),
+    )
+}  # fmt: skip
 
 
 def metric_column(name: str) -> Column:
@@ -156,18 +180,30 @@ def metric_column(name: str) -> Column:
 
     metric = METRICS.get(name)
     if metric is None:
-        return Column(name, "", "neither", 4, "unknown to this version", read)
-    per_image = metric.columns[0] if metric.columns else name if metric.rows else None
-    return Column(name, metric.unit, metric.better, metric.digits, metric.description, read, per_image)
+        return Column(key=name, digits=4, description="unknown to this version", read=read)
+    return Column(
+        key=name, unit=metric.unit, better=metric.better, digits=metric.digits, description=metric.description,
+        read=read, per_image=metric.columns[0] if metric.columns else name if metric.rows else None,
+        minor=name in MINOR,
+    )  # fmt: skip
+
+
+def reconstruction_column(entries: Sequence[ResultEntry]) -> Column:
+    """rfid of a generated row's tokenizer, as `tokbench run` measured it: by weights, or by name where it has none."""
+    known = {
+        (entry.result.tokenizer.weights or entry.name, entry.result.dataset.resolution): value
+        for entry in entries
+        if (value := entry.result.metrics.get("rfid")) is not None and value.value is not None
+    }
+    return Column(
+        key="rfid", better="lower", digits=METRICS["rfid"].digits, description="of the tokenizer's reconstructions",
+        read=lambda r: known.get((r.tokenizer.weights or r.tokenizer.name, r.dataset.resolution)),
+    )  # fmt: skip
 
 
 def place_of(entry: ResultEntry) -> tuple[str, str]:
     """Data set and protocol: only numbers of one place belong into one line or column."""
     return entry.result.dataset.name, entry.result.protocol
-
-
-def device(result: EvalResult) -> str:
-    return result.provenance.device or "unknown device"
 
 
 def column(key: str, entries: Sequence[ResultEntry]) -> Column:
@@ -180,13 +216,20 @@ def column(key: str, entries: Sequence[ResultEntry]) -> Column:
     raise InputError(f"unknown column {key!r}; choose from {', '.join(['tokenizer', *FACTS, *sorted(measured)])}")
 
 
-def default_columns(entries: Sequence[ResultEntry]) -> list[Column]:
-    """Latent, steps and size, measured metrics that can be better or worse, time; without what no row has."""
+def default_columns(entries: Sequence[ResultEntry], known: Sequence[ResultEntry] = ()) -> list[Column]:
+    """Facts, measured metrics that can be better or worse, times; without what no row has.
+
+    Of generated images the generator's facts, and the tokenizers' rfid looked up among the `known` results.
+    """
     measured = {name for entry in entries for name, value in entry.result.metrics.items() if value.value is not None}
-    told = (name for name, metric in METRICS.items() if name in measured and metric.better != "neither")
-    names = [*told, *sorted(measured - set(METRICS))]
-    columns = [FACTS[key] for key in ("latent", "steps", "params")]
-    columns += [metric_column(name) for name in names] + [FACTS[key] for key in TIMES]
+    directed = [name for name, metric in METRICS.items() if name in measured and metric.better != "neither"]
+    metrics = [metric_column(name) for name in (*directed, *sorted(measured - set(METRICS)))]
+    if any(entry.result.settings.generation for entry in entries):
+        facts, times = ["latent", "generator", "trained", "guidance"], RATES
+        metrics.insert(0, reconstruction_column(known))
+    else:
+        facts, times = ["latent", "steps", "params"], TIMES
+    columns = [*(FACTS[key] for key in facts), *metrics, *(FACTS[key] for key in times)]
     return [c for c in columns if any(number_of(c.read(entry.result)) is not None for entry in entries)]
 
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import NullLocator
 from tokbench.errors import InputError
 from tokbench.records.result import SpeedResult
 from tokbench.report import speed
-from tokbench.report.columns import ResultEntry, clipped, elements_ratio, metric_column, place_of, tokens
+from tokbench.report.columns import ResultEntry, elements_ratio, metric_column, place_of, tokens
 from tokbench.report.leaderboard import UNRANKED_FAMILIES, Block, blocks
 from tokbench.report.plots import (
     Point,
@@ -31,6 +31,7 @@ from tokbench.report.plots import (
     styles,
 )
 from tokbench.report.reported import Reported
+from tokbench.report.tables import shortened
 
 MOST_BLOCKS = 12  # of whose rows figures are drawn: a figure takes a quarter of a second
 RATE_METRICS = ("psnr", "lpips-alex", "rfid")
@@ -52,7 +53,7 @@ def all_plots(
     made: list[Path | None] = []
     measured = blocks(entries)
     for block in sorted(measured, key=lambda b: -len(b.rows))[:MOST_BLOCKS]:
-        members = [row.entry for row in block.rows]
+        members = list(block.entries.values())
         name = slug(block)
         made.append(quality_vs_time(members, folder / f"quality-time-{name}.{kind}"))
         for metric in RATE_METRICS:
@@ -66,7 +67,7 @@ def all_plots(
     made.append(rfid_vs_gfid(entries, reported, folder / f"rfid-gfid.{kind}"))
     made.append(speed.rate_against_resolution(speeds, folder / f"speed-resolution.{kind}"))
     made.append(speed.memory_against_resolution(speeds, folder / f"memory-resolution.{kind}"))
-    for key, rows in speed.blocks(speeds).items():
+    for key, rows in speed.comparable(speeds).items():
         made.append(
             speed.quality_against_rate(rows, entries, folder / f"quality-rate-{_plain(' '.join(map(str, key)))}.{kind}")
         )
@@ -76,7 +77,7 @@ def all_plots(
 
 def slug(block: Block) -> str:
     """A file name for a block's figures."""
-    result = block.rows[0].entry.result
+    result = next(iter(block.entries.values())).result
     return _plain(f"{result.protocol}-{result.dataset.name}-{result.dataset.resolution}-{result.dataset.num_images}")
 
 
@@ -109,7 +110,7 @@ def rate_distortion(entries: Sequence[ResultEntry], metric: str, path: Path) -> 
     log_axis(ax.xaxis, [rate for _, rate, _ in rated])
     labels = _ladders(ax, {_ladder(e): [] for e, _, _ in rated}, [(_ladder(e), e.name, r, q) for e, r, q in rated])
     levels = [
-        (q, clipped(e.name, 20)) for e in entries if _continuous(e) and (q := number(e.result, metric)) is not None
+        (q, shortened(e.name, 20)) for e in entries if _continuous(e) and (q := number(e.result, metric)) is not None
     ]
     levels = list(_spread(sorted(levels), 6))
     for quality, _ in levels:
@@ -203,7 +204,8 @@ def against_steps(entries: Sequence[ResultEntry], metric: str, path: Path) -> Pa
 def against_resolution(entries: Sequence[ResultEntry], metric: str, path: Path) -> Path | None:
     """A metric against resolution on the same data and protocol, a line per tokenizer. None without two resolutions."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    places = {place_of(e) for e in entries}
+    entries = [entry for entry in entries if number(entry.result, metric) is not None]
+    places = {place_of(entry) for entry in entries}
     for entry in entries:
         data, value = entry.result.dataset, number(entry.result, metric)
         if value is not None and entry.result.tokenizer.family not in UNRANKED_FAMILIES:

@@ -10,41 +10,19 @@ from typing import Any
 from urllib.parse import unquote
 
 from tokbench.records.files import image_folders, per_image_path, writable, write_whole
-from tokbench.records.result import SpeedResult
-from tokbench.report import speed
 from tokbench.report.columns import ResultEntry, compression, metric_column
-from tokbench.report.leaderboard import UNRANKED_FAMILIES, Block, Row, blocks
-from tokbench.report.reported import (
-    COMPARISON_HEADS,
-    REPORTED_HEADS,
-    Reported,
-    compare,
-    comparison_cells,
-    reported_cells,
-)
+from tokbench.report.leaderboard import UNRANKED_FAMILIES, Block
+from tokbench.report.tables import Table, for_page
 
 
-def write_page(
-    entries: Sequence[ResultEntry],
-    speeds: Sequence[SpeedResult],
-    reported: Sequence[Reported],
-    out: Path,
-    columns: Sequence[str] | None = None,
-    group: bool = True,
-) -> Path:
+def write_page(measured: Sequence[Block], more: Sequence[Table], out: Path) -> Path:
     """Write the site below `out` and return its index.html. InputError where it cannot be written.
 
     The first view (tables, scatter) is in index.html; per-image rows (rows/N.js) and images are loaded when looked at.
     """
-    measured = blocks(entries, columns, group)
     data = {
         "blocks": [_block(block, number, out) for number, block in enumerate(measured)],
-        "comparison": {
-            "heads": COMPARISON_HEADS,
-            "rows": [comparison_cells(row) for row in compare(reported, entries)],
-        },
-        "reported": {"heads": REPORTED_HEADS, "rows": [reported_cells(row) for row in reported]},
-        "speed": [_speed(key, rows) for key, rows in speed.blocks(speeds).items()],
+        "more": [for_page(table) for table in more],
     }
     page = resources.files("tokbench.report") / "page"
     text = (page / "page.html").read_text(encoding="utf-8")
@@ -65,31 +43,14 @@ def script_json(value: object) -> str:
 
 
 def _block(block: Block, number: int, out: Path) -> dict[str, Any]:
-    return {
-        "title": block.title,
-        "caption": block.caption,
-        "footnotes": block.footnotes,
-        "resolution": block.rows[0].entry.result.dataset.resolution,
-        "columns": [
-            {"key": c.key, "unit": c.unit, "better": c.better, "description": c.description} for c in block.columns
-        ],
-        "rows": [_row(row, heading) for heading, rows in block.groups for row in rows],
-        "images": _images(block, number, out),
-    }
-
-
-def _row(row: Row, heading: str) -> dict[str, Any]:
-    info = row.entry.result.tokenizer
-    cells = [[c.text, c.error, c.rank, int(c.dagger), c.value, c.note] for c in row.cells.values()]
-    return {
-        "name": info.name,
-        "family": info.family,
-        "ranked": info.family not in UNRANKED_FAMILIES,
-        "group": heading,
-        "latent": compression(info),
-        "cells": cells,
-        "facts": provenance(row.entry),
-    }
+    """A block's table, with what only tokenizers have: families for colours, facts shown on hover, pictures."""
+    record = for_page(block)
+    for row in record["rows"]:
+        entry = block.entries[row["name"]]
+        info = entry.result.tokenizer
+        ranked = info.family not in UNRANKED_FAMILIES
+        row |= {"family": info.family, "ranked": ranked, "latent": compression(info), "facts": provenance(entry)}
+    return record | {"images": _images(block, number, out)}
 
 
 def provenance(entry: ResultEntry) -> list[tuple[str, str]]:
@@ -116,17 +77,9 @@ def provenance(entry: ResultEntry) -> list[tuple[str, str]]:
     return [(name, text) for name, text in facts.items() if text.strip()]
 
 
-def _speed(key: tuple[str, str, int], rows: Sequence[SpeedResult]) -> dict[str, Any]:
-    reference = speed.find_reference(rows, None)
-    heads = [heading.replace("\n", ", ") for heading in speed.HEADINGS]
-    title = f"{key[2]} px · {key[0]} · {key[1]}"
-    body = [speed.cells(row, reference) for row in rows]
-    return {"title": title, "heads": heads, "rows": body, "footnotes": speed.footnotes(rows, reference)}
-
-
 def _images(block: Block, number: int, out: Path) -> dict[str, Any] | None:
     """Copy the saved images of a block, write its per-image rows, and say what there is; None without images."""
-    entries = [row.entry for row in block.rows]
+    entries = [block.entries[row.name] for row in block.rows]
     folders = {e.name: image_folders(e.path) for e in entries if e.path is not None}
     folders = {name: pair for name, pair in folders.items() if all(folder.is_dir() for folder in pair)}
     real = next((real for real, _ in folders.values()), None)

@@ -6,108 +6,97 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tokbench.metrics.statistics import paired_interval
 from tokbench.records.result import EvalResult, TokenizerInfo, Value
 from tokbench.report.columns import (
-    DAGGER,
+    RATES,
     TIMES,
     Column,
+    Conditions,
     ResultEntry,
     column,
     compression,
+    conditions,
     default_columns,
     device,
     is_training_loss,
     number_of,
+    paired_columns,
 )
+from tokbench.report.tables import DAGGER, ERRORS, MARKS, Table, TableCell, TableRow
 
-# Say much the same as their neighbour: the first to go where a table has no room.
-SECONDARY = ("psnr-global", "ssim-gauss", "ms-ssim", "encode", "params", "steps")
 UNRANKED_FAMILIES = ("identity",)  # it wins every column and says nothing
-ERRORS = "± standard error over images"
-MARKS = "best bold, second underlined, ties by paired 95 % interval"
+BEST_GUIDANCE_BY = ("gfid", "fd-dinov2", "fd-mobilenet", "kid")  # the first that all of a sweep have
 
 
-@dataclass(frozen=True)
-class Cell:
-    """`text` and `error` are formatted with the column's digits; rank 1 is best or tied with it, 2 second."""
+@dataclass(frozen=True, kw_only=True)
+class Block(Table):
+    """Rows that may be compared: one protocol, set of images, resolution."""
 
-    text: str
-    error: str = ""
-    rank: int = 0
-    dagger: bool = False
-    note: str = ""
-    value: float | str | None = None
+    entries: Mapping[str, ResultEntry]  # by the rows' names, in their order
 
 
-@dataclass(frozen=True)
-class Row:
-    entry: ResultEntry
-    cells: Mapping[str, Cell]
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows that may be compared: one protocol, data set, resolution and number of images."""
-
-    title: str
-    caption: str
-    columns: tuple[Column, ...]
-    groups: tuple[tuple[str, tuple[Row, ...]], ...]  # (heading, rows); one group with an empty heading if ungrouped
-    footnotes: tuple[str, ...]
-
-    @property
-    def rows(self) -> tuple[Row, ...]:
-        return tuple(row for _, rows in self.groups for row in rows)
-
-
-def block_key(result: EvalResult) -> tuple[Any, ...]:
-    """Only rows with equal keys are ranked together; fingerprints keep other images of the same name apart."""
-    data = result.dataset
-    return (
-        result.protocol,
-        data.name,
-        data.split or "",
-        data.resolution,
-        data.num_images,
-        data.fingerprint,
-        result.protocol_fingerprint,
-    )
-
-
-def blocks(entries: Iterable[ResultEntry], columns: Sequence[str] | None = None, group: bool = True) -> list[Block]:
+def blocks(
+    entries: Iterable[ResultEntry],
+    columns: Sequence[str] | None = None,
+    group: bool = True,
+    known: Sequence[ResultEntry] = (),
+) -> list[Block]:
     """Split entries into comparable blocks and rank each.
 
     `columns` are keys in the order wanted (default: everything measured); with `group`, rows are gathered by
-    compression (f, c) and ranked within it. Raises InputError for an unknown column.
+    compression (f, c) and ranked within it. `known` are results besides, of which generated rows show the rfid.
+    Raises InputError for an unknown column.
     """
     entries = list(entries)
     chosen = None if columns is None else [column(key, entries) for key in columns if key != "tokenizer"]
-    by_key: dict[tuple[Any, ...], list[ResultEntry]] = {}
+    gathered: dict[Conditions, list[ResultEntry]] = {}
+    for entry in sorted(entries, key=_place):
+        gathered.setdefault(conditions(entry.result), []).append(entry)
+    titles = [_title(members[0].result) for members in gathered.values()]
+    sweep = _best_guidance(entries)
+    found = []
+    for (key, members), title in zip(gathered.items(), titles, strict=True):
+        if titles.count(title) > 1:
+            title += f" {key.protocol_fingerprint[:8]} · data {key.images[:8]}, N = {key.num_images:,}"
+        found.append(_block(members, chosen, group, title, [*known, *entries], sweep))
+    return found
+
+
+def _place(entry: ResultEntry) -> tuple[Any, ...]:
+    data = entry.result.dataset
+    return entry.result.protocol, data.name, data.split or "", data.resolution, data.num_images, data.fingerprint
+
+
+def _title(result: EvalResult) -> str:
+    data = result.dataset
+    where = f"{data.name} ({data.split})" if data.split else data.name
+    against = "generated, against " if result.settings.generation else ""
+    return f"{against}{where} at {data.resolution} px · protocol {result.protocol}"
+
+
+def _best_guidance(entries: Sequence[ResultEntry]) -> dict[int, str]:
+    """A remark, by the entry's identity, on each with the lowest distance of its tokenizer's guidance scales."""
+    sweeps: dict[tuple[Any, ...], list[ResultEntry]] = {}
     for entry in entries:
-        by_key.setdefault(block_key(entry.result), []).append(entry)
-    keys = sorted(by_key)
-    titles = [_title(key) for key in keys]
-    return [
-        _block(
-            by_key[key],
-            chosen,
-            group,
-            title if titles.count(title) == 1 else f"{title} {key[6][:8]} · data {key[5][:8]}, N = {key[4]:,}",
-        )
-        for key, title in zip(keys, titles, strict=True)
-    ]
+        if run := entry.result.settings.generation:
+            key = (entry.name, run["generator"].get("weights"), *conditions(entry.result)[2:])
+            sweeps.setdefault(key, []).append(entry)
+    best = {}
+    for members in sweeps.values():
+        for name in BEST_GUIDANCE_BY:
+            values = [value.value for e in members if (value := e.result.metrics.get(name)) and value.value is not None]
+            if len(members) > 1 and len(values) == len(members):
+                best[id(members[int(np.argmin(values))])] = f"best of {len(members)} guidance scales by {name}"
+                break
+    return best
 
 
-def _title(key: tuple[Any, ...]) -> str:
-    protocol, name, split, resolution = key[:4]
-    where = f"{name} ({split})" if split else name
-    return f"{where} at {resolution} px · protocol {protocol}"
-
-
-def _block(entries: list[ResultEntry], chosen: list[Column] | None, group: bool, title: str) -> Block:
+def _block(
+    entries: list[ResultEntry], chosen: list[Column] | None, group: bool, title: str, known: Sequence[ResultEntry],
+    remarks: Mapping[int, str],
+) -> Block:  # fmt: skip
     gathered: dict[str, list[ResultEntry]] = {}
     for entry in entries:
         gathered.setdefault(compression(entry.result.tokenizer) if group else "", []).append(entry)
@@ -115,14 +104,17 @@ def _block(entries: list[ResultEntry], chosen: list[Column] | None, group: bool,
         gathered = {"": entries}
     columns = chosen
     if columns is None:
-        columns = [c for c in default_columns(entries) if c.key != "latent" or len(gathered) == 1]
+        columns = [c for c in default_columns(entries, known) if c.key != "latent" or len(gathered) == 1]
     decimals = {c.key: _decimals(c, entries) for c in columns}
     ordered = sorted(gathered.items(), key=lambda item: _size_order(item[1][0].result.tokenizer))
     one_device = len({device(entry.result) for entry in entries}) == 1
-    groups = tuple((heading, _ranked(members, columns, decimals, one_device)) for heading, members in ordered)
+    groups = [(heading, _ranked(members, columns, decimals, one_device)) for heading, members in ordered]
     asked = None if chosen is None else {c.key for c in chosen}
-    footnotes = _footnotes(entries, columns, one_device, asked)
-    return Block(title, _caption(entries), tuple(columns), groups, tuple(footnotes))
+    notes = [_caption(entries), *_footnotes(entries, columns, one_device, asked)]
+    notes += [f"{entry.name}: {remarks[id(entry)]}" for entry in entries if id(entry) in remarks]
+    named = {entry.name: entry for entry in entries}
+    shown = {row.name: named[row.name] for _, rows in groups for row in rows}
+    return Block(title=title, names="tokenizer", columns=columns, groups=groups, notes=notes, entries=shown)
 
 
 def _size_order(info: TokenizerInfo) -> tuple[float, ...]:
@@ -136,23 +128,26 @@ def _size_order(info: TokenizerInfo) -> tuple[float, ...]:
 
 def _ranked(
     entries: list[ResultEntry], columns: list[Column], decimals: Mapping[str, int], one_device: bool
-) -> tuple[Row, ...]:
+) -> list[TableRow]:
     """Rows of one group, ordered by the first column that has a direction, with best and second marked."""
     ranked = [entry for entry in entries if entry.result.tokenizer.family not in UNRANKED_FAMILIES]
-    ranks = {c.key: ranking(ranked, c) for c in columns if one_device or c.key not in TIMES}
+    ranks = {c.key: ranking(ranked, c) for c in columns if one_device or c.key not in TIMES + RATES}
     rows = [
-        Row(entry, {c.key: _cell(entry, c, decimals[c.key], ranks.get(c.key, {}).get(entry.name, 0)) for c in columns})
+        TableRow(
+            entry.name,
+            {c.key: _cell(entry, c, decimals[c.key], ranks.get(c.key, {}).get(entry.name, 0)) for c in columns},
+        )
         for entry in entries
     ]
-    lead = next((c for c in columns if c.better != "neither" and c.key not in TIMES and c.key in ranks), None)
-    return tuple(sorted(rows, key=lambda row: _order(row, lead)))
+    lead = next((c for c in columns if c.better != "neither" and c.key not in TIMES + RATES and c.key in ranks), None)
+    return sorted(rows, key=lambda row: _order(row, lead))
 
 
-def _order(row: Row, lead: Column | None) -> tuple[float, str]:
+def _order(row: TableRow, lead: Column | None) -> tuple[float, str]:
     value = row.cells[lead.key].value if lead is not None else None
     if not isinstance(value, float):
-        return (math.inf, row.entry.name)
-    return (value if lead is not None and lead.better == "lower" else -value, row.entry.name)
+        return (math.inf, row.name)
+    return (value if lead is not None and lead.better == "lower" else -value, row.name)
 
 
 def ranking(entries: Sequence[ResultEntry], c: Column) -> dict[str, int]:
@@ -186,18 +181,6 @@ def tied(a: tuple[ResultEntry, float], b: tuple[ResultEntry, float], c: Column) 
     return low <= 0 <= high
 
 
-def paired_columns(a: ResultEntry, b: ResultEntry, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A per-image column of both over the images that both have, in the order of a's ids; empty where one lacks it."""
-    (ids, ours), (other_ids, theirs) = a.rows, b.rows
-    if name not in ours or name not in theirs:
-        return np.empty(0), np.empty(0)
-    if ids == other_ids:
-        return ours[name], theirs[name]
-    place = {sample: i for i, sample in enumerate(other_ids)}
-    shared = [(i, place[sample]) for i, sample in enumerate(ids) if sample in place]
-    return ours[name][[i for i, _ in shared]], theirs[name][[j for _, j in shared]]
-
-
 def _far_apart(a: ResultEntry, b: ResultEntry, c: Column) -> bool:
     """Spare reading rows: a paired standard error is at most the sum of the two (triangle inequality)."""
     x, y = c.read(a.result), c.read(b.result)
@@ -214,16 +197,16 @@ def _decimals(c: Column, entries: Sequence[ResultEntry]) -> int:
     return max(0, min(c.digits, 1 - math.floor(math.log10(float(np.median(errors))))))
 
 
-def _cell(entry: ResultEntry, c: Column, decimals: int, rank: int) -> Cell:
+def _cell(entry: ResultEntry, c: Column, decimals: int, rank: int) -> TableCell:
     value = c.read(entry.result)
     if value is None or value == "":
-        return Cell("–")
+        return TableCell("–")
     if isinstance(value, str):
-        return Cell(value, value=value)
+        return TableCell(value, value=value)
     if value.value is None:
-        return Cell("–", note=value.note)
+        return TableCell("–", note=value.note)
     error = f"±{value.stderr:.{decimals}f}" if value.stderr else ""
-    return Cell(
+    return TableCell(
         f"{value.value:.{decimals}f}",
         error,
         rank,
@@ -268,7 +251,7 @@ def _footnotes(
     for (name, reason), names in missing.items():
         by_reason.setdefault((reason, _who(names, [entry.name for entry in entries])), []).append(name)
     notes += [f"{', '.join(names)} –{who}: {reason}" for (reason, who), names in by_reason.items()]
-    if not one_device and any(c.key in TIMES for c in columns):
+    if not one_device and any(c.key in TIMES + RATES for c in columns):
         notes.append("times come from different machines and are not ranked")
     return notes
 

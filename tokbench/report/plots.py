@@ -16,8 +16,9 @@ from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, NullFormat
 from tokbench.errors import InputError
 from tokbench.records.files import write_whole
 from tokbench.records.result import EvalResult, Value
-from tokbench.report.columns import Column, ResultEntry, clipped, metric_column, milliseconds
+from tokbench.report.columns import Column, ResultEntry, metric_column, milliseconds
 from tokbench.report.leaderboard import UNRANKED_FAMILIES
+from tokbench.report.tables import shortened
 
 # Okabe and Ito (2008): told apart with any common colour blindness; yellow left out, too light on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -79,7 +80,7 @@ def label_points(
     taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in dots]
     frame = ax.get_window_extent()
     for point, (x, y) in zip(points, dots, strict=True):
-        name = clipped(point.name, 26)
+        name = shortened(point.name, 26)
         wide, high = len(name) * size * 0.6 * scale, size * 1.15 * scale
         for distance, (dx, dy) in itertools.product((6, 14, 24, 36), _AROUND):
             left = x + dx * distance * scale - (wide if dx < 0 else wide / 2 if dx == 0 else 0)

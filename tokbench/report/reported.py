@@ -8,6 +8,7 @@ from pathlib import Path
 from tokbench.errors import InputError
 from tokbench.report.columns import ResultEntry
 from tokbench.report.plots import number
+from tokbench.report.tables import Heading, Table, plain
 
 METRICS = ("rfid", "psnr", "ssim", "lpips", "gfid")
 FACTS = ("f", "c", "codebook", "tokens", "resolution", "num_images", "params_m")
@@ -30,7 +31,7 @@ class Reported:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ReportedComparison:
     """One number of a paper against ours. `comparable` "" or why the difference means little."""
 
     reported: Reported
@@ -80,7 +81,7 @@ def ordered(rows: Sequence[Reported]) -> list[Reported]:
     return sorted(rows, key=key)
 
 
-def compare(rows: Sequence[Reported], entries: Sequence[ResultEntry]) -> list[Comparison]:
+def compare(rows: Sequence[Reported], entries: Sequence[ResultEntry]) -> list[ReportedComparison]:
     """Every reported number whose tokenizer we measured at the same resolution, with what speaks against comparing."""
     found = []
     for row in rows:
@@ -92,7 +93,7 @@ def compare(rows: Sequence[Reported], entries: Sequence[ResultEntry]) -> list[Co
                 ours_name = name if name != "lpips" else f"lpips-{row.lpips_net or 'alex'}"
                 ours = number(entry.result, ours_name)
                 if paper is not None and ours is not None:
-                    found.append(Comparison(row, entry, ours_name, paper, ours, _against(row, entry, name)))
+                    found.append(ReportedComparison(row, entry, ours_name, paper, ours, _against(row, entry, name)))
     return found
 
 
@@ -115,24 +116,33 @@ def _bare(dataset: str) -> tuple[str, ...]:
     return tuple(words)
 
 
-COMPARISON_HEADS = ("tokenizer", "metric", "paper", "ours", "difference", "remark", "source")
+def papers_table(rows: Sequence[Reported], entries: Sequence[ResultEntry]) -> Table | None:
+    """Papers against ours: no difference is given between different images, there it would mean nothing."""
+    texts = []
+    for row in compare(rows, entries):
+        digits = DIGITS[row.metric.split("-")[0]]
+        difference = "–" if "other images" in row.comparable else f"{row.ours - row.paper:+.{digits}f}"
+        numbers = [f"{row.paper:.{digits}f}", f"{row.ours:.{digits}f}", difference]
+        texts.append([row.entry.name, row.metric, *numbers, row.comparable, row.reported.source])
+    keys = ("tokenizer", "metric", "paper", "ours", "difference", "remark", "source")
+    headings = [Heading(key=key, words=key in ("metric", "remark", "source")) for key in keys]
+    return plain("Paper against ours", headings, texts) if texts else None
 
 
-def comparison_cells(row: Comparison) -> list[str]:
-    """The row as text: no difference is given between different images, there it would mean nothing."""
-    digits = DIGITS[row.metric.split("-")[0]]
-    sign = "" if "other images" in row.comparable else f"{row.ours - row.paper:+.{digits}f}"
-    numbers = [f"{row.paper:.{digits}f}", f"{row.ours:.{digits}f}", sign or "–"]
-    return [row.entry.name, row.metric, *numbers, row.comparable, row.reported.source]
+def reported_table(rows: Sequence[Reported]) -> Table | None:
+    """All that papers say."""
 
-
-REPORTED_HEADS = ("model", "f", "c", "codebook", "tokens", "resolution", "images", "N", *METRICS, "source")
-
-
-def reported_cells(row: Reported) -> list[str]:
-    def plain(value: float | None, digits: int = 0) -> str:
+    def text(value: float | None, digits: int = 0) -> str:
         return "–" if value is None else f"{value:.{digits}f}"
 
-    facts = [plain(row.facts[name]) for name in FACTS[:5]]
-    numbers = [plain(row.metrics[name], DIGITS[name]) for name in METRICS]
-    return [row.model, *facts, row.dataset, plain(row.facts["num_images"]), *numbers, row.source]
+    keys = ("model", *FACTS[:5], "images", "N", *METRICS, "source")
+    headings = [Heading(key=key, words=key in ("images", "source")) for key in keys]
+    texts = [
+        [
+            row.model, *(text(row.facts[name]) for name in FACTS[:5]), row.dataset, text(row.facts["num_images"]),
+            *(text(row.metrics[name], DIGITS[name]) for name in METRICS), row.source,
+        ]
+        for row in rows
+    ]  # fmt: skip
+    notes = ["Not measured here and not ranked: other protocols, often unstated ones."]
+    return plain("Reported in papers", headings, texts, notes) if texts else None

@@ -3,32 +3,30 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from tokbench.errors import InputError
 from tokbench.records.result import SpeedResult, read_speed
 from tokbench.report.columns import ResultEntry, metric_column, place_of
 from tokbench.report.plots import Point, figure, headline_metric, label_points, log_axis, number, save, scatter, styles
-from tokbench.report.tables import clipped, markdown_escape
+from tokbench.report.tables import Heading, Table, TableCell, plain
 
-WIDTH = 130  # of the terminal table where the terminal has none
+WIDTH = 130  # characters of the tables where there is no terminal
 HEADINGS = (
-    "tokenizer",
-    "params\nM enc+dec",
-    "GFLOP\ndecode",
-    "encode ↑\nimg/s",
-    "decode ↑\nimg/s",
-    "of peak\ndecode",
-    "round ↑\nimg/s",
-    "decode ↓\nms, batch 1",
-    "memory\nGB",
-    "speed-up\ndecode",
-    "equal",
+    Heading(key="tokenizer"),
+    Heading(key="params", unit="M enc+dec", minor=True),
+    Heading(key="GFLOP", unit="decode", minor=True),
+    Heading(key="encode", unit="img/s", better="higher"),
+    Heading(key="decode", unit="img/s", better="higher"),
+    Heading(key="of peak", unit="decode", minor=True),
+    Heading(key="round", unit="img/s", better="higher", minor=True),
+    Heading(key="latency", unit="ms, batch 1", better="lower", description="decoding: median (10 to 90 %)"),
+    Heading(key="memory", unit="GB", better="lower"),
+    Heading(key="speed-up", unit="decode"),
+    Heading(key="equal"),
 )
 
 
@@ -44,7 +42,7 @@ def read_speeds(folder: Path) -> tuple[list[SpeedResult], list[str]]:
 
 
 def setting(result: SpeedResult) -> str:
-    """What else than the model decides a speed: dtype, compilation, TF32, threads."""
+    """Everything besides the model that affects speed: dtype, compilation, TF32, threads."""
     parts = [str(result.settings.get("dtype", "")), "compiled" if result.settings.get("compile") else "eager"]
     if threads := result.settings.get("threads"):
         parts.append(f"{threads} threads")
@@ -53,7 +51,7 @@ def setting(result: SpeedResult) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def blocks(results: Sequence[SpeedResult]) -> dict[tuple[str, str, int], list[SpeedResult]]:
+def comparable(results: Sequence[SpeedResult]) -> dict[tuple[str, str, int], list[SpeedResult]]:
     """Rows that may be compared: equal hardware, setting and resolution."""
     found: dict[tuple[str, str, int], list[SpeedResult]] = {}
     for result in results:
@@ -67,15 +65,16 @@ def of_one_place(entries: Sequence[ResultEntry]) -> list[ResultEntry]:
     return [entry for entry in entries if place_of(entry) == places[0][0]]
 
 
-def qualities(entries: Sequence[ResultEntry]) -> tuple[str, dict[tuple[str, int], str]]:
-    """The headline metric of evaluation records and its text by (name, resolution); ("", {}) without any."""
+def _with_quality(table: Table, resolution: int, entries: Sequence[ResultEntry]) -> Table:
+    """The table with a column more: the headline metric of evaluation records of the same names and resolution."""
     entries = of_one_place(entries)
-    metric = headline_metric(entries)
-    if metric is None:
-        return "", {}
-    column = metric_column(metric)
-    values = {(e.name, e.result.dataset.resolution): number(e.result, metric) for e in entries}
-    return column.heading, {key: f"{v:.{column.digits}f}" for key, v in values.items() if v is not None}
+    if (metric := headline_metric(entries)) is None:
+        return table
+    heading = metric_column(metric)
+    values = {e.name: number(e.result, metric) for e in entries if e.result.dataset.resolution == resolution}
+    texts = {name: f"{value:.{heading.digits}f}" for name, value in values.items() if value is not None}
+    rows = [replace(row, cells={**row.cells, heading.key: TableCell(texts.get(row.name, "–"))}) for row in table.rows]
+    return replace(table, columns=[*table.columns, heading], groups=[("", rows)])
 
 
 def cells(result: SpeedResult, reference: SpeedResult | None) -> list[str]:
@@ -130,43 +129,18 @@ def footnotes(rows: Sequence[SpeedResult], reference: SpeedResult | None) -> lis
     return notes + [f"{row.tokenizer.name}: {row.failed}" for row in rows if row.failed]
 
 
-def speed_table(
+def speed_tables(
     results: Sequence[SpeedResult], reference: str | None = None, entries: Sequence[ResultEntry] = ()
-) -> RenderableType:
-    """What `tokbench speed` prints: one table per hardware, setting and resolution; with `entries` the quality too."""
-    parts: list[RenderableType] = []
-    heading, quality = qualities(entries)
-    for (hardware, how, resolution), rows in blocks(results).items():
+) -> list[Table]:
+    """One table per hardware, setting and resolution; with `entries` the quality too. InputError for a `reference` that
+    a table does not have."""
+    tables = []
+    for (hardware, how, resolution), rows in comparable(results).items():
         base = find_reference(rows, reference)
-        title = Text(f"{resolution} px · {hardware} · {how}", style="bold")
-        table = Table(title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False)
-        for index, text in enumerate([*HEADINGS, heading] if heading else HEADINGS):
-            table.add_column(Text(text), justify="right" if index else "left", no_wrap=True)
-        for row in rows:
-            name, *rest = cells(row, base)
-            table.add_row(
-                Text(clipped(name, 24)),
-                *rest,
-                *([quality.get((row.tokenizer.name, resolution), "–")] if heading else []),
-            )
-        parts += [table, *(Text(note, style="dim") for note in footnotes(rows, base)), Text("")]
-    return Group(*parts)
-
-
-def speed_markdown(results: Sequence[SpeedResult], entries: Sequence[ResultEntry] = (), level: int = 2) -> str:
-    """The same as GitHub Markdown, speed-ups against the first row."""
-    lines: list[str] = []
-    heading, quality = qualities(entries)
-    for (hardware, how, resolution), rows in blocks(results).items():
-        base = find_reference(rows, None)
-        heads = [text.replace("\n", ", ") for text in HEADINGS] + ([heading] if heading else [])
-        lines += [f"{'#' * level} {resolution} px · {markdown_escape(f'{hardware} · {how}')}", ""]
-        lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-        for row in rows:
-            texts = [*cells(row, base), *([quality.get((row.tokenizer.name, resolution), "–")] if heading else [])]
-            lines.append("| " + " | ".join(markdown_escape(text) for text in texts) + " |")
-        lines += ["", *(f"<sub>{markdown_escape(note)}</sub><br>" for note in footnotes(rows, base)), ""]
-    return "\n".join(lines)
+        title = f"{resolution} px · {hardware} · {how}"
+        table = plain(title, HEADINGS, [cells(row, base) for row in rows], footnotes(rows, base))
+        tables.append(_with_quality(table, resolution, entries))
+    return tables
 
 
 def rate_against_resolution(results: Sequence[SpeedResult], path: Path) -> Path | None:

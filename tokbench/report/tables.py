@@ -1,141 +1,209 @@
-"""Blocks as a terminal table, Markdown, LaTeX and CSV."""
+"""The one table of tokbench, and its writers: terminal, Markdown, LaTeX, the page's JSON."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
-from tokbench.records.result import EvalResult
-from tokbench.report.columns import Column, ResultEntry, clipped
-from tokbench.report.leaderboard import ERRORS, MARKS, SECONDARY, Block, Cell, Row, blocks
+from tokbench.runtime.terminal import stdout_console
 
-WIDTH = 100
+WIDTH = 100  # characters of a table that does not go to a terminal
+FOLDED = 16  # characters that a column of words needs at least: it folds
+ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}
+DAGGER = "† the metric's network was part of this model's training loss"
+ERRORS = "± standard error over images"
+MARKS = "best bold, second underlined, ties by paired 95 % interval"
+UNSTYLED_MARKS = "* best, or tied with it by paired 95 % interval"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heading:
+    """What stands above a column."""
+
+    key: str
+    unit: str = ""
+    better: Literal["higher", "lower", "neither"] = "neither"
+    description: str = ""
+    words: bool = False  # set left, and folded where there is little room
+    minor: bool = False  # says much the same as its neighbour: the first to go where there is no room
+
+    @property
+    def label(self) -> str:
+        return f"{self.key} {ARROWS[self.better]}".strip()
 
 
 @dataclass(frozen=True)
-class Leaderboard:
-    """Blocks that rich lays out within the console's width, at most 100 columns.
+class TableCell:
+    """`text` and `error` are formatted; rank 1 is best or tied with it, 2 second; `value` is what sorts."""
+
+    text: str
+    error: str = ""
+    rank: int = 0
+    dagger: bool = False
+    note: str = ""
+    value: float | str | None = None
+
+
+@dataclass(frozen=True)
+class TableRow:
+    name: str
+    cells: Mapping[str, TableCell]  # by the columns' keys
+    style: str = ""  # in a terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    title: str
+    names: str  # what the first column holds: "tokenizer"
+    columns: Sequence[Heading]
+    groups: Sequence[tuple[str, Sequence[TableRow]]]  # (heading, rows); one group with an empty heading if ungrouped
+    notes: Sequence[str] = ()
+
+    @property
+    def rows(self) -> list[TableRow]:
+        return [row for _, rows in self.groups for row in rows]
+
+
+def plain(
+    title: str, headings: Sequence[Heading], rows: Iterable[Sequence[str]], notes: Sequence[str] = (),
+    styles: Sequence[str] = (),
+) -> Table:  # fmt: skip
+    """A table of texts, unranked; the first of each row is its name."""
+    keys = [heading.key for heading in headings[1:]]
+    made = [
+        TableRow(row[0], dict(zip(keys, map(TableCell, row[1:]), strict=True)), styles[i] if styles else "")
+        for i, row in enumerate(rows)
+    ]
+    return Table(title=title, names=headings[0].key, columns=headings[1:], groups=[("", made)], notes=notes)
+
+
+def shortened(name: str, limit: int = 32) -> str:
+    """A row's name, shortened in its middle so that what tells rows apart (prefix and settings) stays."""
+    return name if len(name) <= limit else f"{name[: limit - 13]}…{name[-12:]}"
+
+
+def show(tables: Sequence[Table], width: int = WIDTH) -> None:
+    """Print to stdout: as wide as the terminal, or `width` characters where there is none."""
+    stdout_console(width).print(Printed(tables))
+
+
+@dataclass(frozen=True)
+class Printed:
+    """Tables that rich lays out within the console's width.
 
     Where the console shows no styles (a file, a pipe), best values carry a star instead of bold type.
     """
 
-    blocks: tuple[Block, ...]
+    tables: Sequence[Table]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width, styled = min(options.max_width, WIDTH), console.is_terminal
-        for block in self.blocks:
-            shown, errors, gap = fitting(block, width)
-            yield terminal(block, shown, errors, gap, styled)
-            hidden = [c.key for c in block.columns if c not in shown]
-            caption = block.caption if errors else block.caption.replace(f"{ERRORS} · ", "")
+        styled = console.is_terminal
+        for table in self.tables:
+            shown, errors, gap = _fitting(table, options.max_width)
+            yield _terminal(table, shown, errors, gap, styled)
+            notes = list(table.notes)
+            if not errors:
+                notes = [note.replace(f"{ERRORS} · ", "") for note in notes]
             if not styled:
-                caption = caption.replace(MARKS, "* best, or tied with it by paired 95 % interval")
-            hidden += ["±"] if not errors and ERRORS in block.caption else []
-            notes = [caption]
-            notes += [*block.footnotes, *([f"hidden, terminal too narrow: {', '.join(hidden)}"] if hidden else [])]
+                notes = [note.replace(MARKS, UNSTYLED_MARKS) for note in notes]
+            hidden = [c.key for c in table.columns if c not in shown]
+            hidden += (
+                ["±"] if not errors and any(cell.error for row in table.rows for cell in row.cells.values()) else []
+            )
+            notes += [f"hidden, terminal too narrow: {', '.join(hidden)}"] if hidden else []
             yield from (Text(note, style="dim") for note in notes)
             yield Text("")
 
 
-def leaderboard_table(results: Sequence[EvalResult | ResultEntry]) -> Leaderboard:
-    """What `tokbench run` prints: one block per protocol, data set and resolution.
-
-    `ResultEntry(result, path)` says where the per-image rows lie, by which ties are found.
-    """
-    return Leaderboard(
-        tuple(blocks([result if isinstance(result, ResultEntry) else ResultEntry(result) for result in results]))
-    )
-
-
-def terminal(block: Block, columns: Sequence[Column], errors: bool, gap: int = 2, styled: bool = True) -> Table:
-    """A block as a rich table with these columns, ± beside the values if `errors`."""
-    table = Table(
-        title=Text(block.title, style="bold"), title_justify="left", box=None, padding=(0, gap, 0, 0), pad_edge=False
-    )
-    table.add_column(Text("tokenizer\n"), no_wrap=True)
-    for column in columns:
-        title = Text(f"{column.heading}\n{column.unit}")
-        table.add_column(title, justify="left" if column.key == "latent" else "right", no_wrap=True)
-    cells = {c.key: [row.cells[c.key] for row in block.rows] for c in columns}
-    marks = {key: max(len(_marks(cell, styled)) for cell in column) for key, column in cells.items()}
-    spread = {key: max(len(cell.error) for cell in column) if errors else 0 for key, column in cells.items()}
-    for heading, rows in block.groups:
+def _terminal(table: Table, columns: Sequence[Heading], errors: bool, gap: int, styled: bool) -> RichTable:
+    """A rich table with these columns, ± beside the values if `errors`."""
+    title = Text(table.title, style="bold")
+    made = RichTable(title=title, title_justify="left", box=None, padding=(0, gap, 0, 0), pad_edge=False)
+    units = any(c.unit for c in columns)
+    made.add_column(Text(table.names + ("\n" if units else "")), no_wrap=True)
+    for c in columns:
+        label = Text(c.label + (f"\n{c.unit}" if units else ""))
+        made.add_column(label, justify="left" if c.words else "right", no_wrap=not c.words, overflow="fold")
+    cells = {c.key: [row.cells[c.key] for row in table.rows] for c in columns}
+    marks = {key: max((len(_marks(cell, styled)) for cell in column), default=0) for key, column in cells.items()}
+    spread = {
+        key: max((len(cell.error) for cell in column), default=0) if errors else 0 for key, column in cells.items()
+    }
+    for heading, rows in table.groups:
         if heading:
-            table.add_row(Text(heading, style="dim"))
+            made.add_row(Text(heading, style="dim"))
         for row in rows:
             texts = (_styled(row.cells[c.key], styled, marks[c.key], spread[c.key]) for c in columns)
-            table.add_row(Text(("  " if heading else "") + clipped(row.entry.name)), *texts)
-    return table
+            made.add_row(Text(("  " if heading else "") + shortened(row.name)), *texts, style=row.style or None)
+    return made
 
 
-def fitting(block: Block, width: int) -> tuple[list[Column], bool, int]:
+def _fitting(table: Table, width: int) -> tuple[list[Heading], bool, int]:
     """The columns that fit into `width` characters, whether ± does, and the blanks between two columns."""
-    everything = list(block.columns)
-    headline = [c for c in everything if c.key not in SECONDARY]
-    for columns, errors, gap in (
-        (everything, True, 2),
-        (headline, True, 2),
-        (headline, True, 1),
-        (everything, False, 2),
-    ):
-        if _width(block, columns, errors, gap) <= width:
+    everything = list(table.columns)
+    major = [c for c in everything if not c.minor]
+    for columns, errors, gap in ((everything, True, 2), (major, True, 2), (major, True, 1), (everything, False, 2)):
+        if _width(table, columns, errors, gap) <= width:
             return columns, errors, gap
-    while len(headline) > 1 and _width(block, headline, False, 2) > width:
-        headline.pop()
-    return headline, False, 2
+    numbers = [c for c in major if not c.words]
+    while len(major) > 1 and numbers and _width(table, major, False, 2) > width:
+        major.remove(numbers.pop())
+    return major, False, 2
 
 
-def _width(block: Block, columns: Sequence[Column], errors: bool, gap: int) -> int:
-    indent = 2 if len(block.groups) > 1 else 0
-    total = max([len("tokenizer"), *(indent + len(clipped(row.entry.name)) for row in block.rows)])
+def _width(table: Table, columns: Sequence[Heading], errors: bool, gap: int) -> int:
+    indent = 2 if len(table.groups) > 1 else 0
+    total = max([len(table.names), *(indent + len(shortened(row.name)) for row in table.rows)])
     for c in columns:
-        cells = [row.cells[c.key] for row in block.rows]
-        room = max(len(_marks(cell, False)) for cell in cells)
-        spread = max(len(cell.error) for cell in cells) if errors else 0
-        texts = [len(cell.text) + room + (spread + 1 if spread else 0) for cell in cells]
-        total += gap + max(len(c.heading), len(c.unit), *texts)
+        cells = [row.cells[c.key] for row in table.rows]
+        room = max((len(_marks(cell, False)) for cell in cells), default=0)
+        spread = max((len(cell.error) for cell in cells), default=0) if errors else 0
+        needed = max((len(cell.text) + room + (spread + 1 if spread else 0) for cell in cells), default=0)
+        total += gap + max(len(c.label), len(c.unit), min(needed, FOLDED) if c.words else needed)
     return total
 
 
-def _marks(cell: Cell, styled: bool) -> str:
+def _marks(cell: TableCell, styled: bool) -> str:
     return ("*" if cell.rank == 1 and not styled else "") + ("†" if cell.dagger else "")
 
 
-def _styled(cell: Cell, styled: bool, marks: int, spread: int) -> Text:
+def _styled(cell: TableCell, styled: bool, marks: int, spread: int) -> Text:
     """A cell with `marks` and `spread` characters for its marks and its ±, so that a column's numbers stay in line."""
     text = Text(cell.text, style={1: "bold", 2: "underline"}.get(cell.rank, ""))
     text.append(_marks(cell, styled).ljust(marks), style="not bold not underline")
     return text.append(f" {cell.error.rjust(spread)}" if spread else "", style="not bold not underline dim")
 
 
-def _grid(block: Block, name: Callable[[Row], str], cell: Callable[[Cell], str]) -> list[tuple[str, list[list[str]]]]:
+def _lines(
+    table: Table, escape: Callable[[str], str], cell: Callable[[TableCell], str]
+) -> list[tuple[str, list[list[str]]]]:
     """Groups of rows of formatted cells, the name first."""
     return [
-        (heading, [[name(row), *(cell(row.cells[c.key]) for c in block.columns)] for row in rows])
-        for heading, rows in block.groups
+        (escape(heading), [[escape(row.name), *(cell(row.cells[c.key]) for c in table.columns)] for row in rows])
+        for heading, rows in table.groups
     ]
 
 
-def markdown(block: Block, level: int = 2) -> str:
-    """A block as GitHub Markdown: bold best, <ins>second</ins>; nothing in a name can open a tag or a cell."""
+def markdown(table: Table, level: int = 2) -> str:
+    """GitHub Markdown: bold best, <ins>second</ins>; nothing in a name can open a tag or a cell."""
 
-    def cell(c: Cell) -> str:
+    def cell(c: TableCell) -> str:
         text = markdown_escape(c.text)
         text = {1: f"**{text}**", 2: f"<ins>{text}</ins>"}.get(c.rank, text)
         return text + ("†" if c.dagger else "") + (f" <sub>{c.error}</sub>" if c.error else "")
 
-    heads = [markdown_escape(c.heading + (f" ({c.unit})" if c.unit else "")) for c in block.columns]
-    rule = ["---", *(":--" if c.key == "latent" else "--:" for c in block.columns)]
-    lines = [f"{'#' * level} {markdown_escape(block.title)}", "", _piped(["tokenizer", *heads]), _piped(rule)]
-    for heading, rows in _grid(block, lambda row: markdown_escape(row.entry.name), cell):
-        if heading:
-            lines.append(_piped([f"*{markdown_escape(heading)}*", *[""] * len(block.columns)]))
+    heads = [markdown_escape(c.label + (f" ({c.unit})" if c.unit else "")) for c in table.columns]
+    rule = ["---", *(":--" if c.words else "--:" for c in table.columns)]
+    lines = [f"{'#' * level} {markdown_escape(table.title)}", ""] if table.title else []
+    lines += [_piped([table.names, *heads]), _piped(rule)]
+    for heading, rows in _lines(table, markdown_escape, cell):
+        lines += [_piped([f"*{heading}*", *[""] * len(table.columns)])] if heading else []
         lines += [_piped(row) for row in rows]
-    notes = [markdown_escape(note) for note in (block.caption, *block.footnotes)]
-    return "\n".join([*lines, "", "<br>\n".join(f"<sub>{note}</sub>" for note in notes), ""])
+    return "\n".join([*lines, "", "<br>\n".join(f"<sub>{markdown_escape(note)}</sub>" for note in table.notes), ""])
 
 
 def _piped(cells: Sequence[str]) -> str:
@@ -179,44 +247,46 @@ def _accented(character: str) -> str:
     return character if character.isprintable() and "\xa1" <= character <= "\xff" and character.isalpha() else "?"
 
 
-def latex(block: Block) -> str:
-    """A block as a booktabs table (LATEX_PACKAGES), shrunk to the line if it is wider; best bold, second underlined."""
+def latex(table: Table) -> str:
+    """A booktabs table (LATEX_PACKAGES), shrunk to the line if it is wider; best bold, second underlined."""
 
-    def cell(c: Cell) -> str:
+    def cell(c: TableCell) -> str:
         text = latex_escape(c.text)
         text = {1: rf"\textbf{{{text}}}", 2: rf"\underline{{{text}}}"}.get(c.rank, text) + latex_escape(_marks(c, True))
         return text + (rf" {{\scriptsize {latex_escape(c.error)}}}" if c.error else "")
 
-    heads = ["tokenizer", *(latex_escape(c.heading) for c in block.columns)]
-    units = ["", *(latex_escape(c.unit and f"({c.unit})") for c in block.columns)]
-    align = "l" + "".join("l" if c.key == "latent" else "r" for c in block.columns)
-    lines = [" & ".join(heads) + r" \\", " & ".join(units) + r" \\", r"\midrule"]
-    for number, (heading, rows) in enumerate(_grid(block, lambda row: latex_escape(row.entry.name), cell)):
-        lines += [r"\midrule"] if number else []
-        lines += [rf"\multicolumn{{{len(align)}}}{{l}}{{\textit{{{latex_escape(heading)}}}}} \\"] if heading else []
-        lines += [" & ".join(row) + r" \\" for row in rows]
-    return _latex_table(align, lines, ". ".join((block.title, block.caption, *block.footnotes)) + ".")
-
-
-def _latex_table(align: str, lines: Sequence[str], caption: str) -> str:
+    align = "l" + "".join("l" if c.words else "r" for c in table.columns)
+    lines = [[latex_escape(text) for text in (table.names, *(c.label for c in table.columns))]]
+    if any(c.unit for c in table.columns):
+        lines.append(["", *(latex_escape(c.unit and f"({c.unit})") for c in table.columns)])
+    body = [" & ".join(line) + r" \\" for line in lines] + [r"\midrule"]
+    for number, (heading, rows) in enumerate(_lines(table, latex_escape, cell)):
+        body += [r"\midrule"] if number else []
+        body += [rf"\multicolumn{{{len(align)}}}{{l}}{{\textit{{{heading}}}}} \\"] if heading else []
+        body += [" & ".join(row) + r" \\" for row in rows]
     start = [r"\begin{table}[t]", r"\centering\small\setlength{\tabcolsep}{4pt}", LATEX_SHRINK]
-    end = [r"\bottomrule", r"\end{tabular}}", rf"\caption{{{latex_escape(caption)}}}", r"\end{table}", ""]
-    return "\n".join([*start, rf"\begin{{tabular}}{{{align}}}", r"\toprule", *lines, *end])
+    start += [rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
+    caption = latex_escape(". ".join((table.title, *table.notes)) + ".")
+    end = [r"\bottomrule", r"\end{tabular}}", rf"\caption{{{caption}}}", r"\end{table}", ""]
+    return "\n".join([*start, *body, *end])
 
 
-def plain_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Unranked text cells for the terminal, wrapped where they are long."""
-    table = Table(*heads, title=title, title_justify="left", box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
-
-
-def plain_markdown(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:
-    lines = [f"## {title}", "", *([note, ""] if note else []), _piped(heads), _piped(["---"] * len(heads))]
-    return "\n".join([*lines, *(_piped([markdown_escape(cell) for cell in row]) for row in rows), ""])
-
-
-def plain_latex(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    body = [" & ".join(map(latex_escape, row)) + r" \\" for row in rows]
-    return _latex_table("l" * len(heads), [" & ".join(map(latex_escape, heads)) + r" \\", r"\midrule", *body], caption)
+def for_page(table: Table) -> dict[str, Any]:
+    """What page.js draws, as JSON."""
+    return {
+        "title": table.title,
+        "names": table.names,
+        "notes": list(table.notes),
+        "columns": [
+            {"key": c.key, "unit": c.unit, "better": c.better, "description": c.description} for c in table.columns
+        ],
+        "rows": [
+            {
+                "name": row.name,
+                "group": heading,
+                "cells": [[c.text, c.error, c.rank, int(c.dagger), c.value, c.note] for c in row.cells.values()],
+            }
+            for heading, rows in table.groups
+            for row in rows
+        ],
+    }

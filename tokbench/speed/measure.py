@@ -38,7 +38,6 @@ from tokbench.records.files import slug, write_whole
 from tokbench.records.result import SpeedResult, Stage, TokenizerInfo, to_json
 from tokbench.registry import Spec, create, parse_all
 from tokbench.runtime.device import describe_device, precision, prepare
-from tokbench.runtime.terminal import stdout_console
 from tokbench.speed.timing import (
     QUICK,
     STANDARD,
@@ -374,8 +373,9 @@ def record_path(out: Path, result: SpeedResult) -> Path:
 def show(results: Sequence[SpeedResult], reference: str | None, plots: Path | None) -> int:
     """Print the table and draw the plots; the exit status, 1 if a row failed."""
     from tokbench.report import speed as report
+    from tokbench.report import tables
 
-    stdout_console(report.WIDTH).print(report.speed_table(results, reference))
+    tables.show(report.speed_tables(results, reference), report.WIDTH)
     if plots is not None:
         report.rate_against_resolution(results, plots / "speed.png")
         report.memory_against_resolution(results, plots / "memory.png")

@@ -93,7 +93,7 @@ function drawTable() {
   if (!rows.length) body.append(el("tr", {}, el("td", { colspan: columns.length + 1 }, "no row matches")));
   const heads = columns.map((c, i) => heading(i, c.key + arrows[c.better], c.unit, c.description));
   fill($("table"), el("thead", {}, el("tr", {}, heading(-1, "tokenizer", "", ""), ...heads)), body);
-  fill($("notes"), ...[block().caption, ...block().footnotes].map((note) => el("p", {}, note)));
+  fill($("notes"), ...block().notes.map((note) => el("p", {}, note)));
   if (focused !== undefined) $("table").querySelector(`[data-sort="${focused}"]`)?.focus();
 }
 
@@ -325,7 +325,10 @@ function thumbnails(box, items, facts) {
 }
 
 // ---- papers and speed: plain tables, sorted by clicking
-function plainTable(heads, rows) {
+function plainTable(table) {
+  const label = (c) => c.key + arrows[c.better] + (c.unit ? ` (${c.unit})` : "");
+  const heads = [table.names, ...table.columns.map(label)];
+  const rows = table.rows.map((row) => [row.name, ...row.cells.map((cell) => cell[0])]);
   const body = el("tbody"), number = (text) => (/^[+-]?[\d.,]+(e-?\d+)?/.test(text) ? parseFloat(text.replaceAll(",", "")) : NaN);
   const put = (list) => fill(body, ...list.map((row) => el("tr", {}, ...row.map((text) => el("td", { class: Number.isNaN(number(text)) && text !== "–" ? "text" : "", title: text.length > 40 ? text : null }, text)))));
   let last = null, down = false;
@@ -347,13 +350,8 @@ function plainTable(heads, rows) {
 }
 
 function drawMore() {
-  const parts = [];
-  for (const part of data.speed)
-    parts.push(el("h3", {}, "Speed · " + part.title), plainTable(part.heads, part.rows), el("div", { class: "notes" }, ...part.footnotes.map((t) => el("p", {}, t))));
-  if (data.comparison.rows.length) parts.push(el("h3", {}, "Papers against ours"), plainTable(data.comparison.heads, data.comparison.rows));
-  if (data.reported.rows.length)
-    parts.push(el("h3", {}, "Reported in papers"), el("p", { class: "notes" }, "Not measured here and not ranked: other protocols, often unstated ones."), plainTable(data.reported.heads, data.reported.rows));
-  fill($("more"), ...parts);
+  const notes = (table) => el("div", { class: "notes" }, ...table.notes.map((note) => el("p", {}, note)));
+  fill($("more"), ...data.more.flatMap((table) => [el("h3", {}, table.title), plainTable(table), notes(table)]));
 }
 
 // ---- start
