@@ -202,7 +202,7 @@ def test_compare_pairs_frechet_distances_by_kept_features(tmp_path: Path) -> Non
         fake = fake + amount * generator.standard_normal((n, 6)).astype(np.float32)
         with SampleStore(path.with_suffix(".features")) as store:
             store.append(ids, {}, {("real", "inception"): real, ("fake", "inception"): fake})
-        value = METRICS["rfid"].compute(SampleStore(path.with_suffix(".features")))
+        value = METRICS["rfid"].value(SampleStore(path.with_suffix(".features")))
         base = record(name, n=n)
         path.write_text(to_json(type(base)(**{**vars(base), "metrics": {"rfid": value}})))
         paths.append(path)
