@@ -14,14 +14,7 @@ from tokbench.errors import InputError
 from tokbench.records.result import TokenizerInfo, Value
 from tokbench.report import plots
 from tokbench.report.columns import ResultEntry, metric_column
-from tokbench.report.curves import (
-    all_plots,
-    bits_per_pixel,
-    elements_ratio,
-    rate_distortion,
-    rfid_vs_gfid,
-    training_curves,
-)
+from tokbench.report.curves import all_plots, bits_per_pixel, elements_ratio, rate_distortion, rfid_vs_gfid
 from tokbench.report.plots import Point, label_points, pareto, quality_vs_time, save, scatter
 from tokbench.report.reported import compare, ordered, papers_table, read_reported
 from tokbench.report.speed import of_one_place
@@ -111,10 +104,11 @@ def test_every_figure_is_drawn_once_there_is_something_to_show(tmp_path: Path) -
     assert all_plots([], [], [], tmp_path / "none") == []
 
 
-def test_foreign_logs_are_named(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text("{\n")
-    with pytest.raises(InputError, match=r"log\.jsonl"):
-        training_curves([tmp_path / "log.jsonl"], tmp_path / "a.png")
+def test_a_torn_line_of_a_log_is_forgiven_here_as_in_training(tmp_path: Path) -> None:
+    log = tmp_path / "run" / "log.jsonl"
+    log.parent.mkdir()
+    log.write_text("".join(json.dumps({"step": i, "l1": 1 / i}) + "\n" for i in (1, 2)) + '{"step": 3, "l')
+    assert [path.name for path in all_plots([], [], [], tmp_path / "plots", logs=[log])] == ["training.png"]
 
 
 def test_rate_needs_two_rates(tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
 """The figures of a folder of results: rate and distortion, steps, resolution, distributions, generation, training."""
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from tokbench.errors import InputError
+from tokbench.records.files import read_log
 from tokbench.records.result import SpeedResult
 from tokbench.report import speed
 from tokbench.report.columns import ResultEntry, elements_ratio, metric_column, place_of, tokens
@@ -71,7 +71,7 @@ def all_plots(
         made.append(
             speed.quality_against_rate(rows, entries, folder / f"quality-rate-{_plain(' '.join(map(str, key)))}.{kind}")
         )
-    made.append(training_curves(logs, folder / f"training.{kind}"))
+    made.append(training_curves({log.parent.name: read_log(log) for log in logs}, folder / f"training.{kind}"))
     return [path for path in made if path is not None]
 
 
@@ -272,19 +272,20 @@ def rfid_vs_gfid(entries: Sequence[ResultEntry], reported: Sequence[Reported], p
 NOT_LOSSES = ("step", "images", "seconds", "rate", "images_per_second", "lr", "time")
 
 
-def training_curves(logs: Sequence[Path], path: Path) -> Path | None:
-    """Losses and held-out scores against steps, a panel each, a line per log.jsonl. None without a log of two steps."""
-    runs = {log.parent.name: records for log in logs if len(records := list(_records(log))) > 1}
-    keys = list(dict.fromkeys(key for records in runs.values() for record in records for key in record))
-    keys = [key for key in keys if key not in NOT_LOSSES]
+def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path | None:
+    """Losses and held-out scores against steps, a panel each, a line per run's log. None without a log of two steps."""
+    logs = {name: [r for r in records if _finite(r.get("step"))] for name, records in runs.items()}
+    logs = {name: records for name, records in logs.items() if len(records) > 1}
+    values = {key: None for records in logs.values() for record in records for key, v in record.items() if _finite(v)}
+    keys = [key for key in values if key not in NOT_LOSSES]
     if not keys:
         return None
     width = min(3, len(keys))
     fig = Figure(figsize=(2.4 * width, 1.9 * math.ceil(len(keys) / width)), layout="constrained", dpi=200)
     for place, key in enumerate(keys, 1):
         ax = fig.add_subplot(math.ceil(len(keys) / width), width, place)
-        for name, (colour, _) in styles(runs).items():
-            line = [(record["step"], record[key]) for record in runs[name] if key in record]
+        for name, (colour, _) in styles(logs).items():
+            line = [(record["step"], record[key]) for record in logs[name] if _finite(record.get(key))]
             ax.plot([s for s, _ in line], [v for _, v in line], color=colour, lw=1, label=name)
         ax.set_title(key, fontsize=8)
         ax.set_xlabel("step", fontsize=7)
@@ -294,13 +295,5 @@ def training_curves(logs: Sequence[Path], path: Path) -> Path | None:
     return save(fig, path)
 
 
-def _records(log: Path) -> Iterator[dict[str, float]]:
-    """The numbers of each line that has a step; InputError naming a line that is not JSON."""
-    finite: Callable[[object], bool] = lambda v: isinstance(v, int | float) and math.isfinite(v)  # noqa: E731
-    try:
-        for line in log.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            if isinstance(record, dict) and finite(record.get("step")):
-                yield {key: value for key, value in record.items() if finite(value) and not isinstance(value, bool)}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{log}: not a training log ({error})") from error
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
