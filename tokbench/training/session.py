@@ -29,13 +29,21 @@ from tokbench.data.pixels import to_float
 from tokbench.data.training_crops import PhotoCrops, batches
 from tokbench.errors import InputError
 from tokbench.records.files import write_whole
-from tokbench.report.curves import training_curves
 from tokbench.runtime.device import select_device
 from tokbench.runtime.processes import Processes, join
 from tokbench.runtime.terminal import bar, say
 from tokbench.tokenizer import Tokenizer
 from tokbench.training.held_out import score
-from tokbench.training.log import Log, Meter, check_losses, interrupts, is_best, save_image, training_record
+from tokbench.training.log import (
+    Log,
+    Meter,
+    check_losses,
+    interrupts,
+    is_best,
+    plot_curves,
+    save_image,
+    training_record,
+)
 from tokbench.training.optimisation import (
     Ema,
     EmaConfig,
@@ -125,7 +133,7 @@ class Session:
             step = Step(self, number, share)
             yield step
             if main and step.due(run.eval_every):
-                training_curves({self.out.name: self.log.records()}, self.out / "curves.png")
+                plot_curves(self.log.records(), self.out / "curves.png")
             if main and step.saves:
                 parts = {name: part.state_dict() for name, part in self.state.items()}
                 save_checkpoint(self.checkpoint, self.config, {"parts": parts, "step": number})
