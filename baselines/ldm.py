@@ -17,7 +17,12 @@ from baselines.published import PUBLISHED
 from ssdd_models.encoder import Posterior
 from tokbench.errors import CellError
 
-STATISTICS = "latents_stats.pt"  # VA-VAE's mean and standard deviation of each channel, in a file of its own
+# Files beside a checkpoint with the statistics of each channel: mean and deviation, or shift and scale.
+STATISTICS = {
+    "va-vae-f16d32": "latents_stats.pt",
+    "e2e-vavae": "e2e-vavae-400k-latents-stats.pt",
+    "e2e-invae": "e2e-invae-400k-latents-stats.pt",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,10 @@ CONFIGS = {
     "vq-f8": LDMConfig((1, 2, 2, 4), 4, 4, codebook_size=16384),
     "mar-kl16": LDMConfig((1, 1, 2, 2, 4), 16, 16, decoder_attention=False),
     "va-vae-f16d32": LDMConfig((1, 1, 2, 2, 4), 32, 32),
+    "e2e-vavae": LDMConfig((1, 1, 2, 2, 4), 32, 32),
+    "e2e-invae": LDMConfig((1, 1, 2, 2, 4), 32, 32),
+    "taming-vqgan-f16-1024": LDMConfig((1, 1, 2, 2, 4), 256, 256, codebook_size=1024),
+    "taming-vqgan-f16-16384": LDMConfig((1, 1, 2, 2, 4), 256, 256, codebook_size=16384),
     "llamagen-vq8": LDMConfig((1, 2, 2, 4), 256, 8, codebook_size=16384, unit_codes=True),
     "llamagen-vq16": LDMConfig((1, 1, 2, 2, 4), 256, 8, codebook_size=16384, unit_codes=True),
 }
@@ -222,14 +231,15 @@ def load(path: Path, config: LDMConfig, name: str) -> LDMAutoencoder:
 
 
 def statistics(path: Path, channels: int, name: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each latent channel, [c] each, from VA-VAE's file of statistics."""
+    """Shift and scale of each latent channel, [c, 1, 1] each, from a file of statistics."""
     held = read_tensors(path, name)
     mean, deviation = held.get("mean"), held.get("std")
-    if not (
-        isinstance(mean, Tensor) and isinstance(deviation, Tensor) and mean.numel() == deviation.numel() == channels
-    ):
+    shift, scale = held.get("latents_bias", mean), held.get("latents_scale")
+    if scale is None and isinstance(deviation, Tensor):
+        scale = 1 / deviation
+    if not (isinstance(shift, Tensor) and isinstance(scale, Tensor) and shift.numel() == scale.numel() == channels):
         raise CellError(f"{name}: {path} does not hold mean and std of {channels} channels")
-    return mean.flatten().float(), deviation.flatten().float()
+    return shift.float().reshape(-1, 1, 1), scale.float().reshape(-1, 1, 1)
 
 
 def published(name: str, file: Path | None = None, random_weights: bool = False) -> Continuous:
@@ -246,10 +256,8 @@ def published(name: str, file: Path | None = None, random_weights: bool = False)
     if config.unit_codes:  # only directions count: distances to unit codes order as products with them
         model.quantize.embedding.weight.data = F.normalize(model.quantize.embedding.weight.data, dim=-1)
     tokenizer = wrap(model, row, random_weights)
-    if name == "va-vae-f16d32" and file is not None:
-        beside = file.with_name(STATISTICS)
-        mean, deviation = statistics(
-            beside if beside.is_file() else fetch(row.repo, STATISTICS, name), config.latent_channels, name
-        )
-        tokenizer.shift, tokenizer.scale = mean.reshape(-1, 1, 1), 1 / deviation.reshape(-1, 1, 1)
+    if name in STATISTICS and file is not None:
+        beside = file.with_name(STATISTICS[name])
+        path = beside if beside.is_file() else fetch(row.repo, STATISTICS[name], name)
+        tokenizer.shift, tokenizer.scale = statistics(path, config.latent_channels, name)
     return tokenizer

@@ -274,7 +274,7 @@ def wrap(model: Any, row: Published, random_weights: bool, adapter: type[Continu
         tokens_per_image=row.tokens_per_image,
         size_multiple=row.downsample or 1,
         decode_steps=row.decode_steps,
-        deterministic=row.kind != "ConsistencyDecoderVAE",
+        deterministic=not row.decode_steps and row.kind != "ConsistencyDecoderVAE",
         trained_on=row.trained_on,
         losses=row.losses,
         licence=row.licence,

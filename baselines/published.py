@@ -70,7 +70,9 @@ def _dc(levels: int, channels: int) -> dict[str, Any]:
 
 
 _CONFIGS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("sd-vae-ft-mse", "sd-vae-ft-ema", "sd15-vae", "sdxl-vae", "sdxl-vae-fp16-fix", "eq-vae"), _kl(4)),
+    **dict.fromkeys(
+        ("sd-vae-ft-mse", "sd-vae-ft-ema", "sd15-vae", "sdxl-vae", "sdxl-vae-fp16-fix", "eq-vae", "eq-vae-ema"), _kl(4)
+    ),
     **dict.fromkeys(("sd3-vae", "flux1-vae"), _kl(16, quant=False)),
     **dict.fromkeys(("dc-ae-f32c32-in", "dc-ae-f32c32-mix"), _dc(6, 32)),
     **dict.fromkeys(("dc-ae-f64c128-in", "dc-ae-f64c128-mix"), _dc(7, 128)),
@@ -84,6 +86,23 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     },
     "taesd3": {"latent_channels": 16},
     "taef1": {"latent_channels": 16},
+    "flux2-small-decoder": {"decoder_block_out_channels": (96, 192, 384, 384)},
+    "asymmetric-vae-x2": {
+        **_levels(4),
+        "down_block_out_channels": (128, 256, 512, 512),
+        "layers_per_down_block": 2,
+        "up_block_out_channels": (256, 512, 1024, 1024),
+        "layers_per_up_block": 5,
+    },
+    "hunyuanimage-2.1-vae": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 64,
+        "block_out_channels": (128, 256, 512, 512, 1024, 1024),
+        "layers_per_block": 2,
+        "spatial_compression_ratio": 32,
+        "sample_size": 384,
+    },
     "rae-dinov2-b": {  # DINOv2-B with registers, decoder ViT-XL
         "decoder_hidden_size": 1152,
         "decoder_num_hidden_layers": 28,

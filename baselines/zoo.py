@@ -94,9 +94,15 @@ def _codec(file_format: str) -> Callable[..., Any]:
 
 
 def _published(name: str) -> Callable[..., Any]:
+    kind = PUBLISHED[name].kind  # a class of diffusers, or the module of a family
+
     def factory(file: Path | None = None, random_weights: bool = False) -> Any:
-        kind = PUBLISHED[name].kind  # a class of diffusers, or the module of a family
         module = import_module(f"baselines.{kind if kind.islower() else 'pretrained'}")
         return module.published(name, file, random_weights)
 
-    return factory
+    def stepped(file: Path | None = None, random_weights: bool = False, steps: int = 25) -> Any:
+        from baselines.flowmo import published
+
+        return published(name, file, random_weights, steps)
+
+    return stepped if kind == "flowmo" else factory

@@ -14,17 +14,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from baselines import seed_voken, titok, var
+from baselines import flowmo, seed_voken, titok, var
+from baselines.flowmo import FlowMo
 from baselines.ldm import LDMConfig
 from baselines.published import PUBLISHED
 from baselines.seed_voken import IndexBackpropagation, LookupConfig, LookupFree
 from baselines.titok import TiTok
 from baselines.var import MultiScale
 from tests.baselines.test_pretrained import both_ways
-from tokbench.errors import CellError
+from tokbench.errors import CellError, InputError
 from tokbench.registry import create
+from tokbench.runtime.seeding import normal
 
-FAMILIES = ("seed_voken", "var", "titok", "cosmos")
+FAMILIES = ("seed_voken", "var", "titok", "cosmos", "flowmo")
 NAMES = [row.name for row in PUBLISHED.values() if row.kind in FAMILIES]
 SEEDS = torch.tensor([1, 2])
 
@@ -42,6 +44,10 @@ def shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "CONFIGS", {name: small(config) for name, config in module.CONFIGS.items()})
     monkeypatch.setattr(titok, "SIZES", {"S": (32, 1, 2), "B": (32, 1, 4), "L": (64, 1, 4)})
     monkeypatch.setattr(titok, "MASKGIT_WIDTHS", (32, 32, 64, 64, 64))
+    tiny = {"encoder_width": 384, "decoder_width": 384, "encoder_depth": 1, "decoder_depth": 1}
+    configs = {name: replace(config, **tiny) for name, config in flowmo.CONFIGS.items()}
+    monkeypatch.setattr(flowmo, "CONFIGS", configs)
+    monkeypatch.setattr(flowmo, "PATCH", 16)
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -125,8 +131,22 @@ def scripted(name: str, folder: Path) -> tuple[Any, str]:
     return model, f"{name}:{folder}"
 
 
+def from_noise(name: str, folder: Path) -> tuple[Any, str]:
+    model: Any = randomise(FlowMo(flowmo.CONFIGS[name]))
+    average = dict(model.state_dict())
+    for one in ("mod", "attn", "mlp"):
+        average = {key.replace(f".txt.{one}.", f".txt_{one}.").replace(f".img.{one}.", f".img_{one}."): value
+                   for key, value in average.items()}  # fmt: skip
+    trained = {key: torch.zeros_like(value) for key, value in average.items()}
+    torch.save({"model_state_dict": trained, "model_ema_state_dict": average, "total_steps": 1}, folder / "flowmo.pth")
+    noise = normal(SEEDS, (3, 256, 256), device="cpu")
+    model.decode = lambda z: (model.sample(noise, z, 2),)
+    return model, f"{name}:{folder / 'flowmo.pth'}@steps=2"
+
+
 SAVED: dict[str, Callable[[str, Path], tuple[Any, str]]] = {
     "seed_voken": voken, "var": multi_scale, "titok": one_dimensional, "cosmos": scripted,
+    "flowmo": from_noise,
 }  # fmt: skip
 
 
@@ -169,6 +189,7 @@ def test_a_row_loads_from_its_published_layout_and_keeps_the_contract(name: str,
     if torch.equal(alone[0], latents[1:]):
         torch.testing.assert_close(alone[1], decoded[1:], rtol=0, atol=near)
     assert torch.equal(both_ways(tokenizer, pixels, SEEDS)[1], decoded)
+    assert torch.equal(both_ways(tokenizer, pixels, SEEDS + 1)[1], decoded) == tokenizer.info.deterministic
 
 
 @pytest.mark.parametrize("name", ["titok-l32", "var-f16"])
@@ -219,3 +240,10 @@ def test_a_file_that_is_no_torchscript_costs_its_row_with_one_line(fault: str, t
 def test_cosmos_has_no_random_weights() -> None:
     with pytest.raises(CellError, match="its network is in its files only"):
         create("cosmos-di8x8", random_weights=True)
+
+
+def test_flowmo_counts_its_evaluations_with_those_of_guidance() -> None:
+    assert create("flowmo-lo", random_weights=True).info.decode_steps == PUBLISHED["flowmo-lo"].decode_steps == 31
+    assert create("flowmo-lo@steps=1", random_weights=True).info.decode_steps == 1
+    with pytest.raises(InputError, match="steps must be at least 1"):
+        create("flowmo-lo@steps=0", random_weights=True)

@@ -88,7 +88,7 @@ def test_every_row_loads_from_its_file_and_keeps_the_contract(name: str, shrunk:
         "mean": torch.rand(1, config.latent_channels, 1, 1),
         "std": 1 + torch.rand(1, config.latent_channels, 1, 1),
     }
-    torch.save(statistics, tmp_path / ldm.STATISTICS)
+    torch.save(statistics, tmp_path / ldm.STATISTICS.get(name, "none.pt"))
     tokenizer: Any = create(f"{name}:{tmp_path / 'model.pt'}")
     latents = tokenizer.encode(IMAGES, sample=False, seeds=SEEDS)
     decoded = tokenizer.decode(latents, seeds=SEEDS, size=(32, 32))
@@ -172,7 +172,7 @@ def test_a_bad_file_costs_its_row_with_one_line(fault: str, said: str, shrunk: N
     if fault == "shape":
         state["post_quant_conv.weight"] = torch.zeros(1)
     torch.save({"number": 1.0, "model": state}["number" if fault == "number" else "model"], file)
-    torch.save({"mean": torch.zeros(32)}, tmp_path / ldm.STATISTICS)
+    torch.save({"mean": torch.zeros(32)}, tmp_path / ldm.STATISTICS["va-vae-f16d32"])
     if fault == "objects":
         file.write_bytes(pickle.dumps({"state_dict": Path("x")}, protocol=2))
     if fault == "half":

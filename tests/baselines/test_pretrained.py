@@ -66,6 +66,16 @@ CLASSES: dict[str, tuple[dict[str, Any], int, int | None]] = {
     "AutoencoderKLWan": ({**WAN, **STATISTICS}, 2, 4),
     "AutoencoderRAE": (RAE, 8, 64),
     "VQModel": ({**KL, "num_vq_embeddings": 32, "vq_embed_dim": 4}, 2, None),
+    "AsymmetricAutoencoderKL": (
+        {**TWO, "down_block_out_channels": (8, 16), "up_block_out_channels": (8, 16), "norm_num_groups": 4},
+        2,
+        4,
+    ),
+    "AutoencoderKLKVAE": (
+        {"channels": 32, "num_enc_blocks": 1, "num_dec_blocks": 1, "z_channels": 4, "ch_mult": (1, 2)},
+        2,
+        4,
+    ),
     "AutoencoderKLHunyuanImage": (
         {
             "in_channels": 3,
