@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tokbench import cli
+from tokbench import cli, weights
+from tokbench.metrics import suite
 from tokbench.weights import weights_dir
 
 torch.set_num_threads(1)
@@ -76,6 +78,20 @@ def tokbench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         return Ran(int(ended.value.code or 0), output.out, output.err)
 
     return call
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Give metrics extractors of the test's own, {name: uint8 images -> features}, instead of networks with weights."""
+
+    def use(**extractors: Any) -> None:
+        found = {name.replace("_", "-"): extractor for name, extractor in extractors.items()}
+        monkeypatch.setattr(suite, "_extractors", lambda *_: found)
+        monkeypatch.setattr(weights, "fetch", Path)
+        monkeypatch.setattr(weights, "digest", lambda name: "0" * 64)
+        monkeypatch.setattr(weights, "locate", lambda name: None)
+
+    return use
 
 
 @pytest.fixture(scope="module")

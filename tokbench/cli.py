@@ -1,14 +1,21 @@
 """The command line. Bodies are a few lines; whatever is heavy is imported inside."""
 
+import dataclasses
+import inspect
 import os
 import sys
+import typing
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tokbench.config import parse_value
 from tokbench.errors import CellError, InputError, LostPeerError
+from tokbench.generation import Generation
+from tokbench.records.measurement import Measurement
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -22,40 +29,70 @@ DataType = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 BatchSize = Annotated[str, typer.Option(help="auto or a number of images; a CPU computes one at a time.")]
 
 
+def with_options(config: type, *names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Turn the fields of a config that have a help text (with names: only those) into options of a command, which takes
+    them as one argument called like the class."""
+    fields = [f for f in dataclasses.fields(config) if "help" in f.metadata and (not names or f.name in names)]
+    hints, argument = typing.get_type_hints(config), config.__name__.lower()
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def filled(**given: Any) -> None:
+            values = {field.name: given.pop(field.name) for field in fields}
+            for name, text in values.items():
+                if isinstance(text, str):
+                    values[name] = parse_value(text, hints[name], f"--{name.replace('_', '-')}")
+            given[argument] = config(**values)
+            command(**given)
+
+        parameters = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in inspect.signature(command).parameters.values()
+            if parameter.name != argument
+        ]
+        parameters += [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, **_as_option(f)) for f in fields]
+        filled.__name__, filled.__doc__ = command.__name__, command.__doc__
+        filled.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        filled.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return filled
+
+    return decorate
+
+
+def _as_option(field: "dataclasses.Field[Any]") -> dict[str, Any]:
+    """Annotation and default of a field's option; values are texts that `parse_value` reads, but for flags."""
+    option = typer.Option(f"--{field.name.replace('_', '-')}", help=field.metadata["help"])
+    if isinstance(field.default, bool):
+        return {"annotation": Annotated[bool, option], "default": field.default}
+    if field.default is dataclasses.MISSING:
+        return {"annotation": Annotated[str, option], "default": inspect.Parameter.empty}
+    if field.default is None:
+        return {"annotation": Annotated[str, option], "default": "auto"}
+    default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    return {"annotation": Annotated[str, option], "default": str(default)}
+
+
 @app.command()
+@with_options(Measurement)
 def run(
     models: Models,
+    measurement: Measurement,
     res: Resolutions = "256",
     data: Annotated[str, typer.Option(help="samples, a folder, an archive, or hf:NAME.")] = "samples",
     split: Annotated[str | None, typer.Option(help="Split of the data set.")] = None,
     limit: Annotated[int | None, typer.Option(help="Take only N images, chosen by hash of their id.")] = None,
-    protocol: Annotated[str, typer.Option(help="Evaluation protocol; see `tokbench list protocols`.")] = "adm",
-    metrics: Annotated[str | None, typer.Option(help="Metrics, comma-separated; see `tokbench list metrics`.")] = None,
-    batch_size: BatchSize = "auto",
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that load images.")] = None,
-    device: Device = "auto",
-    dtype: DataType = "float32",
-    seeds: Annotated[str, typer.Option(help="Seeds of a stochastic decoder, comma-separated.")] = "0",
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard what --out holds of these cells.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="An unavailable metric is a failure.")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out unreadable images, and count them.")] = False,
-    upscale: Annotated[
-        bool, typer.Option("--upscale", help="Enlarge images below the resolution, and count them.")
-    ] = False,
-    keep_features: Annotated[bool, typer.Option("--keep-features", help="Keep features beside the result.")] = False,
-    save_images: Annotated[int, typer.Option(min=0, help="First N and worst N images in the picture of a cell.")] = 4,
 ) -> None:
     """Reconstruct images with tokenizers and measure what is lost."""
-    from tokbench.evaluation.run import RunOptions
     from tokbench.evaluation.run import run as run_cells
 
-    options = RunOptions(
-        models=models, resolutions=res, data=data, split=split, limit=limit, protocol=protocol, metrics=metrics,
-        batch_size=batch_size, workers=workers, device=device, dtype=dtype, seeds=seeds, out=out, fresh=fresh,
-        strict=strict, skip_bad=skip_bad, upscale=upscale, keep_features=keep_features, save_images=save_images,
-    )  # fmt: skip
-    raise typer.Exit(run_cells(options))
+    resolutions = parse_value(res, tuple[int, ...], "--res")
+    raise typer.Exit(
+        run_cells(
+            models, resolutions, measurement, data=data, split=split, limit=limit, out=out, fresh=fresh, strict=strict
+        )
+    )
 
 
 @app.command()
@@ -181,56 +218,34 @@ def train(
 
 
 @app.command()
+@with_options(Measurement, "metrics", "batch_size", "device", "dtype")
+@with_options(Generation)
 def generate(
-    generator: Annotated[str, typer.Option(help="Folder of `train dit`, or hf:facebook/DiT-XL-2-256.")],
-    tokenizer: Annotated[str, typer.Option(help="Specs of the tokenizers that decode, comma-separated.")],
-    num_images: Annotated[int, typer.Option(help="How many, equally many of every class.")],
-    reference: Annotated[str, typer.Option(help="ADM statistics (.npz), or images as for run --data.")],
-    guidance: Annotated[str, typer.Option(help="Classifier-free guidance scales, comma-separated; 1: none.")] = "1",
-    guidance_interval: Annotated[str, typer.Option(help="Guide from t=A to t=B; 0 is noise, 1 data.")] = "0,1",
-    steps: Annotated[int | None, typer.Option(help="Steps of the sampler; default 50, or 250 for hf:.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="euler or heun; for hf: ddim or ddpm.")] = None,
-    labels: Annotated[str, typer.Option(help="Only these classes: 207,360 or 0-9.")] = "",
-    seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
-    metrics: Annotated[str | None, typer.Option(help="Metrics, comma-separated; default: all of generation.")] = None,
-    batch_size: BatchSize = "auto",
-    device: Device = "auto",
-    dtype: DataType = "float32",
-    save: Annotated[str, typer.Option(help="none, png, or npz as ADM's evaluator reads it.")] = "none",
+    generation: Generation,
+    measurement: Measurement,
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs"),
     results: Annotated[Path, typer.Option(help="Where else to look rfid up for the table.")] = Path("results"),
 ) -> None:
     """Sample a generator, decode by tokenizers, and score the images against a reference (gFID)."""
-    from tokbench.generation.generate import GenerateOptions, run_generate
+    from tokbench.generation.generate import run_generate
 
-    options = GenerateOptions(
-        generator=generator, tokenizer=tokenizer, num_images=num_images, reference=reference, guidance=guidance,
-        interval=guidance_interval, steps=steps, sampler=sampler, labels=labels, seed=seed, metrics=metrics,
-        batch_size=batch_size, device=device, dtype=dtype, save=save, out=out, results=results,
-    )  # fmt: skip
-    raise typer.Exit(run_generate(options))
+    raise typer.Exit(run_generate(generation, measurement, out=out, results=results))
 
 
 @app.command()
+@with_options(Measurement, "protocol", "metrics", "device", "workers")
 def score(
     real: Annotated[str, typer.Argument(help="Real images: a folder, an archive, samples, ...")],
     fake: Annotated[str, typer.Argument(help="Their reconstructions, squares of one size, under the same names.")],
-    metrics: Annotated[str | None, typer.Option(help="Metrics, comma-separated; see `tokbench list metrics`.")] = None,
-    protocol: Annotated[str, typer.Option(help="How real images are cropped to that size.")] = "adm",
+    measurement: Measurement,
     name: Annotated[str | None, typer.Option(help="Name of the row; default: the folder's.")] = None,
     allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Take images compressed with loss.")] = False,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that load images.")] = None,
-    device: Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs"),
 ) -> None:
-    """Measure images made elsewhere, matched to real ones by name."""
-    from tokbench.evaluation.score import ScoreOptions, run_score
+    """Measure images made elsewhere, matched to real ones by name and cropped to their size."""
+    from tokbench.evaluation.score import run_score
 
-    options = ScoreOptions(
-        real=real, fake=fake, metrics=metrics, protocol=protocol, name=name, allow_lossy=allow_lossy, workers=workers,
-        device=device, out=out,
-    )  # fmt: skip
-    raise typer.Exit(run_score(options))
+    raise typer.Exit(run_score(real, fake, measurement, name=name, allow_lossy=allow_lossy, out=out))
 
 
 @app.command()
@@ -294,9 +309,19 @@ def weights_export(
 @app.command(name="list")
 def list_known(what: Annotated[str, typer.Argument(help="models, metrics or protocols")] = "models") -> None:
     """Show what can be named: models with their options, metrics, protocols."""
-    from tokbench.evaluation.evaluate import known
+    from tokbench import registry
+    from tokbench.metrics import METRICS
+    from tokbench.protocols import PROTOCOLS
 
-    for name, text in known(what):
+    if what == "models":
+        rows = [(entry.name, entry.described()) for entry in registry.entries()]
+    elif what == "metrics":
+        rows = [(m.name, m.description + (f" [{m.unit}]" if m.unit else "")) for m in METRICS.values()]
+    elif what == "protocols":
+        rows = [(protocol.name, f"v{protocol.version} {protocol.summary}") for protocol in PROTOCOLS.values()]
+    else:
+        raise InputError(f'list "{what}": choose models, metrics or protocols')
+    for name, text in rows:
         typer.echo(f"{name:<28} {text}")
 
 

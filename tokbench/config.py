@@ -20,7 +20,7 @@ def parse_value(text: str, annotation: Any, key: str) -> Any:
     """
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        if text.lower() == "none" and type(None) in args:
+        if text.lower() in ("none", "auto") and type(None) in args:
             return None
         return parse_value(text, next(arg for arg in args if arg is not type(None)), key)
     if origin is typing.Literal:
@@ -28,7 +28,7 @@ def parse_value(text: str, annotation: Any, key: str) -> Any:
             return by_text[text]
         raise InputError(f"{key}={text}: expected one of {', '.join(by_text)}")
     if origin is tuple:
-        return tuple(parse_value(part, args[0], key) for part in text.split(",") if part)
+        return tuple(parse_value(part.strip(), args[0], key) for part in text.split(",") if part.strip())
     if annotation is bool:
         if text.lower() in ("true", "false", "1", "0"):
             return text.lower() in ("true", "1")

@@ -57,6 +57,11 @@ class Entry:
             if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         }
 
+    def described(self) -> str:
+        """The summary, and the options that are not part of the name."""
+        options = [key for key in self.options if f"{{{key}}}" not in self.name]
+        return self.summary + (f"  [{', '.join(options)}]" if options else "")
+
     def match(self, head: str) -> dict[str, str] | None:
         """The placeholders' texts if `head` is one of this entry's names."""
         pieces = re.split(r"\{(\w+)\}", self.name)

@@ -14,7 +14,7 @@ from tests.made_records import record, rows
 from tokbench.comparison.check import check
 from tokbench.comparison.differences import Difference, cells, compare
 from tokbench.errors import InputError
-from tokbench.evaluation.reconstruct import seeded
+from tokbench.evaluation.reconstruct import seed_column
 from tokbench.evaluation.summary import compute
 from tokbench.metrics import METRICS, kernel_of
 from tokbench.records.files import per_image_path, write_per_image
@@ -33,7 +33,7 @@ def stochastic(
     features = {("real", "inception"): real}
     for seed in seeds:
         drawn = noise * np.random.default_rng((seed, len(name))).standard_normal((N, DIM))
-        extractor = seeded("inception", seed) if len(seeds) > 1 else "inception"
+        extractor = seed_column("inception", seed) if len(seeds) > 1 else "inception"
         features["fake", extractor] = (real + error + drawn).astype(np.float32)
     path = folder / f"{name}.json"
     with SampleStore(path.with_suffix(".features")) as store:

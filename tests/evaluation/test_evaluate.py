@@ -1,5 +1,6 @@
 """evaluate() as a notebook or a training loop calls it, and the loop's own arithmetic."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,9 @@ from tests.tiny import Tiny, tiny
 from tokbench import registry
 from tokbench.data.pixels import quantise
 from tokbench.errors import CellError, InputError
-from tokbench.evaluation import evaluate as api
 from tokbench.evaluation.evaluate import evaluate
-from tokbench.evaluation.reconstruct import Album
+from tokbench.evaluation.pictures import KeptImages
 from tokbench.evaluation.summary import over_seeds
-from tokbench.metrics.suite import Instruments, scorers
 from tokbench.records.cache import cache_folder
 from tokbench.records.result import Value
 from tokbench.runtime.device import hash_state
@@ -106,59 +105,53 @@ class Mean:
         return images.float().mean((2, 3))
 
 
-def measuring(metrics: list[str], *extractors: Mean) -> api.Kits:
-    """The metrics of twelve images of 32 pixels, with these extractors instead of networks."""
-    kits = api.Kits(metrics, 12, torch.device("cpu"))
-    found = {extractor.name: extractor for extractor in extractors}
-    kits._loaded[32] = Instruments(scorers(["psnr"]), found)  # type: ignore[arg-type]
-    return kits
-
-
 def test_real_features_are_computed_once_for_all_models(
-    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_ins: Callable[..., None]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     mean = Mean("mobilenet")
-    kits = measuring(["psnr", "pd-mobilenet"], mean)
-    monkeypatch.setattr(api, "kits", lambda *_: kits)
-    first = evaluate(tiny(), photographs, 32)
+    stand_ins(mobilenet=mean)
+    metrics = ["psnr", "pd-mobilenet"]
+    first = evaluate(tiny(), photographs, 32, metrics)
     assert mean.calls == 24
-    second = evaluate(tiny(), photographs, 32)
+    second = evaluate(tiny(), photographs, 32, metrics)
     assert mean.calls == 36
     assert first.metrics == second.metrics
-    folder = next((cache_folder() / "real").iterdir())
-    path = next(folder.glob("real-*.bin"))
+    path = next((cache_folder() / "real").rglob("*.npz"))
     data = bytearray(path.read_bytes())
-    data[-10] ^= 1
+    data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    assert evaluate(tiny(), photographs, 32).metrics == first.metrics
+    assert evaluate(tiny(), photographs, 32, metrics).metrics == first.metrics
 
 
 def test_another_metric_leaves_the_real_features_of_the_others(
-    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_ins: Callable[..., None]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first, second = Mean("mobilenet"), Mean("mobilenet-class")
-    for metrics, extractors in ((["pd-mobilenet"], [first]), (["pd-mobilenet", "agreement"], [first, second])):
-        kits = measuring(metrics, *extractors)
-        monkeypatch.setattr(api, "kits", lambda *_, kits=kits: kits)
-        result = evaluate(tiny(), photographs, 32)
+    stand_ins(mobilenet=first, mobilenet_class=second)
+    for metrics in (["pd-mobilenet"], ["pd-mobilenet", "agreement"]):
+        result = evaluate(tiny(), photographs, 32, metrics)
     assert set(result.metrics) == {"pd-mobilenet", "agreement"}
     assert (first.calls, second.calls) == (12 + 12 + 12, 12 + 12)  # real images once each
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
-    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_ins: Callable[..., None]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     mean = Mean("mobilenet")
-    kits = measuring(["pd-mobilenet"], mean)
-    monkeypatch.setattr(api, "kits", lambda *_: kits)
-    first = evaluate(tiny(), photographs, 32)
+    stand_ins(mobilenet=mean)
+    first = evaluate(tiny(), photographs, 32, ["pd-mobilenet"])
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert evaluate(tiny(), photographs, 32).metrics == first.metrics
+    assert evaluate(tiny(), photographs, 32, ["pd-mobilenet"]).metrics == first.metrics
     assert mean.calls == 48
+
+
+def test_an_unknown_option_is_named(photographs: Path) -> None:
+    with pytest.raises(InputError, match="batchsize"):
+        evaluate(tiny(), photographs, 32, ["psnr"], batchsize=4)
 
 
 def test_every_8_bit_value_survives_the_round_trip() -> None:
@@ -183,22 +176,22 @@ def test_seeds_split_the_standard_error_into_images_and_noise() -> None:
     assert "30 seeds" in joint.note
 
 
-def test_an_album_keeps_the_first_and_the_worst() -> None:
-    album = Album(frozenset(["a"]), num_worst=2)
+def test_the_first_and_the_worst_images_are_kept() -> None:
+    kept = KeptImages(frozenset(["a"]), num_worst=2)
     pixels = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
-    album.add(["a", "b", "c", "d"], [0.0, 3.0, 1.0, 2.0], pixels, pixels)
-    assert set(album.pairs) == {"a", "b", "d"}
+    kept.add(["a", "b", "c", "d"], [0.0, 3.0, 1.0, 2.0], pixels, pixels)
+    assert set(kept.pairs) == {"a", "b", "d"}
 
 
-def test_an_album_copies_nothing_that_it_does_not_keep() -> None:
+def test_an_image_that_is_not_kept_is_not_copied() -> None:
     pixels = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
     uncopied = pixels.to("meta")  # a copy of it is an error, where one from a GPU is a wait
-    Album(frozenset(), num_worst=0).add(["a"], [1.0], uncopied, uncopied)
-    album = Album(frozenset(["a"]), num_worst=1)
-    album.add(["a"], [1.0], pixels, pixels)
-    album.add(["b"], [0.5], uncopied, uncopied)
-    album.add(["c"], [2.0], pixels, pixels)
-    assert set(album.pairs) == {"a", "c"}
+    KeptImages(frozenset(), num_worst=0).add(["a"], [1.0], uncopied, uncopied)
+    kept = KeptImages(frozenset(["a"]), num_worst=1)
+    kept.add(["a"], [1.0], pixels, pixels)
+    kept.add(["b"], [0.5], uncopied, uncopied)
+    kept.add(["c"], [2.0], pixels, pixels)
+    assert set(kept.pairs) == {"a", "c"}
 
 
 @pytest.mark.parametrize(

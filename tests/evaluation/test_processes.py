@@ -5,13 +5,15 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.conftest import TINY, Ran
 from tests.forked import start
+from tokbench.records import samples
 from tokbench.records.result import Value, read_result
 
 METRICS = ("--metrics", "psnr,psnr-global,ssim")
@@ -27,8 +29,8 @@ def command(data: Path, out: Path, model: str = SLOW) -> list[str]:
 
 
 def measured(out: Path) -> int:
-    """Rows on the disk so far."""
-    return sum(len(path.read_bytes().splitlines()) for path in out.glob("*/*/.tiny-*/rows-*.txt"))
+    """Samples on the disk so far."""
+    return sum(len(np.load(path)["ids"]) for path in out.glob("*/*/.tiny-*/*.npz"))
 
 
 def wait_for(out: Path, rows: int) -> None:
@@ -43,6 +45,13 @@ def numbers(out: Path) -> Numbers:
     folder = out / "adm" / "photographs-32"
     table = gzip.decompress((folder / "tiny.per_image.csv.gz").read_bytes())
     return dict(read_result(folder / "tiny.json").metrics), table, (folder / "tiny.png").read_bytes()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def every_image_is_stored_at_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:  # the processes are forks of this one
+        patch.setattr(samples, "FLUSH_SECONDS", 0)
+        yield
 
 
 @pytest.fixture
@@ -137,12 +146,15 @@ def test_a_damaged_row_of_a_killed_run_is_named_and_measured_again(
     wait_for(tmp_path, 4)
     process.signal(signal.SIGKILL)
     process.finish()
-    (path,) = tmp_path.glob("*/*/.tiny-*/rows-*.txt")
-    data = bytearray(path.read_bytes())
-    data[data.index(b"psnr") + 8] ^= 1
-    path.write_bytes(data[:-7])
+    first, second = sorted(tmp_path.glob("*/*/.tiny-*/*.npz"))[:2]
+    with np.load(first) as file:
+        value = file["columns/psnr"].tobytes()
+    data = bytearray(first.read_bytes())
+    data[data.index(value) + 3] ^= 1
+    first.write_bytes(data)
+    second.write_bytes(second.read_bytes()[:-7])
     assert tokbench(*command(photographs, tmp_path)).status == 0
-    assert "2 damaged rows set aside" in caplog.text
+    assert all(f"{path.name}: damaged" in caplog.text for path in (first, second))
     assert numbers(tmp_path) == uninterrupted
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests import TESTS
 from tests.conftest import TINY, Ran
-from tokbench.evaluation import kits
-from tokbench.evaluation.reconstruct import Conditions
-from tokbench.evaluation.summary import checked, clear
-from tokbench.metrics.suite import Instruments, instruments
+from tokbench.evaluation import cell
+from tokbench.evaluation.reconstruct import first_batch_size
+from tokbench.evaluation.summary import compute
+from tokbench.metrics.suite import MetricSuite
 from tokbench.records.files import read_per_image
 from tokbench.records.result import EvalResult, read_result
 from tokbench.records.samples import SampleStore
@@ -29,6 +30,22 @@ FAST = ("--metrics", "psnr,psnr-global,ssim", "--res", "32", "--batch-size", "5"
 def results(out: Path) -> dict[str, EvalResult]:
     found = [read_result(path) for path in sorted(out.glob("*/*/*.json"))]
     return {f"{result.tokenizer.name}-{result.dataset.resolution}": result for result in found}
+
+
+class Quadrants:
+    """An extractor that needs no weights: mean colours of quadrants."""
+
+    dim, sha256 = 12, "0" * 64
+
+    def __init__(self, name: str) -> None:
+        self.name = self.identity = name
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+
+def read_rows(out: Path) -> tuple[list[str], dict[str, np.ndarray]]:
+    return read_per_image(out / "adm" / "photographs-32" / "tiny.per_image.csv.gz")
 
 
 def rows(out: Path) -> dict[str, bytes]:
@@ -140,7 +157,7 @@ def test_a_failed_cell_costs_its_row_and_no_other(tokbench: Command, photographs
 def test_all_images_that_a_model_makes_nan_of_are_named(
     tokbench: Command, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Conditions, "images_at_once", Conditions.first_batch_size)  # as on a GPU
+    monkeypatch.setattr(cell, "images_at_once", first_batch_size)  # as on a GPU
     broken = tmp_path / "broken.py"
     broken.write_text(
         "from tests.tiny import Tiny\n\n\nclass Broken(Tiny):\n    def decode(self, latents, **how):\n"
@@ -162,19 +179,19 @@ def test_a_metric_of_what_is_not_finite_is_null_and_names_the_samples(tmp_path: 
         columns = {"psnr": np.zeros(3), "mse": np.ones(3), "latent-mean": broken, "latent-square": broken}
         store.append(ids, columns, {("real", "mobilenet"): np.zeros((3, 2)), ("fake", "mobilenet"): features})
     for name in ("latent-std", "pd-mobilenet"):
-        value = checked(name, store, (0,))
+        value = compute(name, store, (0,))
         assert (value.value, value.n, value.note) == (None, 3, "NaN or infinity in b, c")
-    assert checked("psnr", store, (0,)).value == 0
+    assert compute("psnr", store, (0,)).value == 0
 
 
 def test_memory_decides_the_batch_size_unless_the_user_did(
     tokbench: Command, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Conditions, "images_at_once", Conditions.first_batch_size)  # as on a GPU
+    monkeypatch.setattr(cell, "images_at_once", first_batch_size)  # as on a GPU
     command = ("run", "--models", f"big={TINY}@fault=memory", "--data", photographs, "--out", tmp_path, *FAST)
     ran = tokbench(*command)
     assert ran.status == 1
-    assert "out of memory at 32 px with batch size 5; try --batch-size 2, or auto" in ran.err
+    assert "big at 32 px: out of memory with batch size 5; try --batch-size 2, or auto" in ran.err
     assert not list(tmp_path.glob("*/*/*.json"))
     assert tokbench(*command, "--batch-size", "auto").status == 0
     assert results(tmp_path)["big-32"].provenance.batch_size == 1
@@ -194,11 +211,11 @@ def test_a_size_the_model_cannot_take_is_wrong_use(tokbench: Command, photograph
         (("--models", "jpgq-50"), 'unknown model "jpgq-50"; did you mean'),
         (("--models", "identity", "--metrics", "pnsr"), "did you mean psnr"),
         (("--models", "identity", "--protocol", "adn"), "unknown protocol"),
-        (("--models", "identity", "--res", "big"), "whole numbers"),
+        (("--models", "identity", "--res", "big"), "--res=big: expected int"),
         (("--models", "identity", "--res", "0"), "from 8 to 8192"),
         (("--models", "identity", "--batch-size", "0"), "at least 1"),
         (("--models", "identity", "--device", "tpu"), "unknown device"),
-        (("--models", "identity", "--dtype", "int8"), "unknown dtype"),
+        (("--models", "identity", "--dtype", "int8"), "--dtype=int8: expected one of float32, bfloat16"),
         (("--models", "identity", "--seeds", "x"), "--seeds"),
         (("--models", "identity", "--limit", "0"), "at least 1"),
         (("--models", "identity", "--data", "/nowhere"), "no such file or folder"),
@@ -298,13 +315,11 @@ def test_a_damaged_record_is_named_set_aside_and_measured_again(
 def test_an_unavailable_metric_is_named_and_measured_as_soon_as_it_can_be(
     tokbench: Command, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_ssim(*arguments: object) -> Instruments:
-        tools = instruments(*arguments)  # type: ignore[arg-type]
-        tools.unavailable["ssim"] = "its network is not here"
-        return tools
+    def without_ssim(suite: MetricSuite) -> dict[str, str]:
+        return {"ssim": "its network is not here"} if "ssim" in [m.name for m in suite.metrics] else {}
 
     command = ("run", "--models", f"tiny={TINY}", "--data", photographs, "--out", tmp_path, *FAST)
-    monkeypatch.setattr(kits, "instruments", without_ssim)
+    monkeypatch.setattr(MetricSuite, "unavailable", property(without_ssim))
     assert tokbench(*command).status == 0
     assert results(tmp_path)["tiny-32"].unavailable == {"ssim": "its network is not here"}
     assert "ssim" not in results(tmp_path)["tiny-32"].metrics
@@ -334,22 +349,39 @@ def test_a_damaged_weight_file_costs_its_metric_and_no_other(
 def test_features_are_dropped_unless_they_are_wanted(tokbench: Command, photographs: Path, tmp_path: Path) -> None:
     command = ("run", "--data", photographs, "--out", tmp_path, "--res", "32", "--metrics", "psnr,perplexity")
     assert tokbench(*command, "--models", f"codes={TINY}@codes=true").status == 0
-    assert not list(tmp_path.rglob("*.bin"))
+    assert not list(tmp_path.rglob("*.npz"))
     assert "1 done" in tokbench(*command, "--models", f"codes={TINY}@codes=true", "--keep-features").err
     assert "1 cached" in tokbench(*command, "--models", f"codes={TINY}@codes=true", "--keep-features").err
-    assert list(tmp_path.glob("adm/photographs-32/codes.features/fake-codes-*.bin"))
+    assert list(tmp_path.glob("adm/photographs-32/codes.features/*.npz"))
 
 
-def test_kept_features_are_those_of_both_sides(tmp_path: Path) -> None:
-    ids, values = ["a", "b"], np.ones((2, 3))
-    for name in ("first", "second"):  # the second finds the real images' features in the cache
-        real = SampleStore(tmp_path / "real")
-        with SampleStore(tmp_path / f".{name}", real={"net": real}) as store:
-            sides = {("fake", "net"): values} | ({("real", "net"): values} if name == "first" else {})
-            store.append(ids, {"psnr": np.zeros(2)}, sides)
-        real.close()
-        clear(tmp_path / f"{name}.json", store, keep_features=True)
-        assert SampleStore(tmp_path / f"{name}.features").features("real", "net").shape == (2, 3)
+def test_kept_features_are_those_of_both_sides(
+    tokbench: Command, photographs: Path, tmp_path: Path, stand_ins: Callable[..., None]
+) -> None:
+    stand_ins(mobilenet=Quadrants("mobilenet"), mobilenet_class=Quadrants("mobilenet-class"))
+    command = ("run", "--data", photographs, "--out", tmp_path, "--res", "32", "--keep-features", "--metrics")
+    for model in ("first", "second"):  # the second finds the real images' features in the cache
+        assert tokbench(*command, "pd-mobilenet", "--models", f"{model}={TINY}").status == 0
+    assert tokbench(*command, "agreement", "--models", f"second={TINY}").status == 0  # adds to what is kept
+    store = SampleStore(tmp_path / "adm/photographs-32/second.features")
+    for extractor in ("mobilenet", "mobilenet-class"):
+        assert store.features("real", extractor).shape == store.features("fake", extractor).shape == (12, 12)
+
+
+@pytest.mark.parametrize("metrics", ["psnr", "ssim,bpp", "latent-std,psnr-global", "ssim-gauss,perplexity,psnr"])
+@pytest.mark.parametrize("more", [(), ("--keep-features",), ("--save-images", "1")], ids=str)
+def test_what_one_run_has_measured_the_next_still_prints(
+    metrics: str, more: tuple[str, ...], tokbench: Command, photographs: Path, tmp_path: Path
+) -> None:
+    command = ("run", "--models", f"tiny={TINY}", "--data", photographs, "--out", tmp_path, "--res", "32", "--metrics")
+    assert tokbench(*command, "ssim,psnr").status == 0
+    before, (_, rows_before) = results(tmp_path)["tiny-32"], read_rows(tmp_path)
+    assert tokbench(*command, metrics, *more).status == 0
+    after, (_, rows_after) = results(tmp_path)["tiny-32"], read_rows(tmp_path)
+    assert {name: after.metrics[name] for name in before.metrics} == before.metrics
+    assert set(metrics.split(",")) & set(after.metrics) == set(metrics.split(",")) - {"bpp", "perplexity"}
+    assert all(np.array_equal(rows_after[name], column) for name, column in rows_before.items())
+    assert "1 cached" in tokbench(*command, f"psnr,{metrics}", *more).err
 
 
 @pytest.mark.parametrize(

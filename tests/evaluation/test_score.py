@@ -18,9 +18,8 @@ from tokbench import registry
 from tokbench.data.crops import crop
 from tokbench.data.open import open_source
 from tokbench.data.pixels import quantise
-from tokbench.evaluation import kits, score
+from tokbench.evaluation import score
 from tokbench.metrics.extractors import Extractor, Shared
-from tokbench.metrics.suite import Instruments
 from tokbench.protocols import find_protocol
 from tokbench.records.files import per_image_path, read_per_image
 from tokbench.records.result import read_result
@@ -89,13 +88,16 @@ class Counting(nn.Module):
 
 
 def test_each_image_passes_a_network_once_and_a_real_one_never_again(
-    tokbench: Callable[..., Ran], photographs: Path, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokbench: Callable[..., Ran],
+    photographs: Path,
+    copies: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stand_ins: Callable[..., None],
 ) -> None:
     network = Counting()
     shared = Shared(network)
-    tools = Instruments(extractors={n: Extractor(n, 3, "", n, shared) for n in ("mobilenet", "mobilenet-class")})
-    for module in (kits, score):
-        monkeypatch.setattr(module, "instruments", lambda *_: tools)
+    stand_ins(**{n.replace("-", "_"): Extractor(n, 3, "", n, shared) for n in ("mobilenet", "mobilenet-class")})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = ("--metrics", "pd-mobilenet,agreement", "--out", tmp_path / "runs")
     for name in ("first", "second"):

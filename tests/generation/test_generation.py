@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from tokbench.config import override
 from tokbench.errors import InputError
+from tokbench.evaluation.cell import model_key
+from tokbench.generation import Generation
 from tokbench.generation.compatibility import check_fits, latent_space
-from tokbench.generation.generate import GenerateOptions, images_key, open_generator, parse_labels, run_generate
+from tokbench.generation.generate import open_generator, parse_labels, run_generate
 from tokbench.generation.latents import Latents, Normaliser
 from tokbench.generation.sample import Draw, Sampling, balanced_labels, pack_npz, sample_latents
 from tokbench.generation.score import read_statistics
 from tokbench.generation.train import find_preset, train
+from tokbench.records.measurement import Measurement
 from tokbench.records.result import read_result
 from tokbench.registry import create
 from tokbench.runtime.processes import Processes
@@ -47,12 +50,11 @@ def train_tiny(data: str, out: Path, settings: list[str]) -> Path:
     return train(override(find_preset("tiny"), settings), data, out)
 
 
-def options(trained: Path, labelled: Path, out: Path, **more: Any) -> GenerateOptions:
-    chosen = GenerateOptions(
-        generator=str(trained), tokenizer="identity", num_images=5, reference=str(labelled), steps=2, device="cpu",
-        metrics="kid", out=out, results=out,
-    )  # fmt: skip
-    return replace(chosen, **more)
+def generate(trained: Path, labelled: Path, out: Path, **more: Any) -> int:
+    """`tokbench generate` of five images by the identity; the metrics and any field of `Generation` can be changed."""
+    measurement = Measurement(metrics=more.pop("metrics", ("kid",)), device="cpu")
+    asked = Generation(generator=str(trained), tokenizer="identity", num_images=5, reference=str(labelled), steps=2)
+    return run_generate(replace(asked, **more), measurement, out=out, results=out)
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -92,10 +94,10 @@ def test_presets_are_the_recipes_they_name() -> None:
 
 
 def test_identity_end_to_end_gives_a_record_images_and_a_table(
-    trained: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: Path, labelled: Path, tmp_path: Path, stand_ins: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    use_brightness(monkeypatch)
-    assert run_generate(options(trained, labelled, tmp_path, guidance="1,3", save="npz")) == 0
+    stand_ins(inception=Brightness())
+    assert generate(trained, labelled, tmp_path, guidance=(1.0, 3.0), save="npz") == 0
     paths = sorted(tmp_path.glob("generate-*/*/identity.json"))
     assert [path.parts[-3] for path in paths] == ["generate-dit-tiny-4-4-g1", "generate-dit-tiny-4-4-g3"]
     result = read_result(paths[0])
@@ -114,22 +116,22 @@ def test_identity_end_to_end_gives_a_record_images_and_a_table(
 
 
 def test_more_images_go_on_from_those_that_are_there_and_guidance_changes_them(
-    trained: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path, labelled: Path, tmp_path: Path, stand_ins: Callable[..., None]
 ) -> None:
-    use_brightness(monkeypatch)
-    run_generate(options(trained, labelled, tmp_path, save="png"))
+    stand_ins(inception=Brightness())
+    generate(trained, labelled, tmp_path, save="png")
     first = images_below(tmp_path)
-    run_generate(options(trained, labelled, tmp_path, save="png", num_images=7))
+    generate(trained, labelled, tmp_path, save="png", num_images=7)
     assert len(images_below(tmp_path)) == 7
     assert {name: images_below(tmp_path)[name] for name in first} == first
-    run_generate(options(trained, labelled, tmp_path / "guided", save="png", guidance="4"))
+    generate(trained, labelled, tmp_path / "guided", save="png", guidance=(4.0,))
     assert images_below(tmp_path / "guided") != first
 
 
 def test_one_process_and_two_and_any_batch_size_draw_the_same(trained: Path, tmp_path: Path) -> None:
     generator = open_generator(str(trained), CPU)
     one = Draw(generator, Sampling(2.0, steps=2), [0, 1] * 65, tmp_path / "one", CPU, torch.float32, 50, Processes())
-    two = [replace(one, folder=tmp_path / "two", batch_size=33, world=Processes(rank, 2)) for rank in range(2)]
+    two = [replace(one, folder=tmp_path / "two", batch_size=33, processes=Processes(rank, 2)) for rank in range(2)]
     for draw in (one, *two):
         sample_latents(draw)
     for k in range(2):
@@ -138,9 +140,9 @@ def test_one_process_and_two_and_any_batch_size_draw_the_same(trained: Path, tmp
 
 
 def test_two_real_processes_train_and_generate_what_one_does(
-    labelled: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    labelled: Path, trained: Path, tmp_path: Path, stand_ins: Callable[..., None]
 ) -> None:
-    use_brightness(monkeypatch)
+    stand_ins(inception=Brightness())
     script = tmp_path / "both.py"
     script.write_text(TWO_PROCESSES)
     settings = [*SETTINGS, "run.steps=4"]
@@ -159,7 +161,7 @@ def test_two_real_processes_train_and_generate_what_one_does(
     torch.testing.assert_close(
         one.sample(torch.arange(2), labels, how), two.sample(torch.arange(2), labels, how), atol=0.05, rtol=1e-4
     )  # the latents are pixels, 0 to 255
-    run_generate(options(tmp_path, labelled, tmp_path / "alone", num_images=130, metrics="gfid", save="png"))
+    generate(tmp_path, labelled, tmp_path / "alone", num_images=130, metrics=("gfid",), save="png")
     assert images_below(tmp_path / "alone") == images_below(tmp_path / "together")
 
 
@@ -167,29 +169,21 @@ TWO_PROCESSES = """
 import sys
 from pathlib import Path
 import torch
-from tokbench.generation.generate import GenerateOptions, run_generate
+from tokbench.generation import Generation
+from tokbench.generation.generate import run_generate
+from tokbench.records.measurement import Measurement
 from tokbench.config import override
 from tokbench.generation.train import find_preset, train
 torch.set_num_threads(1)
 data, out, *settings = sys.argv[1:]
 train(override(find_preset("tiny"), settings), data, Path(out))
-sys.exit(run_generate(GenerateOptions(generator=out, tokenizer="identity", num_images=130, reference=data, steps=2,
-                                      device="cpu", metrics="gfid", save="png", out=Path(out) / "together")))
+asked = Generation(generator=out, tokenizer="identity", num_images=130, reference=data, steps=2, save="png")
+sys.exit(run_generate(asked, Measurement(device="cpu", metrics=("gfid",)), out=Path(out) / "together"))
 """
 
 
 def images_below(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob(".generate/*/*/images/*.png")}
-
-
-class Tools:
-    """As metrics.scoring.instruments gives them."""
-
-    scorers = ()
-    unavailable: Mapping[str, str] = {}
-
-    def __init__(self) -> None:
-        self.extractors = {"inception": Brightness()}
 
 
 class Brightness(nn.Module):
@@ -206,17 +200,13 @@ class Brightness(nn.Module):
         return brightness(images)
 
 
-def use_brightness(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokbench.generation.generate.instruments", lambda *a: Tools())
-
-
 def test_a_decoder_that_fails_is_named_and_the_other_goes_on(
-    trained: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    trained: Path, labelled: Path, tmp_path: Path, stand_ins: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    use_brightness(monkeypatch)
+    stand_ins(inception=Brightness())
     (tmp_path / "failing.py").write_text("from tests.generation.test_generation import Failing as failing")
     tokenizers = f"bad={tmp_path}/failing.py:failing,identity"
-    assert run_generate(options(trained, labelled, tmp_path, tokenizer=tokenizers)) == 1
+    assert generate(trained, labelled, tmp_path, tokenizer=tokenizers) == 1
     assert "bad: no decoder today" in caplog.text
     assert [path.name for path in tmp_path.glob("generate-*/*/*.json")] == ["identity.json"]
 
@@ -240,13 +230,16 @@ def test_classes_are_balanced() -> None:
 
 
 def test_other_weights_settings_or_code_of_a_tokenizer_decode_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(tokenizer: Any, weights: str | None = "a") -> str | None:
+        return model_key(replace(tokenizer.info, weights=weights), tokenizer)
+
     scaled = Scaled(2.0)
-    key = images_key(scaled, "a")
-    assert images_key(Scaled(2.0), "a") == key
-    assert len({key, images_key(scaled, "b"), images_key(Scaled(3.0), "a"), images_key(Failing(), "a")}) == 4
-    assert images_key(scaled, None) != images_key(scaled, None)  # nobody can tell whether it is the same
+    first = key(scaled)
+    assert key(Scaled(2.0)) == first
+    assert len({first, key(scaled, "b"), key(Scaled(3.0)), key(Failing())}) == 4
+    assert key(scaled, None) is None  # nobody can tell whether it is the same
     monkeypatch.setattr("tokbench.records.provenance.source_hash", lambda modules: "other code")
-    assert images_key(scaled, "a") != key
+    assert key(scaled) != first
 
 
 # ---- what does not fit --------------------------------------------------------------------------------------------
@@ -302,19 +295,19 @@ def test_a_tokenizer_of_another_grid_or_normalisation_is_refused_with_both_value
         ({"sampler": "dopri"}, "unknown sampler 'dopri' for dit-tiny-4: euler or heun"),
         ({"steps": 0}, "--steps 0"),
         ({"num_images": 0}, "--num-images 0"),
-        ({"interval": "0.7,0.2"}, "must rise"),
-        ({"metrics": "psnr"}, "psnr: compares an image with its reconstruction"),
+        ({"guidance_interval": (0.7, 0.2)}, "must rise"),
+        ({"metrics": ("psnr",)}, "psnr: compares an image with its reconstruction"),
         ({"tokenizer": "bicubic-f2"}, "bicubic-f2 does not fit the generator"),
         ({"generator": "nowhere"}, "no such generator"),
         ({"reference": "missing.npz"}, "not a readable statistics file"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_drawn(
-    trained: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+    trained: Path, labelled: Path, tmp_path: Path, stand_ins: Callable[..., None], change: dict[str, Any], message: str
 ) -> None:
-    use_brightness(monkeypatch)
+    stand_ins(inception=Brightness())
     with pytest.raises(InputError, match=message):
-        run_generate(options(trained, labelled, tmp_path, **change))
+        generate(trained, labelled, tmp_path, **change)
     assert not list(tmp_path.glob(".generate/dit*"))
 
 
@@ -338,4 +331,4 @@ def test_on_cuda_training_compiles_and_samples_are_the_cpus(labelled: Path, trai
     how, labels = Sampling(2.0, steps=4), torch.tensor([0, 1])
     samples = [generator.sample(torch.arange(2), labels, how).cpu() for generator in (cpu, gpu)]
     torch.testing.assert_close(*samples, atol=2, rtol=1e-3)  # pixels, 0 to 255; training had switched TF32 on
-    assert run_generate(options(tmp_path, labelled, tmp_path / "runs", device="cuda", dtype="bfloat16")) == 0
+    assert generate(tmp_path, labelled, tmp_path / "runs", device="cuda") == 0

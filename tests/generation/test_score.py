@@ -132,6 +132,6 @@ def test_a_damaged_file_of_images_is_named(tmp_path: Path) -> None:
 
 
 def test_metrics_of_reconstruction_are_no_metrics_of_generation() -> None:
-    assert generation_metrics("kid,gfid") == ["gfid", "kid"]
+    assert generation_metrics(["kid", "gfid"]) == ["gfid", "kid"]
     with pytest.raises(InputError, match="rfid: compares an image with its reconstruction"):
-        generation_metrics("rfid")
+        generation_metrics(["rfid"])

@@ -22,7 +22,7 @@ from tokbench.data.pixels import quantise
 from tokbench.errors import InputError
 from tokbench.evaluation.evaluate import evaluate
 from tokbench.metrics import DEFAULT, METRICS, find_metrics, perceptual, pixel
-from tokbench.metrics.suite import instruments, scorers
+from tokbench.metrics.suite import MetricSuite
 from tokbench.protocols import PROTOCOLS
 from tokbench.registry import create
 from tokbench.weights import convert as weights_convert
@@ -85,7 +85,7 @@ def test_vavaes_ssim_is_scikit_images_of_signed_images() -> None:
     fake = noisy(real)
     expected = [structural_similarity(2 * r - 1, 2 * f - 1, data_range=2, channel_axis=2, **GAUSS)
                 for r, f in pairs(real, fake)]  # fmt: skip
-    (score,) = scorers(["ssim-gauss-signed"])
+    (score,) = MetricSuite(["ssim-gauss-signed"], 1, 256).scorers
     np.testing.assert_allclose(score(real, fake, None)["ssim-gauss-signed"], expected, atol=1e-5)
     assert (pixel.ssim_gauss(real, fake) - torch.tensor(expected)).abs().max() > 1e-3
 
@@ -150,7 +150,7 @@ def test_lpips_equals_its_package_on_photographs(
         real = photographs()
         fake = noisy(real)
         expected = reference(real / 127.5 - 1, fake / 127.5 - 1).flatten()
-        (score,) = scorers([f"lpips-{net}"])
+        (score,) = MetricSuite([f"lpips-{net}"], 1, 256).scorers
         torch.testing.assert_close(score(real, fake, None)[f"lpips-{net}"], expected, atol=1e-5, rtol=0)
         safe = perceptual.lpips_network(net)(real / 127.5 - 1, fake / 127.5 - 1)
     torch.testing.assert_close(safe, expected, atol=1e-4, rtol=0)
@@ -202,7 +202,7 @@ def test_dists_equals_its_formula(size: int, tmp_path: Path, monkeypatch: pytest
             cov = ((x * y).mean() - x.mean() * y.mean()) * 2 + 1e-6
             similarity += float(alpha[place]) * mean + float(beta[place]) * cov / (x.var() + y.var() + 1e-6)
             place += 1
-    (score,) = scorers(["dists"])
+    (score,) = MetricSuite(["dists"], 1, 256).scorers
     expected = 1 - similarity / float(alpha.sum() + beta.sum())
     np.testing.assert_allclose(score(real, fake, None)["dists"], [expected], atol=1e-5)
 
@@ -210,13 +210,13 @@ def test_dists_equals_its_formula(size: int, tmp_path: Path, monkeypatch: pytest
 @here("lpips-alex", "lpips-vgg", "dists", "mobilenet")
 def test_identity_scores_perfectly_and_blur_gets_worse_step_by_step() -> None:
     names = ["psnr", "ssim", "ssim-gauss", "ms-ssim", "lpips-alex", "lpips-vgg", "dists", "pd-mobilenet"]
-    tools = instruments(find_metrics(names), 1, 192)
-    assert not tools.unavailable
+    suite = MetricSuite(names, 1, 192)
+    assert not suite.unavailable
     real = photographs(192, 1)
     small = [real] + [nn.functional.interpolate(real.float(), scale_factor=1 / k, mode="area") for k in (2, 4, 8)]
     fakes = [nn.functional.interpolate(s.float(), 192, mode="bilinear").round().to(torch.uint8) for s in small]
     with torch.inference_mode():
-        scores = [{n: float(v) for s in tools.scorers for n, v in s(real, fake, None).items()} for fake in fakes]
+        scores = [{n: float(v) for n, v in suite.score(real, fake).items()} for fake in fakes]
     perfect = {
         "psnr": 100.0,
         "ssim": 1.0,
@@ -231,13 +231,13 @@ def test_identity_scores_perfectly_and_blur_gets_worse_step_by_step() -> None:
         values = [score[name] * (-1 if METRICS[name].better == "higher" else 1) for score in scores]
         assert values == sorted(values)
         assert len(set(values)) == 4
-    extract = tools.extractors["mobilenet"]
+    extract = suite.extractors["mobilenet"]
     assert torch.equal(extract(real), extract(real.clone()))
 
 
 @here("lpips-vgg")
 def test_the_unclamped_column_sees_what_the_image_cannot_show() -> None:
-    clamped, unclamped = scorers(["lpips-vgg"])[0], scorers(["lpips-vgg-unclamped"])[0]
+    clamped, unclamped = MetricSuite(["lpips-vgg", "lpips-vgg-unclamped"], 1, 256).scorers
     real = photographs(32)
     decoded = real / 127.5 - 1
     with torch.inference_mode():
@@ -296,9 +296,9 @@ def test_few_images_give_null_with_a_note_and_need_no_network() -> None:
     value = METRICS["rfid"].value(Stored({}, {(side, "inception"): rows for side in ("real", "fake")}))
     assert value.value is None
     assert "2,048" in value.note
-    tools = instruments(find_metrics(["rfid", "fd-dinov2"]), 29, 256)
-    assert not tools.unavailable
-    assert not tools.extractors
+    suite = MetricSuite(["rfid", "fd-dinov2"], 29, 256)
+    assert not suite.unavailable
+    assert not suite.extractors
 
 
 def test_a_missing_network_makes_its_metric_unavailable_with_the_command(
@@ -307,25 +307,25 @@ def test_a_missing_network_makes_its_metric_unavailable_with_the_command(
     for name in ("TOKBENCH_WEIGHTS", "XDG_CACHE_HOME", "TORCH_HOME", "HF_HOME"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("TOKBENCH_OFFLINE", "1")
-    tools = instruments(find_metrics(["psnr", "lpips-alex", "dreamsim", "pd-mobilenet"]), 29, 64)
-    assert set(tools.unavailable) == {"lpips-alex", "dreamsim", "pd-mobilenet"}
-    assert "tokbench weights fetch lpips-alex" in tools.unavailable["lpips-alex"]
-    assert tools.columns == ["psnr", "mse"]
+    suite = MetricSuite(["psnr", "lpips-alex", "dreamsim", "pd-mobilenet"], 29, 64)
+    assert set(suite.unavailable) == {"lpips-alex", "dreamsim", "pd-mobilenet"}
+    assert "tokbench weights fetch lpips-alex" in suite.unavailable["lpips-alex"]
+    assert [metric.name for metric in suite.available] == ["psnr"]
 
 
 def test_a_file_of_other_weights_makes_its_metrics_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKBENCH_WEIGHTS", str(tmp_path))
     monkeypatch.setitem(weights.NETWORKS, "mobilenet", replace(weights.NETWORKS["mobilenet"], sha256=""))
     torch.save({"x": torch.zeros(1)}, tmp_path / weights.NETWORKS["mobilenet"].file)
-    tools = instruments(find_metrics(["psnr", "pd-mobilenet", "agreement"]), 29, 64)
-    assert set(tools.unavailable) == {"pd-mobilenet", "agreement"}
-    assert "does not hold the weights of mobilenet" in tools.unavailable["agreement"]
-    assert tools.columns == ["psnr", "mse"]
+    suite = MetricSuite(["psnr", "pd-mobilenet", "agreement"], 29, 64)
+    assert set(suite.unavailable) == {"pd-mobilenet", "agreement"}
+    assert "does not hold the weights of mobilenet" in suite.unavailable["agreement"]
+    assert [metric.name for metric in suite.available] == ["psnr"]
 
 
 def test_images_too_small_for_a_metric_are_said_to_be() -> None:
-    tools = instruments(find_metrics(["psnr", "ms-ssim"]), 3, 64)
-    assert tools.unavailable == {"ms-ssim": "needs images of 161 pixels a side, these have 64"}
+    suite = MetricSuite(["psnr", "ms-ssim"], 3, 64)
+    assert suite.unavailable == {"ms-ssim": "needs images of 161 pixels a side, these have 64"}
 
 
 def test_the_table_is_consistent() -> None:
@@ -348,16 +348,16 @@ def test_an_unknown_metric_is_answered_with_close_ones() -> None:
 def test_nothing_waits_for_the_gpu() -> None:
     names = [n for n in ("psnr", "ssim", "ssim-gauss", "lpips-alex", "lpips-vgg", "dists", "pd-mobilenet")
              if all(weights.locate(network) for network in METRICS[n].networks)]  # fmt: skip
-    tools = instruments(find_metrics(names), 3, 64, "cuda")
+    suite = MetricSuite(names, 3, 64, "cuda")
     real = photographs().cuda()
     fake = noisy(photographs()).cuda()
     for mode in ("default", "error"):  # the first pass may choose algorithms
         torch.cuda.set_sync_debug_mode(mode)
         try:
             with torch.inference_mode():
-                for score in tools.scorers:
+                for score in suite.scorers:
                     score(real, fake.clone(), None)
-                for extract in tools.extractors.values():
+                for extract in suite.extractors.values():
                     extract(fake.clone())
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import resource
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from tests.made_records import record
 from tokbench.errors import InputError
 from tokbench.records import files as store_module
+from tokbench.records import samples
 from tokbench.records.files import (
     hold,
     image_name,
@@ -55,41 +57,45 @@ def test_store_reads_its_own_appends(tmp_path: Path) -> None:
     store.append(["a"], {"x": np.array([2.0])}, {("fake", "net"): FEATURES[1:2]})
     assert store.column("x").tolist() == [2.0, 1.0]
     assert (store.features("fake", "net") == FEATURES[[1, 0]]).all()
-    store.close()
 
 
-def test_torn_tail_costs_only_its_own_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    fill(tmp_path, list(range(10)))
-    for path in tmp_path.iterdir():
-        path.write_bytes(path.read_bytes()[:-5])
+@pytest.mark.parametrize("damage", ["torn", "flipped byte", "not an archive", "empty"])
+def test_a_damaged_shard_is_named_and_costs_its_own_samples_only(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(samples, "FLUSH_SECONDS", 0)
+    fill(tmp_path, list(range(10)), batch=2)
+    path = sorted(tmp_path.iterdir())[2]
+    with np.load(path) as file:
+        lost = set(file["ids"])
+    data = bytearray(path.read_bytes())
+    data[data.index(FEATURES[IDS.index(min(lost))].tobytes()) + 5] ^= 1
+    damaged = {"torn": data[:-5], "flipped byte": data, "not an archive": b"x" * 50, "empty": b""}
+    path.write_bytes(damaged[damage])
     with caplog.at_level(logging.WARNING):
-        store = SampleStore(tmp_path)
-        assert store.done(["psnr"], [("fake", "net")]) == set(IDS[:-1])
-    assert "rows-000" in caplog.text
-    assert "fake-net-000" in caplog.text
-    fill(tmp_path, [9])
+        assert SampleStore(tmp_path).done(["psnr"], [("fake", "net")]) == set(IDS) - lost
+    assert f"{path.name}: damaged" in caplog.text
+    fill(tmp_path, [IDS.index(sample) for sample in lost])
     assert (SampleStore(tmp_path).features("fake", "net") == FEATURES).all()
 
 
-def test_flipped_byte_is_detected_and_only_its_record_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_numpy_alone_opens_a_shard(tmp_path: Path) -> None:
+    fill(tmp_path, [3, 1])
+    (path,) = tmp_path.iterdir()
+    with np.load(path) as file:
+        assert set(file.files) == {"ids", "columns/psnr", "fake/net"}
+        assert file["ids"].tolist() == ["s3", "s1"]
+        assert (file["columns/psnr"] == PSNR[[3, 1]]).all()
+        assert (file["fake/net"] == FEATURES[[3, 1]]).all()
+
+
+def test_features_are_assembled_once_and_in_a_file(tmp_path: Path) -> None:
     fill(tmp_path, list(range(10)))
-    for pattern, at in (("rows-*", 30), ("fake-*", 60)):
-        (path,) = tmp_path.glob(pattern)
-        raw = bytearray(path.read_bytes())
-        raw[at] ^= 1
-        path.write_bytes(raw)
     store = SampleStore(tmp_path)
-    assert store.done(["psnr"], []) == set(IDS[1:])
-    assert store.done([], [("fake", "net")]) == set(IDS[1:])
-    assert "damaged" in caplog.text
-
-
-def test_damaged_feature_header_sets_the_file_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    fill(tmp_path, list(range(10)))
-    (path,) = tmp_path.glob("fake-*")
-    path.write_bytes(b"x" + path.read_bytes()[1:])
-    assert SampleStore(tmp_path).done(["psnr"], [("fake", "net")]) == set()
-    assert path.name in caplog.text
+    assert store.features("fake", "net") is store.features("fake", "net")
+    store.append(["z"], {"psnr": np.zeros(1)}, {("fake", "net"): FEATURES[:1]})
+    assert store.features("fake", "net").shape == (11, 7)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".npz"}
 
 
 def test_later_rows_add_columns(tmp_path: Path) -> None:
@@ -106,15 +112,14 @@ def test_real_features_are_shared_and_survive_the_cell(tmp_path: Path) -> None:
     real = SampleStore(tmp_path / "real")
     store = SampleStore(tmp_path / "cell", real={"net": real})
     store.append(IDS, {"psnr": PSNR}, {("real", "net"): FEATURES, ("fake", "net"): FEATURES + 1})
-    assert not list((tmp_path / "cell").glob("real-*.bin"))
-    store.close()
-    real.close()
+    store.flush()
+    with np.load(next((tmp_path / "cell").iterdir())) as file:
+        assert "real/net" not in file.files
     shutil.rmtree(tmp_path / "cell")
     other = SampleStore(tmp_path / "other", real={"net": SampleStore(tmp_path / "real")})
     other.append(IDS[:4], {"psnr": PSNR[:4]})
     assert other.done([], [("real", "net")]) == set(IDS[:4])
     assert (other.features("real", "net") == FEATURES[:4]).all()
-    other.close()
 
 
 def test_missing_feature_is_named(tmp_path: Path) -> None:
@@ -130,8 +135,8 @@ def test_two_stores_in_one_folder_do_not_disturb_each_other(tmp_path: Path) -> N
     for i in range(10):
         (first if i % 2 else second).append([IDS[i]], {"psnr": PSNR[i : i + 1]}, {("fake", "net"): FEATURES[i : i + 1]})
         second.append([IDS[i]], {"psnr": PSNR[i : i + 1]}, {("fake", "net"): FEATURES[i : i + 1]})
-    first.close()
-    second.close()
+    first.flush()
+    second.flush()
     store = SampleStore(tmp_path)
     assert (store.column("psnr") == PSNR).all()
     assert (store.features("fake", "net") == FEATURES).all()
@@ -163,34 +168,30 @@ def test_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path, monkeypat
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_append_that_fits_only_in_part_leaves_none_of_it(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_costs_nothing_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit on the size of files stands for a disk that fills up in the middle of a write."""
-    code = f"""
-import pathlib, resource, numpy
-from tokbench.errors import InputError
-from tokbench.records.samples import SampleStore
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-store = SampleStore(pathlib.Path({str(tmp_path)!r}))
-for i in range(20):
+    fill(tmp_path, [0, 1, 2])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    store = SampleStore(tmp_path)
+    store.append([IDS[3]], {"psnr": PSNR[3:4]})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        store.append([f"s{{i}}"], {{"psnr": numpy.ones(1)}}, {{("fake", "net"): numpy.ones((1, 20))}})
-    except InputError as error:
-        print(i, error)
-        break
-"""
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "cannot be written" in process.stdout
-    assert SampleStore(tmp_path).done(["psnr"], [("fake", "net")]) == {
-        f"s{i}" for i in range(int(process.stdout.split()[0]))
-    }
+        with pytest.raises(InputError, match="cannot be written"):
+            store.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    store.flush()  # space was made: what was waiting is stored
+    assert SampleStore(tmp_path).done(["psnr"], []) == set(IDS[:4])
 
 
 def test_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         write_whole(tmp_path / "file" / "a.json", "x")
-    with pytest.raises(InputError, match="cannot be written"):
-        SampleStore(tmp_path / "file" / "cell").append(["a"], {"psnr": np.zeros(1)})
+    with pytest.raises(InputError, match="cannot be written"), SampleStore(tmp_path / "file" / "cell") as store:
+        store.append(["a"], {"psnr": np.zeros(1)})
 
 
 def test_per_image_table_is_exact_and_deterministic(tmp_path: Path) -> None:

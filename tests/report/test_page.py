@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests import ROOT
 from tests.made_records import record, rows, write
-from tokbench.evaluation.picture import save_pairs
+from tokbench.evaluation.pictures import save_pairs
 from tokbench.report.collect import gather
 from tokbench.report.columns import ResultEntry
 from tokbench.report.html import script_json, write_page

@@ -14,13 +14,12 @@ from tokbench.data.loader import CropCache
 from tokbench.data.open import open_source
 from tokbench.data.sources import Source
 from tokbench.errors import CellError, InputError
-from tokbench.evaluation.cell import run_cell
-from tokbench.evaluation.evaluate import open_plan
-from tokbench.evaluation.kits import Kits
-from tokbench.evaluation.plan import Plan, check_size
-from tokbench.metrics import DEFAULT
+from tokbench.evaluation.cell import check_size, evaluate_cell
+from tokbench.evaluation.evaluate import check_images, checked
+from tokbench.metrics.suite import MetricSuite
 from tokbench.protocols import find_protocol
 from tokbench.records.files import hold, result_path, write_whole
+from tokbench.records.measurement import Measurement
 from tokbench.records.result import EvalResult
 from tokbench.runtime.device import describe_device, release, select_device
 from tokbench.runtime.processes import Processes, join
@@ -28,34 +27,9 @@ from tokbench.runtime.terminal import say
 from tokbench.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """What `tokbench run` was asked for; see its --help."""
-
-    models: str
-    resolutions: str = "256"
-    data: str = "samples"
-    split: str | None = None
-    limit: int | None = None
-    protocol: str = "adm"
-    metrics: str | None = None
-    batch_size: str = "auto"
-    workers: int | None = None
-    device: str = "auto"
-    dtype: str = "float32"
-    seeds: str = "0"
-    out: Path = Path("runs")
-    fresh: bool = False
-    strict: bool = False
-    skip_bad: bool = False
-    upscale: bool = False
-    keep_features: bool = False
-    save_images: int = 4
-
-
 @dataclass
-class Outcome:
-    """What became of the cells."""
+class RunSummary:
+    """Results, cache hits and failures of a run."""
 
     results: list[tuple[Path, EvalResult]] = field(default_factory=list)
     cached: list[str] = field(default_factory=list)
@@ -67,68 +41,89 @@ class Outcome:
         self.status = max(self.status, 2 if isinstance(error, InputError) else 1)
 
 
-def run(options: RunOptions) -> int:
-    """Measure all cells; the exit status. Raises InputError before anything runs if the options are wrong."""
-    with join() as world:
-        return _run(options, world)
+@dataclass(frozen=True)
+class Resolution:
+    """What the cells of one resolution share."""
+
+    measurement: Measurement
+    suite: MetricSuite
+    crops: CropCache | None
 
 
-def _run(options: RunOptions, world: Processes) -> int:
-    specs = registry.parse_all(options.models)
-    resolutions = list(dict.fromkeys(numbers(options.resolutions, "--res")))
-    device = select_device(options.device, world.local_rank)
-    chosen = [name.strip() for name in (options.metrics or "").split(",") if name.strip()]
-    names = chosen or find_protocol(options.protocol).metrics or DEFAULT
-    source = open_source(options.data, options.split, options.limit)
-    kits = Kits(names, len(source), device)
-    outcome = Outcome()
-    with ExitStack() as stack:
-        failure = None
-        if world.rank == 0:
+def run(
+    models: str,
+    resolutions: Sequence[int],
+    measurement: Measurement,
+    *,
+    data: str = "samples",
+    split: str | None = None,
+    limit: int | None = None,
+    out: Path = Path("runs"),
+    fresh: bool = False,
+    strict: bool = False,
+) -> int:
+    """Measure all cells; the exit status. Raises InputError before anything runs if the options are wrong.
+
+    `fresh` discards what `out` holds of these cells; `strict` makes an unavailable metric a failure.
+    """
+    specs = registry.parse_all(models)
+    measurements = [checked(replace(measurement, resolution=side)) for side in dict.fromkeys(resolutions)]
+    with join() as processes:
+        device = select_device(measurement.device, processes.local_rank)
+        source = open_source(data, split, limit)
+        share_facts(source, out, processes)
+        summary = RunSummary()
+        with crop_folder(out, processes) if len(specs) > 1 else ExitStack() as folder:
+            sizes = [prepare_resolution(one, source, device, folder) for one in measurements]
+            if processes.main:
+                announce(source, sizes, len(specs), out)
             try:
-                check_writable(options.out)
-                source.facts()  # reads every file: once, not in every process
-            except InputError as error:
-                failure = error
-        world.raise_first_error(failure)
-        source.adopt(world.broadcast(source.facts() if world.rank == 0 else None))
-        crops = stack.enter_context(crop_folder(options.out, world)) if len(specs) > 1 else None
-        plans = [make_plan(options, source, resolution, device, world, crops) for resolution in resolutions]
-        if world.rank == 0:
-            announce(source, resolutions, len(specs), kits, options.out)
+                for spec in specs:
+                    run_model(spec, source, sizes, summary, processes, out, fresh)
+            finally:
+                if processes.main:
+                    report(summary, out)
+    if strict and any(result.unavailable for _, result in summary.results):
+        return max(summary.status, 1)
+    return summary.status
+
+
+def share_facts(source: Source, out: Path, processes: Processes) -> None:
+    """Rank 0 alone tries `out` and reads every file; its facts, or its InputError, are everybody's."""
+    failure = None
+    if processes.main:
         try:
-            for spec in specs:
-                run_model(spec, plans, kits, outcome)
-        finally:
-            if world.rank == 0:
-                report(outcome, options.out)
-    if options.strict and any(result.unavailable for _, result in outcome.results):
-        outcome.status = max(outcome.status, 1)
-    return outcome.status
+            check_writable(out)
+            source.facts()
+        except InputError as error:
+            failure = error
+    processes.raise_first_error(failure)
+    source.adopt(processes.broadcast(source.facts() if processes.main else None))
 
 
-def make_plan(
-    options: RunOptions, source: Source, resolution: int, device: torch.device, world: Processes, crops: Path | None
-) -> Plan:
-    """The plan of one resolution."""
-    protocol = find_protocol(options.protocol)
-    batch_size = None if options.batch_size == "auto" else numbers(options.batch_size, "--batch-size")[0]
+def prepare_resolution(
+    measurement: Measurement, source: Source, device: torch.device, folder: Path | ExitStack
+) -> Resolution:
+    """A resolution's suite, and room for the crops that the next model will want again."""
+    check_images(source, measurement)
     kept = None
-    if crops is not None and CropCache.fits(crops, len(source), resolution):
-        kept = CropCache(crops, source, resolution, protocol)
-    plan = open_plan(
-        source, resolution, protocol, device=device, dtype=options.dtype, seeds=numbers(options.seeds, "--seeds"),
-        batch_size=batch_size, workers=options.workers, upscale=options.upscale, skip_bad=options.skip_bad, crops=kept,
-    )  # fmt: skip
-    return replace(
-        plan, world=world, out=options.out, fresh=options.fresh, keep_features=options.keep_features,
-        save_images=options.save_images,
-    )  # fmt: skip
+    if isinstance(folder, Path) and CropCache.fits(folder, len(source), measurement.resolution):
+        kept = CropCache(folder, source, measurement.resolution, find_protocol(measurement.protocol))
+    suite = MetricSuite(measurement.metrics, len(source), measurement.resolution, device)
+    return Resolution(measurement, suite, kept)
 
 
-def run_model(spec: registry.Spec, plans: Sequence[Plan], kits: Kits, outcome: Outcome) -> None:
-    """All resolutions of one model, loaded once. What is wrong with the model costs its cells and no other's."""
-    world = plans[0].world
+def run_model(
+    spec: registry.Spec,
+    source: Source,
+    sizes: Sequence[Resolution],
+    summary: RunSummary,
+    processes: Processes,
+    out: Path,
+    fresh: bool,
+) -> None:
+    """All resolutions of one model, loaded once. A model that fails to load fails its own cells only."""
+    cells = [f"{spec.row} at {size.measurement.resolution} px" for size in sizes]
     failure: CellError | InputError | None = None
     tokenizer: Tokenizer | None = None
     try:
@@ -136,62 +131,72 @@ def run_model(spec: registry.Spec, plans: Sequence[Plan], kits: Kits, outcome: O
     except (CellError, InputError) as error:
         failure = error
     try:
-        world.raise_first_error(failure)
+        processes.raise_first_error(failure)
     except (CellError, InputError) as error:
-        for plan in plans:
-            outcome.fail(f"{spec.row} at {plan.conditions.resolution} px", error)
+        for cell in cells:
+            summary.fail(cell, error)
         return
     assert tokenizer is not None
-    for plan in plans:
-        cell = f"{spec.row} at {plan.conditions.resolution} px"
+    for cell, size in zip(cells, sizes, strict=True):
         try:
-            check_size(tokenizer, plan.conditions.resolution)
+            check_size(tokenizer, size.measurement.resolution)
         except InputError as error:
-            outcome.fail(cell, error)
+            summary.fail(cell, error)
             continue
         try:
-            result, cached = run_cell(tokenizer, spec.text, plan, kits)
+            result, cached = evaluate_cell(
+                tokenizer,
+                spec.text,
+                source,
+                size.measurement,
+                size.suite,
+                processes=processes,
+                out=out,
+                fresh=fresh,
+                kept_crops=size.crops,
+            )
         except CellError as error:
-            outcome.fail(cell, error)
+            summary.fail(cell, error)
             continue
-        assert plan.out is not None
-        outcome.results.append((result_path(plan.out, result), result))
-        outcome.cached += [cell] if cached else []
-    release(plans[0].conditions.device)
+        summary.results.append((result_path(out, result), result))
+        if cached:
+            summary.cached.append(cell)
+    release(sizes[0].suite.device)
 
 
-def announce(source: Source, resolutions: Sequence[int], num_models: int, kits: Kits, out: Path) -> None:
+def announce(source: Source, sizes: Sequence[Resolution], num_models: int, out: Path) -> None:
     """Before a run: how many images, and what will be downloaded."""
     images = f"{len(source)} images of {source.name}"
-    sizes = ", ".join(map(str, resolutions))
+    resolutions = ", ".join(str(size.measurement.resolution) for size in sizes)
     models = f"{num_models} model{'s' if num_models > 1 else ''}"
-    say(f"{images} at {sizes} px, {models}, on {describe_device(kits.device)}; results in {out}/")
+    device = describe_device(sizes[0].suite.device)
+    say(f"{images} at {resolutions} px, {models}, on {device}; results in {out}/")
     for problem in source.problems:
         say(f"note: {problem}")
-    for line in weights.downloads(kits.networks):
+    for line in weights.downloads(sizes[0].suite.networks):
         say(line)
 
 
-def report(outcome: Outcome, out: Path) -> None:
+def report(summary: RunSummary, out: Path) -> None:
     """The table on stdout, a plot per data set and resolution, the summary on stderr."""
     from tokbench.report.columns import ResultEntry
     from tokbench.report.leaderboard import blocks
     from tokbench.report.plots import quality_vs_time
     from tokbench.report.tables import show
 
-    entries = [ResultEntry(result, path) for path, result in outcome.results]
+    entries = [ResultEntry(result, path) for path, result in summary.results]
     if entries:
         show(blocks(entries))
-    for folder in dict.fromkeys(path.parent for path, _ in outcome.results):
+    for folder in dict.fromkeys(path.parent for path, _ in summary.results):
         own = [entry for entry in entries if entry.path is not None and entry.path.parent == folder]
         quality_vs_time(own, folder / "quality-vs-time.png")
-    for cell in outcome.cached:
+    for cell in summary.cached:
         say(f"cached: {cell}, answered from {out}/ (--fresh measures it again)")
-    for line in outcome.failed:
+    for line in summary.failed:
         say(f"failed: {line}")
-    cached, failed = len(outcome.cached), len(outcome.failed)
-    if outcome.results or failed:
-        say(f"{len(outcome.results) - cached} done, {cached} cached, {failed} failed; results in {out}/")
+    cached, failed = len(summary.cached), len(summary.failed)
+    if summary.results or failed:
+        say(f"{len(summary.results) - cached} done, {cached} cached, {failed} failed; results in {out}/")
 
 
 def check_writable(out: Path) -> None:
@@ -204,30 +209,19 @@ def check_writable(out: Path) -> None:
 
 
 @contextmanager
-def crop_folder(out: Path, world: Processes) -> Iterator[Path]:
+def crop_folder(out: Path, processes: Processes) -> Iterator[Path]:
     """Where the crops of this run are kept for its next model; folders that killed runs left behind are removed."""
     with ExitStack() as stack:
         folder = None
-        if world.rank == 0:
+        if processes.main:
             for old in out.glob(".crops-*"):
                 with suppress(InputError), hold(old):
                     shutil.rmtree(old, ignore_errors=True)
             folder = Path(tempfile.mkdtemp(prefix=".crops-", dir=out))
             stack.enter_context(hold(folder))
-        shared = world.broadcast(folder)
+        shared = processes.broadcast(folder)
         try:
             yield shared
         finally:
-            if world.rank == 0:
+            if processes.main:
                 shutil.rmtree(shared, ignore_errors=True)
-
-
-def numbers(text: str, option: str) -> list[int]:
-    """Whole numbers of a comma-separated list; InputError naming the option."""
-    try:
-        found = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        found = []
-    if not found:
-        raise InputError(f'{option} "{text}": must be whole numbers, comma-separated')
-    return found

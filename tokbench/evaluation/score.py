@@ -1,158 +1,187 @@
 """`tokbench score`: images made elsewhere, matched to real ones by id, measured and recorded like any model's."""
 
-import re
-import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from tokbench.data.decode import open_header
 from tokbench.data.loader import Loader, refuse_unusable
 from tokbench.data.open import open_source
 from tokbench.data.sources import Source
-from tokbench.errors import CellError, InputError, preview
-from tokbench.evaluation.cell import shared_stores
-from tokbench.evaluation.reconstruct import Conditions
-from tokbench.evaluation.summary import compute, table
-from tokbench.metrics import DEFAULT, Metric, find_metrics
-from tokbench.metrics.suite import UNCLAMPED, Instruments, instruments
+from tokbench.errors import InputError, preview
+from tokbench.evaluation.cell import (
+    clear_up,
+    fill_store,
+    find_earlier,
+    joined,
+    lacks,
+    new_record,
+    shared_stores,
+    write_rows,
+)
+from tokbench.evaluation.evaluate import checked
+from tokbench.evaluation.reconstruct import append_scores, images_at_once
+from tokbench.evaluation.run import share_facts
+from tokbench.evaluation.summary import table
+from tokbench.metrics import Metric
+from tokbench.metrics.suite import UNCLAMPED, MetricSuite
 from tokbench.protocols import find_protocol
 from tokbench.records import provenance
-from tokbench.records.files import hold, per_image_path, result_path, write_per_image, write_whole
-from tokbench.records.result import Dataset, EvalResult, Settings, TokenizerInfo, Value, to_json
+from tokbench.records.files import cell_path, hold, result_path, write_whole
+from tokbench.records.measurement import Measurement
+from tokbench.records.result import EvalResult, Settings, TokenizerInfo, to_json
 from tokbench.records.samples import SampleStore
-from tokbench.runtime.device import describe_device, release, select_device
-from tokbench.runtime.terminal import bar
+from tokbench.registry import ROW_NAME
+from tokbench.runtime.device import release, select_device
+from tokbench.runtime.processes import Processes, join
 
 LOSSLESS = ("PNG", "WEBP", "BMP", "TIFF")
 LOSSLESS_TIFF = ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd")
 MODEL_ONLY = ("bpp", UNCLAMPED, "latent-mean", "latent-square")  # columns that need the model, not its images
 
 
-@dataclass(frozen=True)
-class ScoreOptions:
-    """What `tokbench score` was asked for; see its --help."""
-
-    real: str
-    fake: str
-    metrics: str | None = None
-    protocol: str = "adm"
-    name: str | None = None
-    allow_lossy: bool = False
-    workers: int | None = None
-    device: str = "auto"
-    out: Path = Path("runs")
-
-
-def run_score(options: ScoreOptions) -> int:
-    """Measure, write the record and print its table; the exit status."""
+def run_score(
+    real: str,
+    fake: str,
+    measurement: Measurement,
+    *,
+    name: str | None = None,
+    allow_lossy: bool = False,
+    out: Path = Path("runs"),
+) -> int:
+    """Measure, write the record below `out` and print its table; the exit status."""
     from tokbench.report.columns import ResultEntry
     from tokbench.report.leaderboard import blocks
     from tokbench.report.tables import show
 
-    result = score(options)
-    show(blocks([ResultEntry(result, result_path(options.out, result))]))
+    with join() as processes:
+        result = score(real, fake, measurement, name=name, allow_lossy=allow_lossy, out=out, processes=processes)
+    if processes.main:
+        show(blocks([ResultEntry(result, result_path(out, result))]))
     return 0
 
 
-def score(options: ScoreOptions) -> EvalResult:
+def score(
+    real_data: str,
+    fake_data: str,
+    asked: Measurement | None = None,
+    *,
+    name: str | None = None,
+    allow_lossy: bool = False,
+    out: Path = Path("runs"),
+    processes: Processes | None = None,
+) -> EvalResult:
     """The record of FAKE against REAL, also written below `out`. The size of the fakes is the resolution.
 
-    Real images are cropped to it by the protocol; those that have the size already are taken as they are. InputError
-    for ids that do not match, fakes of several sizes, or lossy files.
+    Real images are cropped to it by the protocol; those that have the size already are taken as they are. An
+    interrupted scoring goes on from what it has stored, and a record of the same images gains the metrics that it
+    lacks. InputError for ids that do not match, fakes of several sizes, or lossy files.
     """
-    protocol, device = find_protocol(options.protocol), select_device(options.device)
-    names = [name.strip() for name in (options.metrics or "").split(",") if name.strip()]
-    chosen = find_metrics(names or protocol.metrics or DEFAULT, "reconstruction")
-    real, fake = open_source(options.real), open_source(options.fake)
+    processes, asked = processes or Processes(), asked or Measurement()
+    real, fake = open_source(real_data), open_source(fake_data)
     match(real, fake)
-    resolution = common_size(fake)
-    if not options.allow_lossy:
+    for source in (real, fake):
+        share_facts(source, out, processes)
+    measurement = checked(replace(asked, resolution=common_size(fake), seeds=(0,)))
+    if not allow_lossy:
         refuse_lossy(fake)
-    refuse_unusable(real, resolution, upscale=False)
-    possible = [metric for metric in chosen if not needs_model(metric)]
-    unavailable = {m.name: "needs the model, not only its images" for m in chosen if names and needs_model(m)}
-    tools = instruments(possible, len(real), resolution, device)
-    unavailable |= tools.unavailable
-    name = options.name or fake.name
-    if not re.fullmatch("[a-z0-9._-]+", name):
-        raise InputError(f"--name {name}: use lower-case letters, digits, dot, underscore and hyphen")
-    info = TokenizerInfo(name, family="images", note="images made elsewhere")
-    dataset = Dataset(real.name, real.split, resolution, len(real), real.fingerprint())
-    empty = EvalResult(
-        protocol=protocol.name,
-        protocol_fingerprint=protocol.fingerprint(),
-        tokenizer=info,
-        dataset=dataset,
-        metrics={},
-        unavailable=unavailable,
+    refuse_unusable(real, measurement.resolution, upscale=False)
+    row = name or fake.name
+    if not ROW_NAME.fullmatch(row):
+        raise InputError(f"--name {row}: use lower-case letters, digits, dot, underscore and hyphen")
+    path = cell_path(out, measurement.protocol, real.name, measurement.resolution, row)
+    parts = [real.fingerprint(), fake.fingerprint(), find_protocol(measurement.protocol).fingerprint()]
+    key = hashlib.sha256(json.dumps([*parts, provenance.source_hash([])]).encode()).hexdigest()
+    device = select_device(measurement.device, processes.local_rank)
+    suite = MetricSuite(measurement.metrics, len(real), measurement.resolution, device)
+    refused = {m.name: "needs the model, not only its images" for m in suite.metrics if needs_model(m)}
+    names = [metric.name for metric in suite.metrics if metric.name not in refused]
+    earlier = processes.broadcast(find_earlier(path, key, measurement) if processes.main else None)
+    names = [name for name in names if earlier is None or lacks(earlier, name, suite)]
+    if earlier is not None and not names:
+        return earlier
+    suite = MetricSuite(names, len(real), measurement.resolution, device)
+    scored = {"real": real_data, "fake": fake_data, "fake_fingerprint": fake.fingerprint()}
+    result = _measure(
+        real, fake, measurement, suite, path, key, processes, Settings(scored=scored), keep=earlier is not None
     )
-    path = result_path(options.out, empty)
-    work = path.with_name(f".{path.stem}-score")
-    conditions = Conditions(protocol, resolution, device)
-    batch = conditions.images_at_once  # as `run` has it, whose features of the real images are the same
-    with hold(work):
-        for old in work.glob("*-*"):  # of a run that was killed
-            old.unlink()
-        shared = shared_stores(dataset.fingerprint, conditions, tools)
-        known = {name: kept.done([], [("real", name)]) for name, kept in shared.items()}
-        loaders = [
-            Loader(side, resolution, protocol, batch_size=batch, workers=options.workers) for side in (real, fake)
-        ]
-        store = SampleStore(work, real=shared)
-        with ExitStack() as stack:
-            for opened in (store, *shared.values()):
-                stack.enter_context(opened)
-            progress = stack.enter_context(bar(f"scoring {info.name}", len(real)))
-            for (ids, reals), (_, fakes) in zip(*loaders, strict=True):
-                measure(store, tools, known, ids, reals.to(device), fakes.to(device))
-                progress(len(ids))
-        release(device)
-        values = {m.name: finite(compute(m.name, store, (0,))) for m in possible if m.name not in unavailable}
-        extractors = {name: extract.sha256 for name, extract in tools.extractors.items()}
-        settings = Settings(scored={"real": options.real, "fake": options.fake, "fake_fingerprint": fake.fingerprint()})
-        made = provenance.collect(describe_device(device), device.type, batch_size=batch, extractors=extractors)
-        result = replace(empty, metrics=values, settings=settings, provenance=made)
-        write_per_image(per_image_path(path), store.ids, table(list(values), store, (0,)))
+    result = replace(result, unavailable={**result.unavailable, **(refused if asked.metrics else {})})
+    result = joined(earlier, result) if earlier is not None else result
+    if processes.main:
         write_whole(path, to_json(result))
-        shutil.rmtree(work, ignore_errors=True)
+        clear_up(path, path, False, replaces=earlier is None)
     return result
 
 
-def measure(
-    store: SampleStore, tools: Instruments, known: Mapping[str, set[str]], ids: Sequence[str], real: torch.Tensor,
-    fake: torch.Tensor,
-) -> None:  # fmt: skip
-    """Append one batch, uint8 [B, 3, H, W] twice; `known` are, by extractor, ids whose real features are there."""
-    with torch.inference_mode():
-        columns = {name: value for scorer in tools.scorers for name, value in scorer(real, fake, None).items()}
-        features = {
-            (side, name): extract(images)
-            for side, images in (("real", real), ("fake", fake))  # outside: extractors share one pass over a batch
-            for name, extract in tools.extractors.items()
-            if side == "fake" or not known.get(name, set()).issuperset(ids)
-        }
-    store.append(
-        ids,
-        {name: values.cpu().numpy() for name, values in columns.items()},
-        {key: values.cpu().numpy() for key, values in features.items()},
-    )
+def _measure(
+    real: Source,
+    fake: Source,
+    measurement: Measurement,
+    suite: MetricSuite,
+    path: Path,
+    key: str,
+    processes: Processes,
+    settings: Settings,
+    *,
+    keep: bool,
+) -> EvalResult:
+    """Measure the pairs that no earlier attempt has measured, and write the per-image table."""
+    work, row = path.with_name(f".{path.stem}-{key[:12]}"), path.stem
+    columns = {column for metric in suite.available for column in metric.columns}
+    features = {(side, name) for side in ("real", "fake") for name in suite.extractors}
+    load = partial(_pairs, real, fake, measurement, images_at_once(measurement, suite.device))
+    with hold(work) if processes.main else nullcontext():
+        step = partial(_score_pair, suite)
+        limit = fill_store(work, row, real, measurement, suite, processes, (columns, features), load, step)
+        release(suite.device)
+        store = SampleStore(work, real=shared_stores(real, measurement, suite))
+        info = TokenizerInfo(row, family="images", note="images made elsewhere")
+        result = new_record(
+            store, real, measurement, suite, processes, tokenizer=info, settings=settings, cell=key, batch_size=limit
+        )
+        if processes.main:
+            write_rows(path, store, table(list(result.metrics), store, (0,)), keep=keep)
+        processes.wait()
+    return result
+
+
+def _pairs(
+    real: Source, fake: Source, measurement: Measurement, batch_size: int, indices: list[int]
+) -> Iterator[tuple[Sequence[str], Tensor, Tensor]]:
+    """Batches of ids and both sides, uint8 [B, 3, H, W]."""
+    protocol = find_protocol(measurement.protocol)
+    loaders = [
+        Loader(
+            side, measurement.resolution, protocol, batch_size=batch_size, indices=indices, workers=measurement.workers
+        )
+        for side in (real, fake)
+    ]
+    for (ids, reals), (_, fakes) in zip(*loaders, strict=True):
+        yield ids, reals, fakes
+
+
+def _score_pair(
+    suite: MetricSuite,
+    store: SampleStore,
+    known: Mapping[str, set[str]],
+    ids: Sequence[str],
+    real: Tensor,
+    fake: Tensor,
+) -> None:
+    fakes = {0: (fake.to(suite.device), None)}
+    append_scores(store, suite, ids, real.to(suite.device), fakes, known, {}, {})
 
 
 def needs_model(metric: Metric) -> bool:
     """Whether a metric reads more than two images."""
     return metric.extractor == "codes" or any(column in MODEL_ONLY for column in metric.columns)
-
-
-def finite(value: Value) -> Value:
-    """CellError for a NaN: images hold none, so it would be a fault here."""
-    if value.value is not None and not np.isfinite(value.value):
-        raise CellError(f"a metric came out as {value.value}")
-    return value
 
 
 def match(real: Source, fake: Source) -> None:
@@ -161,8 +190,8 @@ def match(real: Source, fake: Source) -> None:
     missing = [f"only in {root}: {preview(ids)}" for root, ids in only if ids]
     if missing:
         raise InputError(f"images are matched by path without extension, and do not match; {'; '.join(missing)}")
-    real.sort()
-    fake.sort()
+    for side in (real, fake):
+        side.sort()
 
 
 def common_size(fake: Source) -> int:

@@ -5,7 +5,7 @@ import json
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from PIL import Image
 from tokbench import registry
 from tokbench.data.pixels import to_float
 from tokbench.errors import CellError, InputError
-from tokbench.evaluation.plan import attributes, code_of, parts_of, with_facts
-from tokbench.evaluation.reconstruct import Album, Cell, Conditions, Stopwatch
-from tokbench.evaluation.run import numbers
+from tokbench.evaluation.cell import model_key, with_facts
+from tokbench.generation import Generation
 from tokbench.generation.compatibility import check_fits
 from tokbench.generation.sample import (
     FIRST,
@@ -35,12 +34,10 @@ from tokbench.generation.sample import (
     sample_latents,
 )  # fmt: skip
 from tokbench.generation.score import Reference, generation_metrics, open_reference, score
-from tokbench.metrics import find_metrics
-from tokbench.metrics.suite import Instruments as Tools
-from tokbench.metrics.suite import instruments
-from tokbench.protocols import find_protocol
+from tokbench.metrics.suite import MetricSuite
 from tokbench.records import provenance
 from tokbench.records.files import result_path, write_whole
+from tokbench.records.measurement import Measurement
 from tokbench.records.result import Dataset, EvalResult, Settings, TokenizerInfo, to_json
 from tokbench.records.samples import SampleStore
 from tokbench.report.collect import known_results
@@ -49,35 +46,11 @@ from tokbench.report.leaderboard import blocks
 from tokbench.report.tables import show
 from tokbench.runtime.device import describe_device, find_dtype, prepare, select_device
 from tokbench.runtime.processes import Processes, join
-from tokbench.tokenizer import Tokenizer
 from tokbench.training.log import image_grid, save_image
 from tokbench.weights.files import file_sha256
 
 log = logging.getLogger("tokbench")
 BATCH = {"cpu": 8, "cuda": 64}
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """What the command line says."""
-
-    generator: str
-    tokenizer: str
-    num_images: int
-    reference: str
-    guidance: str = "1"
-    interval: str = "0,1"
-    steps: int | None = None
-    sampler: str | None = None
-    labels: str = ""
-    seed: int = 0
-    metrics: str | None = None
-    batch_size: str = "auto"
-    device: str = "auto"
-    dtype: str = "float32"
-    save: str = "none"
-    out: Path = Path("runs")
-    results: Path = Path("results")
 
 
 def open_generator(text: str, device: torch.device) -> Generator:
@@ -103,149 +76,138 @@ def parse_labels(text: str) -> list[int]:
     return labels
 
 
-def parse_numbers(text: str, option: str) -> tuple[float, ...]:
-    try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"{option} {text}: expected numbers, comma-separated") from None
-    return numbers
-
-
-def run_generate(options: GenerateOptions) -> int:
+def run_generate(
+    asked: Generation, measurement: Measurement, *, out: Path = Path("runs"), results: Path = Path("results")
+) -> int:
     """Generate, score, write a record for every tokenizer and guidance scale, print the table; 1 if a cell failed.
 
+    The metrics and the batch size of `measurement`, its device and type are used; the adm protocol's rounding holds.
     Raises InputError for a generator, tokenizer, reference or setting that cannot be used, before anything is drawn.
     """
-    with join() as world:
-        return _generate(options, world)
+    with join() as processes:
+        made, failures = _generate(asked, measurement, out, processes)
+    if processes.main:
+        entries = [ResultEntry(result, result_path(out, result)) for result in made]
+        show(blocks(entries, known=known_results([out, results])), 130)
+    return 1 if failures else 0
 
 
-def _generate(options: GenerateOptions, world: Processes) -> int:
+def _generate(
+    asked: Generation, measurement: Measurement, out: Path, processes: Processes
+) -> tuple[list[EvalResult], int]:
+    """The records (rank 0) and how many cells failed."""
     # Everything that can be refused is refused before anything is drawn.
-    device, dtype = select_device(options.device, world.local_rank), find_dtype(options.dtype)
-    specs, names = registry.parse_all(options.tokenizer), generation_metrics(options.metrics)
-    generator = open_generator(options.generator, device)
-    samplings = plan_samplings(options, generator)
-    labels = balanced_labels(options.num_images, generator.classes, parse_labels(options.labels))
+    device, dtype = select_device(measurement.device, processes.local_rank), find_dtype(measurement.dtype)
+    specs, names = registry.parse_all(asked.tokenizer), generation_metrics(measurement.metrics)
+    generator = open_generator(asked.generator, device)
+    samplings = plan_samplings(asked, generator)
+    labels = balanced_labels(asked.num_images, generator.classes, parse_labels(asked.labels))
     models = [(spec, registry.create(spec)) for spec in specs]
     for _, tokenizer in models:
         prepare(tokenizer, device)
         check_fits(generator.space, tokenizer, device)
-    resolution, work = generator.space.resolution, options.out / ".generate"
-    tools = instruments(find_metrics(names), options.num_images, resolution, device)
-    reference = open_reference(options.reference, resolution, tools.extractors, work, device, world)
-    batch_size = None if options.batch_size == "auto" else numbers(options.batch_size, "--batch-size")[0]
-    conditions = Conditions(find_protocol("adm"), resolution, device, dtype, (options.seed,), batch_size)
+    measurement = replace(measurement, resolution=generator.space.resolution, metrics=tuple(names), seeds=(asked.seed,))
+    suite = MetricSuite(names, asked.num_images, measurement.resolution, device, scope="both")
+    work = out / ".generate"
+    reference = open_reference(asked.reference, measurement.resolution, suite.extractors, work, device, processes)
 
     results, failures = [], 0
     for how in samplings:
-        folder = work / f"{generator.name}-{latents_key(generator, how, options)}"
-        draw = Draw(generator, how, labels, folder, device, dtype, batch_size or BATCH[device.type], world)
-        seconds = together(world, partial(sample_latents, draw))
+        folder = work / f"{generator.name}-{latents_key(generator, how, asked, measurement)}"
+        batch_size = measurement.batch_size or BATCH[device.type]
+        draw = Draw(generator, how, labels, folder, device, dtype, batch_size, processes)
+        seconds = together(processes, partial(sample_latents, draw))
         for spec, tokenizer in models:
             info = with_facts(tokenizer)
-            place = draw.folder / f"{info.name}-{world.broadcast(images_key(tokenizer, info.weights))}"
+            key = processes.broadcast(model_key(info, tokenizer) or secrets.token_hex(8))
+            place = draw.folder / f"{info.name}-{key[:16]}"
             try:
-                with SampleStore(place, rank=world.rank) as store:
-                    cell = Cell(tokenizer, conditions, tools, store, Album(frozenset(), 0), Stopwatch(device))
-                    together(world, partial(decode_latents, cell, draw, place / "images", options.save != "none"))
+                with SampleStore(place, rank=processes.rank) as store:
+                    save_all = asked.save != "none"
+                    images = place / "images"
+                    decode_all = partial(decode_latents, draw, tokenizer, measurement, suite, store, images, save_all)
+                    together(processes, decode_all)
             except CellError as error:
                 log.error("%s", error)
                 failures += 1
                 continue
-            if world.rank == 0:
-                result = record(draw, info, spec.text, SampleStore(place), names, tools, reference, options, seconds)
-                keep(result, options, place / "images", labels)
+            if processes.main:
+                store = SampleStore(place)
+                result = record(draw, info, spec.text, store, measurement, suite, reference, asked, seconds)
+                keep(result, asked, out, place / "images", labels)
                 results.append(result)
-    if world.rank == 0:
-        entries = [ResultEntry(result, result_path(options.out, result)) for result in results]
-        show(blocks(entries, known=known_results([options.out, options.results])), 130)
-    return 1 if failures else 0
+    return results, failures
 
 
-def together(world: Processes, call: Callable[[], Any]) -> Any:
+def together(processes: Processes, call: Callable[[], Any]) -> Any:
     """The call's value, once all processes have finished theirs; if one fails, all raise the same CellError."""
     value, failure = None, None
     try:
         value = call()
     except CellError as error:
         failure = error
-    world.raise_first_error(failure)
+    processes.raise_first_error(failure)
     return value
 
 
-def latents_key(generator: Generator, how: Sampling, options: GenerateOptions) -> str:
+def latents_key(generator: Generator, how: Sampling, asked: Generation, measurement: Measurement) -> str:
     """What decides the latents of a draw; an edit of the code draws them anew."""
-    return _key(
-        generator.weights, asdict(how), options.labels, options.dtype,
-        provenance.source_hash([type(generator).__module__]),
-    )  # fmt: skip
-
-
-def images_key(tokenizer: Tokenizer, weights: str | None) -> str:
-    """What decides the images of given latents, code and settings included; another every time where nobody can tell.
-
-    `weights`: sha256 of the tokenizer's state.
-    """
-    code = code_of(tokenizer)
-    if weights is None or code is None:
-        return secrets.token_hex(8)
-    modules = [m for name in sorted(tokenizer.networks) for m in tokenizer.networks[name].modules()]
-    return _key(weights, code, [attributes(part) for part in (*parts_of(tokenizer), *modules)])
+    code = provenance.source_hash([type(generator).__module__])
+    return _key(generator.weights, asdict(how), asked.labels, measurement.dtype, code)
 
 
 def record(
-    draw: Draw, info: TokenizerInfo, spec: str, store: SampleStore, names: Sequence[str], tools: Tools,
-    reference: Reference, options: GenerateOptions, seconds: float,
-) -> EvalResult:  # fmt: skip
+    draw: Draw,
+    info: TokenizerInfo,
+    spec: str,
+    store: SampleStore,
+    measurement: Measurement,
+    suite: MetricSuite,
+    reference: Reference,
+    asked: Generation,
+    seconds: float,
+) -> EvalResult:
     """The scores of one tokenizer's images. Its protocol names the generator's recipe and the guidance scale, so that
     only tokenizers under the same recipe are ranked together."""
     generator, how = draw.generator, draw.how
-    values, unavailable = score(
-        [name for name in names if name not in tools.unavailable], store, reference, len(draw.labels)
-    )
-    times = {"generator": seconds, "decode": float(np.median(store.column("decode.seconds")))}
-    networks = {name: extractor.sha256 for name, extractor in tools.extractors.items()}
+    names = [name for name in measurement.metrics if name not in suite.unavailable]
+    values, unavailable = score(names, store, reference, len(draw.labels))
+    alike = [recipe(generator), generator.training, asdict(how), reference.fingerprint, asked.labels]
     return EvalResult(
         protocol=f"generate-{recipe(generator)}-g{how.guidance:g}",
-        protocol_fingerprint=_key(
-            recipe(generator), generator.training, asdict(how), reference.fingerprint, options.labels
-        ),
+        protocol_fingerprint=_key(*alike),
         tokenizer=info,
-        dataset=Dataset(reference.name, None, generator.space.resolution, len(draw.labels), reference.fingerprint),
+        dataset=Dataset(reference.name, None, measurement.resolution, len(draw.labels), reference.fingerprint),
         metrics=values,
-        unavailable={**tools.unavailable, **unavailable},
+        unavailable={**suite.unavailable, **unavailable},
         settings=Settings(
             spec=spec,
-            dtype=options.dtype,
-            seeds=(options.seed,),
-            generation=describe_run(generator, how, options.labels, reference),
+            dtype=measurement.dtype,
+            seeds=measurement.seeds,
+            generation=describe_run(generator, how, asked.labels, reference),
         ),
+        measurement=measurement,
         provenance=provenance.collect(
             describe_device(draw.device),
             draw.device.type,
-            draw.world.size,
+            draw.processes.size,
             batch_size=draw.batch_size,
-            seconds=times,
-            extractors=networks,
+            seconds={"generator": seconds, "decode": float(np.median(store.column("decode.seconds")))},
+            extractors={name: extractor.sha256 for name, extractor in suite.extractors.items()},
         ),
     )
 
 
-def plan_samplings(options: GenerateOptions, generator: Generator) -> list[Sampling]:
+def plan_samplings(asked: Generation, generator: Generator) -> list[Sampling]:
     """One for every guidance scale. Raises InputError for settings that the generator cannot follow."""
-    if options.num_images < 1:
-        raise InputError(f"--num-images {options.num_images}: must be at least 1")
-    if options.save not in ("none", "png", "npz"):
-        raise InputError(f"--save {options.save}: none, png or npz")
-    interval = parse_numbers(options.interval, "--guidance-interval")
-    if len(interval) != 2:
-        raise InputError(f"--guidance-interval {options.interval}: expected two numbers, as 0,0.7")
-    samplings = [
-        Sampling(scale, (interval[0], interval[1]), generator.default_steps if options.steps is None else options.steps,
-                 options.sampler or generator.samplers[0], options.seed)
-        for scale in dict.fromkeys(parse_numbers(options.guidance, "--guidance"))
-    ]  # fmt: skip
+    if asked.num_images < 1:
+        raise InputError(f"--num-images {asked.num_images}: must be at least 1")
+    if len(asked.guidance_interval) != 2:
+        raise InputError(f"--guidance-interval {asked.guidance_interval}: expected two numbers, as 0,0.7")
+    steps = generator.default_steps if asked.steps is None else asked.steps
+    sampler = asked.sampler or generator.samplers[0]
+    interval = (asked.guidance_interval[0], asked.guidance_interval[1])
+    samplings = [Sampling(scale, interval, steps, sampler, asked.seed) for scale in dict.fromkeys(asked.guidance)]
     for how in samplings:
         check_sampling(generator, how)
     return samplings
@@ -274,9 +236,9 @@ def describe_run(generator: Generator, how: Sampling, labels: str, reference: Re
     }  # fmt: skip
 
 
-def keep(result: EvalResult, options: GenerateOptions, images: Path, labels: Sequence[int]) -> None:
+def keep(result: EvalResult, asked: Generation, out: Path, images: Path, labels: Sequence[int]) -> None:
     """Write the record, a grid of the first samples and, if asked, ADM's npz beside it."""
-    path = result_path(options.out, result)
+    path = result_path(out, result)
     write_whole(path, to_json(result))
     rows = []
     for start in range(0, min(FIRST, len(labels)), 8):
@@ -284,9 +246,9 @@ def keep(result: EvalResult, options: GenerateOptions, images: Path, labels: Seq
         pixels = [torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files]
         rows.append(to_float(torch.stack(pixels)))
     save_image(image_grid([row for row in rows if len(row) == len(rows[0])]), path.with_suffix(".png"))
-    if options.save == "npz":
+    if asked.save == "npz":
         pack_npz(images, labels, result.dataset.resolution, path.with_suffix(".npz"))
-    log.info("%s%s", path, f"; images in {images}" if options.save != "none" else "")
+    log.info("%s%s", path, f"; images in {images}" if asked.save != "none" else "")
 
 
 def _key(*parts: Any) -> str:

@@ -7,9 +7,9 @@ nothing, and asking for more samples later goes on from those that are there.
 import json
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,17 +22,29 @@ from torch import Tensor
 
 from tokbench.checkpoints import load_strictly, read_checkpoint
 from tokbench.config import from_dict
-from tokbench.errors import CellError, InputError, first_line
-from tokbench.evaluation.reconstruct import MODEL_ERRORS, Cell, Stopwatch, decode_uint8
+from tokbench.data.pixels import quantise
+from tokbench.errors import CellError, InputError
+from tokbench.evaluation.reconstruct import (
+    Timer,
+    autocast_dtype,
+    decode,
+    first_batch_size,
+    measure,
+    model_errors_as_cell_errors,
+)
 from tokbench.generation.compatibility import LatentSpace, from_record
 from tokbench.generation.dit import DiT, DiTConfig
 from tokbench.generation.flow import SAMPLERS, guided, integrate
 from tokbench.generation.latents import Normaliser
+from tokbench.metrics.suite import MetricSuite
 from tokbench.records.files import writable, write_whole
+from tokbench.records.measurement import Measurement
+from tokbench.records.samples import SampleStore
 from tokbench.runtime.device import is_out_of_memory, precision
 from tokbench.runtime.processes import Processes
 from tokbench.runtime.seeding import normal, sample_seeds
 from tokbench.runtime.terminal import bar
+from tokbench.tokenizer import Tokenizer
 
 CHUNK = 128  # samples of a file of latents
 FIRST = 16  # samples whose images are always kept, for a picture
@@ -135,12 +147,12 @@ class Draw:
     device: torch.device
     dtype: torch.dtype
     batch_size: int
-    world: Processes
+    processes: Processes
 
     def chunks(self) -> list[tuple[int, range]]:
         """This process's files of latents: number and samples."""
         count = len(self.labels)
-        mine = range(self.world.rank, -(-count // CHUNK), self.world.size)
+        mine = range(self.processes.rank, -(-count // CHUNK), self.processes.size)
         return [(k, range(k * CHUNK, min((k + 1) * CHUNK, count))) for k in mine]
 
     def read(self, k: int) -> tuple[Tensor, float]:
@@ -173,8 +185,9 @@ def sample_latents(draw: Draw) -> float:
                 batch = numbers[i : i + draw.batch_size]
                 seeds = sample_seeds(draw.how.seed, batch, LATENT)
                 chosen = torch.tensor([draw.labels[number] for number in batch])
-                with precision(device, draw.dtype):
-                    latents = _guarded(generator.name, partial(generator.sample, seeds, chosen, draw.how), len(batch))
+                name = generator.name
+                with _memory_errors(name, len(batch)), model_errors_as_cell_errors(name), precision(device, draw.dtype):
+                    latents = generator.sample(seeds, chosen, draw.how)
                 parts.append(latents.float().cpu().contiguous())
                 advance(len(batch))
             seconds = (_now(device) - start) / len(numbers)
@@ -185,22 +198,21 @@ def sample_latents(draw: Draw) -> float:
     return float(np.median([draw.read(k)[1] for k, _ in draw.chunks()] or [np.nan]))
 
 
+@contextmanager
+def _memory_errors(name: str, size: int) -> Iterator[None]:
+    """A batch that does not fit ends the run: of the latents of a file, all or none are drawn."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CellError(f"{name}: out of memory with batch size {size}; try --batch-size {max(1, size // 2)}") from None
+
+
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _guarded(name: str, call: Callable[[], Tensor], size: int) -> Tensor:
-    """The call's value; whatever a model may raise becomes a CellError that names it."""
-    try:
-        return call()
-    except MODEL_ERRORS as error:
-        if is_out_of_memory(error):
-            reason = f"out of memory with batch size {size}; try --batch-size {max(1, size // 2)}"
-        else:
-            reason = first_line(error)
-        raise CellError(f"{name}: {reason}") from error
 
 
 def sample_id(number: int) -> str:
@@ -208,36 +220,53 @@ def sample_id(number: int) -> str:
     return f"{number:08d}"
 
 
-def decode_latents(cell: Cell, draw: Draw, images: Path, save_all: bool) -> None:
+def decode_latents(
+    draw: Draw,
+    tokenizer: Tokenizer,
+    measurement: Measurement,
+    suite: MetricSuite,
+    store: SampleStore,
+    images: Path,
+    save_all: bool,
+) -> None:
     """Decode this process's share of the latents; keep features and, of the first images or of all, PNG files.
 
     The column "decode.seconds" holds the time of each image; features lie under their extractor's identity. Raises
-    CellError as decode_uint8 does.
+    CellError as `decode` does, or when memory runs out.
     """
-    conditions, store, extractors = cell.conditions, cell.store, cell.tools.extractors
-    done = store.done(["decode.seconds"], [("fake", extract.identity) for extract in extractors.values()])
-    saved = range(len(draw.labels) if save_all else FIRST)
-    done -= {sample_id(number) for number in saved} - {path.stem for path in images.glob("*.png")}
+    name, device, extractors = tokenizer.info.name, suite.device, suite.extractors.values()
+    done = store.done(["decode.seconds"], [("fake", extract.identity) for extract in extractors])
+    saved = {sample_id(number) for number in range(len(draw.labels) if save_all else FIRST)}
+    done -= saved - {path.stem for path in images.glob("*.png")}
     share = [(k, [n for n in numbers if sample_id(n) not in done]) for k, numbers in draw.chunks()]
-    with bar(f"decode {cell.tokenizer.info.name}", sum(len(numbers) for _, numbers in share)) as advance:
+
+    def chunks() -> Iterator[tuple[list[str], Tensor, Tensor]]:
         for k, numbers in share:
-            chunk = draw.read(k)[0] if numbers else torch.empty(0)
-            for i in range(0, len(numbers), conditions.first_batch_size):
-                batch = numbers[i : i + conditions.first_batch_size]
-                ids, cell.watch = [sample_id(number) for number in batch], Stopwatch(conditions.device)
-                latents = chunk[[number - k * CHUNK for number in batch]].to(conditions.device)
-                if draw.generator.space.dtype == "uint8":
-                    latents = latents.round().clamp(0, 255).to(torch.uint8)
-                seeds = sample_seeds(draw.how.seed, batch, DECODER)
-                with precision(conditions.device, conditions.autocast):
-                    fake = _guarded(
-                        cell.tokenizer.info.name, partial(decode_uint8, cell, latents, seeds, ids), len(batch)
-                    )
-                write_images(images, {sample_id(n): image for n, image in zip(batch, fake, strict=True) if n in saved})
-                with torch.inference_mode():
-                    features = {("fake", e.identity): e(fake).cpu().numpy() for e in extractors.values()}
-                store.append(ids, {"decode.seconds": np.full(len(ids), cell.watch.per_image()["decode"])}, features)
-                advance(len(batch))
+            if numbers:
+                latents = draw.read(k)[0][[number - k * CHUNK for number in numbers]]
+                yield [sample_id(n) for n in numbers], latents, sample_seeds(draw.how.seed, numbers, DECODER)
+
+    def step(ids: Sequence[str], latents: Tensor, seeds: Tensor) -> None:
+        latents, timer, side = latents.to(device), Timer(device), measurement.resolution
+        if draw.generator.space.dtype == "uint8":
+            latents = latents.round().clamp(0, 255).to(torch.uint8)
+        with model_errors_as_cell_errors(name), precision(device, autocast_dtype(measurement)):
+            fake = quantise(decode(tokenizer, latents, seeds, (side, side), ids, timer), "nearest")
+        write_images(images, {sample: image for sample, image in zip(ids, fake, strict=True) if sample in saved})
+        with torch.inference_mode():
+            features = {("fake", e.identity): e(fake).cpu().numpy() for e in extractors}
+        store.append(ids, {"decode.seconds": np.full(len(ids), timer.per_image()["decode"])}, features)
+
+    with bar(f"decode {name}", sum(len(numbers) for _, numbers in share)) as progress:
+        measure(
+            step,
+            chunks(),
+            name=name,
+            device=device,
+            limit=first_batch_size(measurement, device),
+            batch_size=measurement.batch_size,
+            progress=progress,
+        )
 
 
 def write_images(folder: Path, images: Mapping[str, Tensor]) -> None:

@@ -32,9 +32,9 @@ Batches = Iterable[tuple[Sequence[str], torch.Tensor]]  # ids and images uint8 [
 UNREADABLE = (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError)
 
 
-def generation_metrics(text: str | None) -> list[str]:
-    """The metrics asked for, in the table's order. InputError for one that needs the image that was reconstructed."""
-    names = list(DEFAULT) if text is None else [name.strip() for name in text.split(",") if name.strip()]
+def generation_metrics(asked: Sequence[str]) -> list[str]:
+    """The metrics asked for, else all, in the table's order. InputError for one that needs what was reconstructed."""
+    names = asked or DEFAULT
     for metric in find_metrics(names):
         if metric.scope == "reconstruction" or metric.name == "rfid":
             known = ", ".join(m.name for m in METRICS.values() if m.scope != "reconstruction" and m.name != "rfid")
@@ -148,7 +148,7 @@ def open_reference(
     extractors: Mapping[str, Extractor],
     folder: Path,
     device: torch.device,
-    world: Processes,
+    processes: Processes,
 ) -> Reference:
     """The reference of a text: an .npz file, or what `--data` takes. Features of its images are kept under `folder`.
 
@@ -183,10 +183,10 @@ def open_reference(
     # Any edit of the code starts anew: crop, resize and network decide the features as much as weights do.
     code = provenance.source_hash([]) or "unknown"
     folder = folder / f"reference-{fingerprint[:16]}-{resolution}-{code[:16]}"
-    mine = range(world.rank, len(ids), world.size)
-    with SampleStore(folder, rank=world.rank) as store:
+    mine = range(processes.rank, len(ids), processes.size)
+    with SampleStore(folder, rank=processes.rank) as store:
         measure_reference(store, [(i, ids[i]) for i in mine], read, extractors, device)
-    world.all_gather(None)
+    processes.all_gather(None)
     return Reference(name, fingerprint, len(ids), SampleStore(folder), stored, identities)
 
 

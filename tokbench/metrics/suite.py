@@ -1,20 +1,16 @@
-"""What runs in torch while images pass by: scorers that fill columns, extractors that fill features.
+"""The networks and formulas that a set of metrics needs, loaded once: from pairs of images to columns and features.
 
-    tools = instruments(find_metrics(names), num_images, resolution, device)
-    for score in tools.scorers:
-        columns |= score(real, fake, decoded)   # uint8 [B, 3, H, W] twice -> {column: float [B]} on the device
-    for name, extract in tools.extractors.items():
-        features["fake", name] = extract(fake)
-    tools.unavailable                       # {metric: reason}: those are not to be computed
+    suite = MetricSuite(["psnr", "lpips-alex", "rfid"], num_images=50_000, side=256, device=device)
+    suite.unavailable                             # {metric: reason}: those are not to be computed
+    suite.score(real, fake, decoded)              # uint8 [B, 3, H, W] twice -> {column: float [B]} on the device
+    suite.features(real)                          # uint8 [B, 3, H, W] -> {extractor: float32 [B, D]} on the device
 
 `decoded` is the decoder's float output, which only lpips-vgg-unclamped reads; None where there is none.
-Nothing here waits for a GPU. The side of the real images is computed once for all fakes of the same batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import cache, cached_property, partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +18,11 @@ from torch import Tensor, nn
 from tokbench import weights
 from tokbench.data.pixels import to_float
 from tokbench.errors import InputError
-from tokbench.metrics import METRICS, Metric, dreamsim, perceptual, pixel
+from tokbench.metrics import Metric, dreamsim, find_metrics, perceptual, pixel
 from tokbench.metrics.extractors import EXTRACTORS, Extractor, extractors
 from tokbench.runtime.device import precision
 
 Scorer = Callable[[Tensor, Tensor, Tensor | None], Mapping[str, Tensor]]
-
-
-@dataclass
-class Instruments:
-    """Everything a set of metrics needs. `columns` are those the scorers fill."""
-
-    scorers: list[Scorer] = field(default_factory=list)
-    extractors: dict[str, Extractor] = field(default_factory=dict)
-    unavailable: dict[str, str] = field(default_factory=dict)
-    columns: list[str] = field(default_factory=list)
 
 
 def squared_error_and_psnr(real: Tensor, fake: Tensor, decoded: Tensor | None = None) -> dict[str, Tensor]:
@@ -99,52 +85,107 @@ def _scored(metric: Metric, real: Tensor, fake: Tensor, _: Tensor | None) -> dic
     return {metric.name: metric.score(real, fake)}
 
 
-def scorers(columns: Sequence[str], device: torch.device | str = "cpu") -> list[Scorer]:
-    """What fills these columns. WeightsError if a network's weights are missing."""
-    found: list[Scorer] = []
-    for column in columns:
-        if column in _PIXELS:
-            scorer = _PIXELS[column][0]
-            if scorer not in found:
-                found.append(scorer)
-        elif column in METRICS and METRICS[column].score:
-            found.append(partial(_scored, METRICS[column]))
-        elif column in _NETWORKS:
-            network = _NETWORKS[column][0]().to(device).to(memory_format=torch.channels_last)
-            found.append(NetworkScorer(column, network, unclamped=column == UNCLAMPED))
-    return found
+@cache
+def _network(column: str, device: torch.device, weights_of: str) -> NetworkScorer:
+    """The scorer of a column, one per process, device and file of weights (`weights_of`: their digests)."""
+    network = _NETWORKS[column][0]().to(device).to(memory_format=torch.channels_last)
+    return NetworkScorer(column, network, unclamped=column == UNCLAMPED)
 
 
-def instruments(
-    metrics: Sequence[Metric], num_images: int, resolution: int, device: torch.device | str = "cpu"
-) -> Instruments:
-    """Scorers and extractors for these metrics, networks fetched; what cannot be had is named with its reason.
+@cache
+def _extractors(names: tuple[str, ...], device: torch.device, weights_of: str) -> dict[str, Extractor]:
+    return extractors(names, device)
 
-    A metric that so few images cannot give needs nothing; its value will be null and say so.
+
+class MetricSuite:
+    """What measures images of a size; networks are fetched when they are first needed and shared by all suites.
+
+    `metrics` are those asked for, in the table's order; `side` is the shorter side of the smallest image. A metric that
+    so few images cannot give needs nothing; its value will be null and say so. InputError for an unknown metric.
     """
-    tools = Instruments()
-    wanted: dict[str, list[Metric]] = {}
-    for metric in metrics:
-        if num_images < metric.minimum:
-            continue
-        sides = [{**_PIXELS, **_NETWORKS}[c][1] for c in metric.columns if c in _PIXELS or c in _NETWORKS]
-        if sides and resolution < max(sides):
-            tools.unavailable[metric.name] = f"needs images of {max(sides)} pixels a side, these have {resolution}"
-            continue
-        try:
-            for network in metric.networks:
-                weights.fetch(network)
-            new = [column for column in metric.columns if column not in tools.columns]
-            tools.scorers += [scorer for scorer in scorers(new, device) if scorer not in tools.scorers]
-        except weights.WeightsError as error:
-            tools.unavailable[metric.name] = str(error)
-            continue
-        tools.columns += new
-        if metric.extractor in EXTRACTORS:
-            wanted.setdefault(EXTRACTORS[metric.extractor].network, []).append(metric)
-    for readers in wanted.values():  # together: extractors of one network share it
-        try:
-            tools.extractors |= extractors([metric.extractor or "" for metric in readers], device)
-        except weights.WeightsError as error:
-            tools.unavailable |= {metric.name: str(error) for metric in readers}
-    return tools
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        num_images: int,
+        side: int,
+        device: torch.device | str = "cpu",
+        scope: Literal["reconstruction", "both"] = "reconstruction",
+    ) -> None:
+        self.metrics = find_metrics(names, scope)
+        self.num_images, self.side, self.device = num_images, side, torch.device(device)
+
+    @property
+    def needed(self) -> list[Metric]:
+        """The metrics that this many images can give."""
+        return [metric for metric in self.metrics if metric.minimum <= self.num_images]
+
+    @cached_property
+    def networks(self) -> dict[str, str]:
+        """{network: digest of its weights} of all that is needed, without loading anything."""
+        names = dict.fromkeys(name for metric in self.needed for name in metric.networks)
+        return {name: weights.digest(name) for name in names if name in weights.NETWORKS}
+
+    @cached_property
+    def unavailable(self) -> dict[str, str]:
+        """{metric: reason} of those that cannot be had; fetches the networks of the others."""
+        reasons = {}
+        for metric in self.needed:
+            least = max((_smallest_side(column) for column in metric.columns), default=1)
+            try:
+                if self.side < least:
+                    reasons[metric.name] = f"needs images of {least} pixels a side, these have {self.side}"
+                else:
+                    for network in metric.networks:
+                        weights.fetch(network)
+                    self._scorers_of(metric)
+                    self._extractors_of(metric)
+            except weights.WeightsError as error:
+                reasons[metric.name] = str(error)
+        return reasons
+
+    @property
+    def available(self) -> list[Metric]:
+        """The metrics that are measured: enough images, and their networks are here."""
+        return [metric for metric in self.needed if metric.name not in self.unavailable]
+
+    @cached_property
+    def scorers(self) -> list[Scorer]:
+        """What fills the columns of the available metrics, each once."""
+        return list(dict.fromkeys(scorer for metric in self.available for scorer in self._scorers_of(metric)))
+
+    @cached_property
+    def extractors(self) -> dict[str, Extractor]:
+        """What fills the features of the available metrics, by name."""
+        return {name: e for metric in self.available for name, e in self._extractors_of(metric).items()}
+
+    def score(self, real: Tensor, fake: Tensor, decoded: Tensor | None = None) -> dict[str, Tensor]:
+        """uint8 [B, 3, H, W] twice, and the decoder's float output -> {column: float [B]} on the device."""
+        with torch.inference_mode():
+            return {name: values for scorer in self.scorers for name, values in scorer(real, fake, decoded).items()}
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 [B, 3, H, W] -> {extractor: float32 [B, D]} on the device."""
+        with torch.inference_mode():
+            return {name: extract(images) for name, extract in self.extractors.items()}
+
+    def _scorers_of(self, metric: Metric) -> list[Scorer]:
+        if metric.score is not None:
+            return [partial(_scored, metric)]
+        found: list[Scorer] = [_PIXELS[column][0] for column in metric.columns if column in _PIXELS]
+        columns = [column for column in metric.columns if column in _NETWORKS]
+        return found + [_network(column, self.device, self._digests(metric)) for column in columns]
+
+    def _extractors_of(self, metric: Metric) -> dict[str, Extractor]:
+        if metric.extractor not in EXTRACTORS:
+            return {}
+        network = EXTRACTORS[metric.extractor].network  # all that it gives together: they share one pass over a batch
+        names = tuple(name for name, kind in EXTRACTORS.items() if kind.network == network)
+        return {metric.extractor: _extractors(names, self.device, self._digests(metric))[metric.extractor]}
+
+    def _digests(self, metric: Metric) -> str:
+        return " ".join(f"{self.networks.get(name, name)} {weights.locate(name)}" for name in metric.networks)
+
+
+def _smallest_side(column: str) -> int:
+    return (_PIXELS.get(column) or _NETWORKS.get(column) or (None, 1))[1]

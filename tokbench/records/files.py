@@ -105,10 +105,14 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.") or "unnamed"
 
 
-def result_path(out: Path, result: EvalResult) -> Path:
+def cell_path(out: Path, protocol: str, dataset: str, resolution: int, name: str) -> Path:
     """<out>/<protocol>/<dataset>-<resolution>/<name>.json"""
-    dataset = f"{result.dataset.name}-{result.dataset.resolution}"
-    return out / result.protocol / dataset / f"{result.tokenizer.name}.json"
+    return out / protocol / f"{dataset}-{resolution}" / f"{name}.json"
+
+
+def result_path(out: Path, result: EvalResult) -> Path:
+    """Where a result lies below `out`."""
+    return cell_path(out, result.protocol, result.dataset.name, result.dataset.resolution, result.tokenizer.name)
 
 
 def per_image_path(path: Path) -> Path:

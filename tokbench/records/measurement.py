@@ -1,11 +1,13 @@
 """The options of one measurement: listed here and nowhere else. The command line fills it, a record keeps it."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
+
+REQUIRED = MISSING
 
 
 def option(default: Any, text: str) -> Any:
-    """A field with the help that the command line shows."""
+    """A field with the help that the command line shows; REQUIRED: without a default."""
     return field(default=default, metadata={"help": text})
 
 

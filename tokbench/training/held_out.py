@@ -11,10 +11,9 @@ from tokbench.data.crops import crop
 from tokbench.data.pixels import quantise
 from tokbench.data.training_crops import hold_out
 from tokbench.errors import CellError, InputError
-from tokbench.metrics import find_metrics
-from tokbench.metrics.suite import instruments
+from tokbench.evaluation.reconstruct import Timer, reconstruct
+from tokbench.metrics.suite import MetricSuite
 from tokbench.protocols import PROTOCOLS
-from tokbench.runtime.device import precision
 from tokbench.runtime.seeding import image_seeds
 from tokbench.tokenizer import Tokenizer
 from tokbench.training.optimisation import RunConfig
@@ -46,17 +45,15 @@ def score(tokenizer: Tokenizer, real: Tensor, metrics: Sequence[str], device: to
 
     Raises CellError if a metric cannot be had, for then no checkpoint could be chosen by it.
     """
-    tools = instruments(find_metrics(metrics), len(real), real.shape[2], device)
-    for name, reason in tools.unavailable.items():
+    suite = MetricSuite(metrics, len(real), real.shape[2], device)
+    for name, reason in suite.unavailable.items():
         raise CellError(f"held-out images cannot be scored: {name}: {reason}; see run.eval_metrics")
     rows: dict[str, list[float]] = {}
-    with precision(device, torch.float32):
-        for part in real.split(2):
-            seeds, part = image_seeds(part, 0), part.to(device)
-            latents = tokenizer.encode(part, sample=False, seeds=seeds)
-            decoded = tokenizer.decode(latents, seeds=seeds, size=(part.shape[2], part.shape[3]))
-            fake = quantise(decoded, PROTOCOLS["adm"].fake_rounding)
-            for scorer in tools.scorers:
-                for name, values in scorer(part, fake, decoded).items():
-                    rows.setdefault(name, []).extend(values.tolist())
+    protocol = PROTOCOLS["adm"]
+    for part in real.split(2):
+        batch = ([""] * len(part), part.to(device), image_seeds(part, 0)[:, None])
+        decoded, _ = reconstruct(tokenizer, batch, protocol, torch.float32, Timer(device))
+        fake = quantise(decoded[0], protocol.fake_rounding)
+        for name, values in suite.score(batch[1], fake, decoded[0]).items():
+            rows.setdefault(name, []).extend(values.tolist())
     return {name: sum(values) / len(values) for name, values in rows.items()}
