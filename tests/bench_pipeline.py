@@ -21,10 +21,11 @@ from tokbench import registry
 from tokbench.data.crops import crop
 from tokbench.data.open import open_source
 from tokbench.data.pixels import quantise
-from tokbench.evaluation.run import RunOptions, run
-from tokbench.metrics import DEFAULT, find_metrics
-from tokbench.metrics.suite import Instruments, instruments
+from tokbench.evaluation.run import run
+from tokbench.metrics import DEFAULT
+from tokbench.metrics.suite import MetricSuite
 from tokbench.protocols import find_protocol
+from tokbench.records.measurement import Measurement
 from tokbench.runtime.device import precision, prepare
 from tokbench.runtime.seeding import image_seeds
 from tokbench.weights import weights_dir
@@ -38,7 +39,8 @@ def pure(models: str, resolution: int) -> tuple[float, float]:
     source, protocol = open_source("samples"), find_protocol("adm")
     crops = [crop(source.read(i), resolution, protocol) for i in range(len(source))]
     images = [torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].contiguous() for pixels in crops]
-    tools = instruments(find_metrics(DEFAULT), len(images), resolution)
+    suite = MetricSuite(DEFAULT, len(images), resolution)
+    assert suite.available  # loads the networks
     device = torch.device("cpu")
     tokenizers = [registry.create(spec) for spec in registry.parse_all(models)]
     for tokenizer in tokenizers:
@@ -50,20 +52,18 @@ def pure(models: str, resolution: int) -> tuple[float, float]:
             with precision(device, torch.float32):
                 latents = tokenizer.encode(real, sample=False, seeds=seeds)
                 decoded = tokenizer.decode(latents, seeds=seeds, size=(resolution, resolution))
-            score(tools, real, decoded, with_real=first == 0)
+            score(suite, real, decoded, with_real=first == 0)
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def score(tools: Instruments, real: torch.Tensor, decoded: torch.Tensor, with_real: bool) -> None:
+def score(suite: MetricSuite, real: torch.Tensor, decoded: torch.Tensor, with_real: bool) -> None:
     """What is read off one pair; features of the real image are needed by the first model only."""
     with torch.inference_mode():
         fake = quantise(decoded, "nearest")
-        for scorer in tools.scorers:
-            scorer(real, fake, decoded)
-        for extractor in tools.extractors.values():
-            extractor(fake)
-            if with_real:
-                extractor(real)
+        suite.score(real, fake, decoded)
+        suite.features(fake)
+        if with_real:
+            suite.features(real)
 
 
 def whole(models: str, resolution: int) -> tuple[float, float]:
@@ -72,7 +72,7 @@ def whole(models: str, resolution: int) -> tuple[float, float]:
         os.environ["XDG_CACHE_HOME"] = folder
         wall, processor = time.perf_counter(), time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):
-            status = run(RunOptions(models=models, resolutions=str(resolution), out=Path(folder) / "runs"))
+            status = run(models, [resolution], Measurement(), out=Path(folder) / "runs")
         assert status == 0
         return time.perf_counter() - wall, time.process_time() - processor
 
