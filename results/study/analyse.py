@@ -1,130 +1,68 @@
-"""Statistics, figures and REPORT.md of the study, from the records that run.py kept: no number of it is typed in.
+"""Tables and figures of the study from the records that run.py kept. REPORT.md, written by hand, holds these tables.
 
 python results/study/analyse.py results/study/cpu [runs/study/cpu]     (the second has the pictures)
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from contrasts import DRAWS, Contrast, conclusions, contrast, crossed_bootstrap, holm, values, verdict
+from contrasts import Contrast, Tables, conclusions, contrast, crossed_bootstrap, holm, values, verdict
 from PIL import Image
 from run import ARMS, FRONT, STEPS
 
 from tokbench.metrics import METRICS
-from tokbench.records.files import per_image_path, read_per_image, write_whole
+from tokbench.records.files import per_image_path, read_per_image
 from tokbench.records.result import EvalResult, SpeedResult, read_result, read_speed
-from tokbench.report.columns import metric_column
+from tokbench.report.columns import is_training_loss, metric_column
 from tokbench.report.plots import Point, axis_label, figure, label_points, log_axis, save, scatter, styles
+from tokbench.report.tables import Heading, Table, TableCell, TableRow, markdown, plain
 
-HERE = Path(__file__).parent
+TEST, DEVELOPMENT = Path("eval/adm/samples-256"), Path("eval/adm/development-256")
 PRIMARY = "lpips-alex"  # endpoint
 SHOWN = ("lpips-alex", "psnr", "ssim", "pd-mobilenet", "lpips-vgg")
 CONTRASTS = (("c-student", "a"), ("c-student", "b"), ("c-student", "c-teacher"))
 EXPLORATORY = (("c-student", "c-control"), ("b", "a"), ("d", "a"))
+SUFFIXES = {steps: f"-steps{steps}" if steps > 1 else "" for steps in STEPS}
+Results = dict[str, EvalResult]
 
 
 def main() -> None:
-    """Read the records and write the figures beside this file and REPORT.md."""
+    """Print the tables as Markdown and what follows from them; draw the figures beside this file."""
     folder, pictures = Path(sys.argv[1]), Path(sys.argv[-1])
-    test = Path("eval", "adm", "samples-256")
-    results, tables = read(folder / test), read_tables(folder / test)
-    development = read(folder / "eval" / "adm" / "development-256")
-    seeds = sorted({int(name.rpartition("-")[2]) for name in results if name.startswith("a-")})
-    preset = folder.name
-    report = [
-        f"# The controlled study, preset `{preset}` (toy scale)",
-        "",
-        *opening(results, seeds, preset),
-        "## Arms",
-        "",
-        *arms_table(results, tables, seeds, folder),
-        "## Contrasts",
-        "",
-        *contrasts_table(tables, seeds, preset),
-        "## Decode steps and time",
-        "",
-        *steps_section(results, seeds, preset, folder),
-        "## On an encoder trained by SSDD",
-        "",
-        *front_section(results, tables, seeds, folder),
-        "## Pictures",
-        "",
-        *strips_section(pictures / test, seeds, preset),
-        "## Against the bundled weights",
-        "",
-        *development_section(development, seeds),
-        "## Limits",
-        "",
-        *limits(results, tables, seeds, preset),
+    for table in tables(folder):
+        print(markdown(table))
+    for question, answer in answers(folder).items():
+        print(f"- {question}: **{answer}**")
+    here = Path(__file__).parent
+    draw(folder, here, folder.name)
+    strips(pictures / TEST, here / f"strips-{folder.name}.jpg", training_seeds(folder)[0])
+
+
+def tables(folder: Path) -> list[Table]:
+    """Everything that REPORT.md says in numbers of a preset's records."""
+    results, rows, seeds = read(folder / TEST), read_rows(folder / TEST), training_seeds(folder)
+    return [
+        arms_table(results, rows, seeds, folder),
+        contrasts_table(rows, seeds),
+        steps_table(results, seeds),
+        front_table(results, rows, seeds[0]),
+        development_table(read(folder / DEVELOPMENT), seeds),
     ]
-    write_whole(HERE / "REPORT.md", "\n".join(report) + "\n")
-    print(HERE / "REPORT.md")
 
 
-def read(folder: Path) -> dict[str, EvalResult]:
+def read(folder: Path) -> Results:
     """Results by name."""
     return {path.stem: read_result(path) for path in sorted(folder.glob("*.json"))}
 
 
-def read_tables(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+def read_rows(folder: Path) -> Tables:
     """Per-image columns by name; a stochastic decoder's are averaged over its noise seeds already."""
-    tables = {path.stem: read_per_image(per_image_path(path)) for path in sorted(folder.glob("*.json"))}
-    assert len({tuple(ids) for ids, _ in tables.values()}) == 1, "differences are paired by image"
-    return {name: columns for name, (_, columns) in tables.items()}
-
-
-def table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table, first column left, and an empty line."""
-    lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *rows]
-    return [*("| " + " | ".join(line) + " |" for line in lines), ""]
-
-
-def opening(results: dict[str, EvalResult], seeds: list[int], preset: str) -> list[str]:
-    """What was done, on what, and its standing."""
-    first, noisy = results[f"a-{seeds[0]}"], results[f"c-student-{seeds[0]}"]
-    standing = "**Exploratory: this preset decides nothing.** " if preset == "cpu" else ""
-    return [
-        f"{standing}The design was fixed beforehand in [PLAN.md](PLAN.md). {len(seeds)} training seeds, "
-        f"{first.dataset.num_images} test photographs at {first.dataset.resolution} px, protocol `{first.protocol}`, "
-        f"{len(noisy.settings.seeds)} noise seeds an image for stochastic decoders. "
-        f"Measured on {first.provenance.device}, {first.provenance.date[:10]}.",
-        "",
-        f"Repeat: `make study PRESET={preset} TRAIN=PHOTOS`. The records of this page are in [{preset}/]({preset}/).",
-        "",
-    ]
-
-
-def arms_table(results: dict[str, EvalResult], tables: dict, seeds: list[int], folder: Path) -> list[str]:
-    """Means over seeds with their intervals, and the cost of each arm."""
-    generator = np.random.default_rng(0)
-    speeds = read_speeds(folder)
-    shown = [metric_column(m).heading for m in SHOWN]
-    heads = ["arm", "decoder, M", "images", "training, s", *shown, "decode, GFLOP", "decode, img/s"]
-    rows = []
-    for arm in ARMS:
-        info = results[f"{arm}-{seeds[0]}"].tokenizer
-        training = [read_training(folder, f"{name}-{seed}") for seed in seeds for name in parts(arm)]
-        images, spent = (sum(record[key] for record in training) / len(seeds) for key in ("images_seen", "seconds"))
-        cells = [arm, f"{info.decoder_params / 1e6:.2f}", f"{images:,.0f}", f"{spent:,.0f}"]
-        for metric in SHOWN:
-            digits, dagger = METRICS[metric].digits, "†" if metric in info.losses else ""
-            if metric in tables[f"{arm}-{seeds[0]}"]:
-                matrix = values(tables, arm, seeds, metric)
-                low, high = np.quantile(crossed_bootstrap(matrix, generator), [0.025, 0.975])
-                cells.append(f"{matrix.mean():.{digits}f}{dagger} [{low:.{digits}f}, {high:.{digits}f}]")
-            else:
-                cells.append(f"{over_seeds(results, arm, seeds, metric):.{digits}f}{dagger}")
-        speed = speeds[timed_as(arm, seeds[0])]
-        rows.append([*cells, f"{speed.flops['decode'] / 1e9:.1f}", f"{speed.stages['decode'].images_per_second:.2f}"])
-    return [
-        *table(heads, rows),
-        "† trained on this network. Brackets: crossed bootstrap over images and seeds, 95 %. One decode step.",
-        "Images and seconds of student and control include the teacher's. FLOP = 2 x MAC; arms of one network share",
-        "its speed. Training seconds are wall time on a machine that had other work too: no comparison of speed.",
-        "",
-    ]
+    found = {path.stem: read_per_image(per_image_path(path)) for path in sorted(folder.glob("*.json"))}
+    assert len({tuple(ids) for ids, _ in found.values()}) == 1, "differences are paired by image"
+    return {name: columns for name, (_, columns) in found.items()}
 
 
 def read_speeds(folder: Path) -> dict[str, SpeedResult]:
@@ -132,72 +70,151 @@ def read_speeds(folder: Path) -> dict[str, SpeedResult]:
     return {r.tokenizer.name: r for r in map(read_speed, sorted((folder / "speed").glob("*/*.json")))}
 
 
+def training_seeds(folder: Path) -> list[int]:
+    return sorted(int(path.stem.rpartition("-")[2]) for path in (folder / TEST).glob("a-*.json"))
+
+
+def over_seeds(results: Results, arm: str, seeds: Sequence[int], metric: str, suffix: str = "") -> float:
+    """A metric's mean over training seeds."""
+    found = [results[f"{arm}-{seed}{suffix}"].metrics[metric].value for seed in seeds]
+    return float(np.mean([value for value in found if value is not None]))
+
+
+def text(value: float | None, metric: str) -> str:
+    return "–" if value is None else f"{value:.{METRICS[metric].digits}f}"
+
+
 def timed_as(arm: str, seed: int) -> str:
     """The speed record of an arm's network in one step."""
     return f"{'a' if arm in ('a', 'd') else 'c-student'}-{seed}"
 
 
-def parts(arm: str) -> list[str]:
-    """The arms whose training went into this one."""
-    return ["c-teacher", arm] if arm in ("c-student", "c-control") else [arm]
+def arms_table(results: Results, rows: Tables, seeds: Sequence[int], folder: Path) -> Table:
+    """Means over seeds with their intervals, and the cost of each arm; student and control include the teacher's."""
+    generator, speeds = np.random.default_rng(0), read_speeds(folder)
+    made = []
+    for arm in ARMS:
+        result = results[f"{arm}-{seeds[0]}"]
+        parts = ["c-teacher", arm] if arm in ("c-student", "c-control") else [arm]
+        files = [folder / "training" / f"{part}-{seed}.json" for seed in seeds for part in parts]
+        training = [json.loads(file.read_text()) for file in files]
+        images, spent = (sum(record[key] for record in training) / len(seeds) for key in ("images_seen", "seconds"))
+        speed = speeds[timed_as(arm, seeds[0])]
+        cells = {
+            "decoder": TableCell(f"{result.tokenizer.decoder_params / 1e6:.2f}"),
+            "images": TableCell(f"{images:,.0f}"),
+            "training": TableCell(f"{spent:,.0f}"),
+            **{metric: arm_cell(result, rows, arm, seeds, metric, generator) for metric in SHOWN},
+            "cost": TableCell(f"{speed.flops['decode'] / 1e9:.1f}"),
+            "decode": TableCell(f"{speed.stages['decode'].images_per_second:.2f}"),
+        }
+        made.append(TableRow(arm, cells))
+    columns = [
+        Heading(key="decoder", unit="M"), Heading(key="images"), Heading(key="training", unit="s"),
+        *map(metric_column, SHOWN), Heading(key="cost", unit="GFLOP"), Heading(key="decode", unit="img/s"),
+    ]  # fmt: skip
+    return Table(title="", names="arm", columns=columns, groups=[("", made)])
 
 
-def over_seeds(results: dict[str, EvalResult], arm: str, seeds: list[int], metric: str, suffix: str = "") -> float:
-    """A metric's mean over training seeds."""
-    return float(np.mean([results[f"{arm}-{seed}{suffix}"].metrics[metric].value for seed in seeds]))
+def arm_cell(
+    result: EvalResult, rows: Tables, arm: str, seeds: Sequence[int], metric: str, generator: np.random.Generator
+) -> TableCell:
+    """Mean over images and seeds with the crossed bootstrap's 95 % interval."""
+    matrix = values(rows, arm, seeds, metric)
+    low, high = np.quantile(crossed_bootstrap(matrix, generator), [0.025, 0.975])
+    interval = f"[{text(low, metric)}, {text(high, metric)}]"
+    return TableCell(text(float(matrix.mean()), metric), interval, dagger=is_training_loss(result, metric))
 
 
-def read_training(folder: Path, name: str) -> dict:
-    """What a trained model says of its training: images_seen, seconds, command, settings."""
-    return json.loads((folder / "training" / f"{name}.json").read_text())
+def planned(rows: Tables, seeds: Sequence[int]) -> list[tuple[Contrast, float, str]]:
+    """The planned contrasts on the endpoint with their Holm-corrected p and verdicts."""
+    found = [contrast(rows, seeds, arm, base, PRIMARY) for arm, base in CONTRASTS]
+    return [(c, p, verdict(c, p)) for c, p in zip(found, holm([c.p for c in found]), strict=True)]
 
 
-def contrasts_table(tables: dict, seeds: list[int], preset: str) -> list[str]:
-    """The three planned contrasts with Holm's correction and verdicts, then the exploratory ones; what follows."""
-    planned = [contrast(tables, seeds, arm, base, PRIMARY) for arm, base in CONTRASTS]
-    rows, verdicts = [], {}
-    for c, p in zip(planned, holm([c.p for c in planned]), strict=True):
-        verdicts[c.base] = verdict(c, p)
-        rows.append(contrast_row(c, tables, seeds, f"{p:.4f}", f"{c.arm} {verdicts[c.base]}"))
-    for arm, base in EXPLORATORY:
-        c = contrast(tables, seeds, arm, base, PRIMARY)
-        rows.append(contrast_row(c, tables, seeds, "–", "exploratory"))
-        verdicts[base] = verdicts.get(base, verdict(c, c.p))
-    heads = ["contrast", f"Δ {PRIMARY}", "95 % interval", "p (Holm)", "by seed", "Δ psnr, dB", "verdict"]
-    answers = conclusions(verdicts, contrast(tables, seeds, "c-student", "a", "psnr"))
-    standing = " (exploratory: this preset decides nothing)" if preset == "cpu" else ""
-    return [
-        *table(heads, rows),
-        f"Lower {PRIMARY} is better: a negative difference favours the first arm. Intervals: 95 % of {DRAWS:,} draws",
-        "of the crossed bootstrap, uncorrected; p: from the same draws, Holm-corrected over the planned contrasts.",
-        "A verdict needs p < 0.05 and one sign in all seeds.",
-        "",
-        f"What follows by the plan{standing}:",
-        "",
-        *(f"- {question}: **{answer}**" for question, answer in answers.items()),
-        "",
+def contrasts_table(rows: Tables, seeds: Sequence[int]) -> Table:
+    """The three planned contrasts with Holm's correction and verdicts, then the exploratory ones."""
+    judged = [(c, f"{p:.4f}", f"{c.arm} {said}") for c, p, said in planned(rows, seeds)]
+    judged += [(contrast(rows, seeds, *pair, PRIMARY), "–", "exploratory") for pair in EXPLORATORY]
+    made = []
+    for c, p, said in judged:
+        psnr = contrast(rows, seeds, c.arm, c.base, "psnr")
+        made.append(
+            TableRow(
+                f"{c.arm} - {c.base}",
+                {
+                    f"Δ {PRIMARY}": TableCell(f"{c.mean:+.4f}", f"[{c.low:+.4f}, {c.high:+.4f}]"),
+                    "p (Holm)": TableCell(p),
+                    "by seed": TableCell(c.signs),
+                    "Δ psnr": TableCell(f"{psnr.mean:+.2f}", f"[{psnr.low:+.2f}, {psnr.high:+.2f}]"),
+                    "verdict": TableCell(said),
+                },
+            )
+        )
+    columns = [Heading(key=key, unit="dB" if "psnr" in key else "", words=key == "verdict") for key in made[0].cells]
+    return Table(title="", names="contrast", columns=columns, groups=[("", made)])
+
+
+def answers(folder: Path) -> dict[str, str]:
+    """What follows by the plan."""
+    rows, seeds = read_rows(folder / TEST), training_seeds(folder)
+    verdicts = {c.base: said for c, _, said in planned(rows, seeds)}
+    control = contrast(rows, seeds, "c-student", "c-control", PRIMARY)
+    verdicts["c-control"] = verdict(control, control.p)
+    return conclusions(verdicts, contrast(rows, seeds, "c-student", "a", "psnr"))
+
+
+def steps_table(results: Results, seeds: Sequence[int]) -> Table:
+    """The teacher over its steps."""
+    lines = [
+        [str(steps), *(text(over_seeds(results, "c-teacher", seeds, m, suffix), m) for m in (PRIMARY, "psnr"))]
+        for steps, suffix in SUFFIXES.items()
     ]
+    return plain("", [Heading(key="steps of c-teacher"), metric_column(PRIMARY), metric_column("psnr")], lines)
 
 
-def contrast_row(c: Contrast, tables: dict, seeds: list[int], p: str, text: str) -> list[str]:
-    quality = contrast(tables, seeds, c.arm, c.base, "psnr")
-    interval = f"[{c.low:+.4f}, {c.high:+.4f}]"
-    psnr = f"{quality.mean:+.2f} [{quality.low:+.2f}, {quality.high:+.2f}]"
-    return [f"{c.arm} - {c.base}", f"{c.mean:+.4f}", interval, p, c.signs, psnr, text]
+def front_table(results: Results, rows: Tables, seed: int) -> Table:
+    """One seed of (a) and (c) on an encoder that SSDD trained, and on the KL-VAE's that all other arms have."""
+    prefixes = {"SSDD's encoder": "front-", "KL-VAE's encoder": ""}
+    made = []
+    for arm in FRONT:
+        sides = {name: results[f"{prefix}{arm}-{seed}"] for name, prefix in prefixes.items()}
+        cells = {
+            f"{metric}, {name}": TableCell(text(side.metrics[metric].value, metric))
+            for name, side in sides.items()
+            for metric in (PRIMARY, "psnr")
+        }
+        made.append(TableRow(arm, cells))
+    keys = list(made[0].cells)
+    last = {key: TableCell("–") for key in keys}
+    for name, prefix in prefixes.items():
+        own = {f"{arm}-{seed}": rows[f"{prefix}{arm}-{seed}"] for arm in FRONT}
+        c = contrast(own, [seed], "c-student", "a", PRIMARY)
+        last[f"{PRIMARY}, {name}"] = TableCell(f"{c.mean:+.4f}", f"[{c.low:+.4f}, {c.high:+.4f}]")
+    made.append(TableRow("c-student - a", last))
+    return Table(title="", names="arm", columns=[Heading(key=key) for key in keys], groups=[("", made)])
 
 
-def steps_section(results: dict[str, EvalResult], seeds: list[int], preset: str, folder: Path) -> list[str]:
-    """The teacher over its steps beside the other arms at one; quality against decoding time."""
-    suffixes = {steps: f"-steps{steps}" if steps > 1 else "" for steps in STEPS}
-    curve = {
-        steps: [over_seeds(results, "c-teacher", seeds, metric, suffix) for metric in (PRIMARY, "psnr")]
-        for steps, suffix in suffixes.items()
-    }
+def development_table(results: Results, seeds: Sequence[int]) -> Table:
+    """Should the study's best models replace the demo weights? Of each family the best on the development images."""
+    lines = []
+    for demo, arms in (("demo-klvae", ("a", "d")), ("demo-ssdd", ("b", "c-teacher", "c-student", "c-control"))):
+        candidates = [f"{arm}-{seed}" for arm in arms for seed in seeds]
+        best = min(candidates, key=lambda name: over_seeds(results, name.rpartition("-")[0], [int(name[-1])], PRIMARY))
+        for name in (best, demo):
+            lines.append([name, *(text(results[name].metrics[m].value, m) for m in (PRIMARY, "psnr"))])
+    return plain("", [Heading(key="model"), metric_column(PRIMARY), metric_column("psnr")], lines)
+
+
+def draw(folder: Path, out: Path, preset: str) -> None:
+    """Quality against decode steps and against the time of a decode, the arms beside the teacher's curve."""
+    results, seeds = read(folder / TEST), training_seeds(folder)
+    curve = {steps: over_seeds(results, "c-teacher", seeds, PRIMARY, suffix) for steps, suffix in SUFFIXES.items()}
     fig, ax = figure()
     log_axis(ax.xaxis, list(curve))
     colours = styles(ARMS)
-    ax.plot(list(curve), [pair[0] for pair in curve.values()], color=colours["c-teacher"][0], marker="o", markersize=4)
-    points = [Point("c-teacher", "", 8, curve[8][0])]
+    ax.plot(list(curve), list(curve.values()), color=colours["c-teacher"][0], marker="o", markersize=4)
+    points = [Point("c-teacher", "", 8, curve[8])]
     for arm in ("c-student", "c-control", "a", "b"):
         value = over_seeds(results, arm, seeds, PRIMARY)
         ax.plot([1], [value], color=colours[arm][0], marker=colours[arm][1], markersize=5, linestyle="none")
@@ -206,121 +223,30 @@ def steps_section(results: dict[str, EvalResult], seeds: list[int], preset: str,
     ax.set_ylabel(axis_label(metric_column(PRIMARY)), fontsize=9)
     ax.margins(x=0.25, y=0.15)
     label_points(ax, points)
-    save(fig, HERE / f"steps-{preset}.png")
-    times = {name: 1000 / speed.stages["decode"].images_per_second for name, speed in read_speeds(folder).items()}
-    timed = [(arm, "", times[timed_as(arm, seeds[0])]) for arm in ARMS]
-    timed += [("c-teacher", suffix, times[f"c-teacher-{seeds[0]}{suffix}"]) for suffix in suffixes.values() if suffix]
+    save(fig, out / f"steps-{preset}.png")
+    speeds = read_speeds(folder)
+    timed = {arm: (arm, "", timed_as(arm, seeds[0])) for arm in ARMS}
+    timed |= {f"c-teacher{s}": ("c-teacher", s, f"c-teacher-{seeds[0]}{s}") for s in SUFFIXES.values() if s}
     points = [
         Point(
-            arm + suffix,
-            results[f"{arm}-{seeds[0]}"].tokenizer.family,
-            time,
-            over_seeds(results, arm, seeds, PRIMARY, suffix),
+            name, results[f"{arm}-{seeds[0]}"].tokenizer.family,
+            1000 / speeds[record].stages["decode"].images_per_second, over_seeds(results, arm, seeds, PRIMARY, suffix),
         )
-        for arm, suffix, time in timed
-    ]
-    save(
-        scatter(points, "decode (ms/img)", "lower", metric_column(PRIMARY), log=True),
-        HERE / f"quality-time-{preset}.png",
-    )
-    rows = [[str(steps), f"{lpips:.4f}", f"{psnr:.2f}"] for steps, (lpips, psnr) in curve.items()]
-    return [
-        *table(["steps of c-teacher", PRIMARY, "psnr, dB"], rows),
-        f"![quality against decode steps](steps-{preset}.png)",
-        "",
-        "Quality against the time of a decode; times from `tokbench speed`, which measures the networks in turns:",
-        "",
-        f"![quality against decode time](quality-time-{preset}.png)",
-        "",
-    ]
+        for name, (arm, suffix, record) in timed.items()
+    ]  # fmt: skip
+    fig = scatter(points, "decode (ms/img)", "lower", metric_column(PRIMARY), log=True)
+    save(fig, out / f"quality-time-{preset}.png")
 
 
-def front_section(results: dict[str, EvalResult], tables: dict, seeds: list[int], folder: Path) -> list[str]:
-    """One seed of (a) and (c) on an encoder that SSDD trained: does the encoder's origin matter?"""
-    seed, main, front = seeds[0], read_training(folder, "encoder"), read_training(folder, "front/encoder")
-    rows = []
-    for arm in FRONT:
-        cells = []
-        for name in (f"front-{arm}-{seed}", f"{arm}-{seed}"):
-            cells += [
-                f"{results[name].metrics[metric].value:.{METRICS[metric].digits}f}" for metric in (PRIMARY, "psnr")
-            ]
-        rows.append([arm, *cells])
-    prefixed = {name.removeprefix("front-"): columns for name, columns in tables.items() if name.startswith("front-")}
-    either = [contrast(of, [seed], "c-student", "a", PRIMARY) for of in (prefixed, tables)]
-    differences = [f"{c.mean:+.4f} [{c.low:+.4f}, {c.high:+.4f}]" for c in either]
-    heads = ["arm", f"{PRIMARY}, SSDD's encoder", "psnr, dB", f"{PRIMARY}, KL-VAE's encoder", "psnr, dB"]
-    return [
-        f"One training seed ({seed}), exploratory. The encoder learnt with an SSDD decoder on {front['images_seen']:,}"
-        f" crops, that of all other arms with a convolutional one on {main.get('images_joint', main['images_seen']):,}."
-        " So they differ in training time as well as in origin: only arms on one encoder can be compared.",
-        "",
-        *table(heads, rows),
-        f"c-student - a in {PRIMARY}: {differences[0]} on SSDD's encoder, {differences[1]} on the KL-VAE's",
-        "(bootstrap over images).",
-        "",
-    ]
-
-
-def strips_section(folder: Path, seeds: list[int], preset: str) -> list[str]:
+def strips(folder: Path, path: Path, seed: int) -> None:
     """Input and every arm's reconstruction of four photographs; without their pictures the strip stays as it is."""
     rows = []
     for real in sorted((folder / "+real.images").glob("*.png"))[:4]:
-        files = [real, *(folder / f"{arm}-{seeds[0]}.images" / real.name for arm in ARMS)]
+        files = [real, *(folder / f"{arm}-{seed}.images" / real.name for arm in ARMS)]
         pictures = [Image.open(file).convert("RGB").resize((160, 160), Image.Resampling.LANCZOS) for file in files]
         rows.append(np.concatenate([np.asarray(picture) for picture in pictures], 1))
     if rows:
-        Image.fromarray(np.concatenate(rows)).save(HERE / f"strips-{preset}.jpg", quality=88)
-    return [f"Input, {', '.join(ARMS)} (seed {seeds[0]}).", "", f"![reconstructions](strips-{preset}.jpg)", ""]
-
-
-def development_section(development: dict[str, EvalResult], seeds: list[int]) -> list[str]:
-    """Should the study's best models replace the demo weights? Decided on the development photographs."""
-    rows, better = [], []
-    for demo, arms in (("demo-klvae", ("a", "d")), ("demo-ssdd", ("b", "c-teacher", "c-student", "c-control"))):
-        candidates = [f"{arm}-{seed}" for arm in arms for seed in seeds]
-        best = min(candidates, key=lambda name: development[name].metrics[PRIMARY].value)
-        if development[best].metrics[PRIMARY].value < development[demo].metrics[PRIMARY].value:
-            better.append(best)
-        rows += [
-            [name, *(f"{development[name].metrics[m].value:.{METRICS[m].digits}f}" for m in (PRIMARY, "psnr"))]
-            for name in (best, demo)
-        ]
-    count = development[demo].dataset.num_images
-    return [
-        f"The {count} development photographs, one noise seed; of each family the study's best by {PRIMARY}, and the",
-        "bundled weights.",
-        "",
-        *table(["model", PRIMARY, "psnr, dB"], rows),
-        f"Better than the bundled weights: {', '.join(better) or 'none; they stay as they are'}.",
-        "",
-    ]
-
-
-def limits(results: dict[str, EvalResult], tables: dict, seeds: list[int], preset: str) -> list[str]:
-    """What this cannot say."""
-    planned = {
-        metric: [contrast(tables, seeds, arm, base, metric) for arm, base in CONTRASTS] for metric in (PRIMARY, "psnr")
-    }
-    widths = {metric: np.mean([(c.high - c.low) / 2 for c in found]) for metric, found in planned.items()}
-    infos = [results[f"{arm}-{seeds[0]}"] for arm in ARMS]
-    sizes = sorted(info.tokenizer.decoder_params / 1e6 for info in infos)
-    trained_on = infos[0].tokenizer.trained_on.rpartition(", ")[2]
-    return [
-        f"- {len(seeds)} training seeds: the bootstrap then underestimates the spread between trainings, so intervals"
-        " and p are too narrow where trainings differ much; hence the rule that all seeds agree.",
-        f"- {infos[0].dataset.num_images} test photographs: the planned contrasts are known to about"
-        f" ±{widths[PRIMARY]:.3f} {PRIMARY} and ±{widths['psnr']:.1f} dB.",
-        f"- Decoders of {sizes[0]:.1f} to {sizes[-1]:.1f} million parameters, trained on {trained_on}:"
-        " nothing here carries over by itself.",
-        "- The encoder comes from KL-VAE training, which may favour the convolutional arms.",
-        "- An arm of two parts (c-student, c-control) restarts learning rate and weight average for the second.",
-        *(
-            ["- A few minutes of training an arm: all are far from converged; how fast they learn is compared."]
-            if preset == "cpu"
-            else []
-        ),
-    ]
+        Image.fromarray(np.concatenate(rows)).save(path, quality=88)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The study's statistics: crossed bootstrap over images and seeds, Holm's correction, what follows from them."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 DRAWS = 10_000
 MARGIN = 0.3  # dB of psnr that do not count as inferior
+Tables = Mapping[str, Mapping[str, np.ndarray]]  # name of a trained model -> column -> float64 [N]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Contrast:
         return " ".join(f"{value:+.4f}" for value in self.by_seed)
 
 
-def values(tables: dict, arm: str, seeds: list[int], metric: str) -> np.ndarray:
+def values(tables: Tables, arm: str, seeds: Sequence[int], metric: str) -> np.ndarray:
     """float64 [S, N]: per training seed and image."""
     return np.stack([tables[f"{arm}-{seed}"][metric] for seed in seeds])
 
@@ -44,7 +46,7 @@ def crossed_bootstrap(matrix: np.ndarray, generator: np.random.Generator) -> np.
     return np.asarray(((images @ matrix.T) * seeds).sum(1))
 
 
-def contrast(tables: dict, seeds: list[int], arm: str, base: str, metric: str) -> Contrast:
+def contrast(tables: Tables, seeds: Sequence[int], arm: str, base: str, metric: str) -> Contrast:
     """arm - base on a metric, paired by image and seed."""
     difference = values(tables, arm, seeds, metric) - values(tables, base, seeds, metric)
     draws = crossed_bootstrap(difference, np.random.default_rng(0))

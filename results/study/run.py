@@ -1,4 +1,4 @@
-"""The controlled study of PLAN.md, by the command line alone: train every arm and seed, evaluate, write REPORT.md.
+"""The controlled study of PLAN.md, by the command line alone: train every arm and seed, evaluate, print the tables.
 
     python results/study/run.py --preset cpu --train PHOTOS      (make study PRESET=cpu TRAIN=PHOTOS)
 
@@ -67,24 +67,24 @@ def main() -> None:
     arguments = parser.parse_args()
     preset, out = PRESETS[arguments.preset], arguments.out / arguments.preset
     out.mkdir(parents=True, exist_ok=True)
-    train = split(arguments.train, out)
-    encoder = preset.encoder or train_encoder("klvae", preset, train, out)
+    photos = split(arguments.train, out)
+    encoder = preset.encoder or train_encoder("klvae", preset, photos, out)
     for seed in preset.seeds:
         for arm in ARMS:
-            train_arm(arm, seed, preset, train, encoder, out)
-    encoder = train_encoder("ssdd", preset, train, out / "front")
+            train_arm(arm, seed, preset, photos, encoder, out)
+    encoder = train_encoder("ssdd", preset, photos, out / "front")
     for arm in FRONT:
-        train_arm(arm, preset.seeds[0], preset, train, encoder, out / "front")
+        train_arm(arm, preset.seeds[0], preset, photos, encoder, out / "front")
     evaluate(preset, out)
-    python([sys.executable, str(HERE / "analyse.py"), str(keep(preset, out)), str(out)])
+    python([sys.executable, str(HERE / "analyse.py"), str(keep(out, HERE / out.name, preset.encoder)), str(out)])
 
 
 def split(folder: Path, out: Path) -> Path:
-    """Write the lists train.txt, which is returned, and development.txt: the ids that PLAN.md names."""
+    """Write the lists train.txt, which is returned, and development.txt: the ids that PLAN.md lists."""
     if not folder.is_dir():
         sys.exit(f"study: no such folder: {folder}")
     paths = {path.stem: path.resolve() for path in sorted(folder.glob("*.jpg"))}
-    development = set(development_ids())
+    development = set((HERE / "development.txt").read_text().split())
     if missing := development - paths.keys():
         sys.exit(f"study: {folder} lacks development photographs of PLAN.md: {' '.join(sorted(missing))}")
     for name, ids in (("train", paths.keys() - development), ("development", development)):
@@ -92,31 +92,26 @@ def split(folder: Path, out: Path) -> Path:
     return out / "train.txt"
 
 
-def development_ids() -> list[str]:
-    """As PLAN.md lists them."""
-    return (HERE / "PLAN.md").read_text().split("on both sides); all others (128) train.")[1].split("`")[1].split()
-
-
-def train_encoder(model: str, preset: Preset, train: Path, out: Path) -> str:
+def train_encoder(model: str, preset: Preset, photos: Path, out: Path) -> str:
     """A frozen encoder with normalised latents, of KL-VAE or SSDD training."""
     steps = preset.encoder_steps
-    shared = ["--preset", "small", "--data", str(train), *preset.settings, "run.seed=0"]
+    shared = ["--preset", "small", "--data", str(photos), *preset.settings, "run.seed=0"]
     first, normalised = out / "encoder", out / "encoder-normalised"
-    step(first, "train", model, *shared, "--out", str(first), f"run.steps={steps}", f"perceptual_start={steps // 4}")
+    train(first, model, *shared, "--out", str(first), f"run.steps={steps}", f"perceptual_start={steps // 4}")
     if model == "klvae":
         return str(first / "model.safetensors")  # normalises its latents itself
     taken = ["--encoder-from", str(first / "model.safetensors"), "freeze_encoder=true", "run.steps=1"]
-    step(normalised, "train", "klvae", *shared, "--out", str(normalised), *taken)
+    train(normalised, "klvae", *shared, "--out", str(normalised), *taken)
     return str(normalised / "model.safetensors")
 
 
-def train_arm(arm: str, seed: int, preset: Preset, train: Path, encoder: str, out: Path) -> None:
+def train_arm(arm: str, seed: int, preset: Preset, photos: Path, encoder: str, out: Path) -> None:
     """One arm and seed, in the folder <arm>-<seed>."""
     folder = out / f"{arm}-{seed}"
     half = preset.steps // 2
     # Student and control must not see the teacher's crops and noise again, which the seed alone decides.
     drawn = seed + 100 if arm in ("c-student", "c-control") else seed
-    shared = ["--preset", "small", "--data", str(train), "--out", str(folder), *preset.settings, f"run.seed={drawn}"]
+    shared = ["--preset", "small", "--data", str(photos), "--out", str(folder), *preset.settings, f"run.seed={drawn}"]
     shared += ["perceptual_start=0"]
     whole, part, taken = f"run.steps={preset.steps}", f"run.steps={half}", ["--encoder-from", encoder]
     teacher = ["--from", str(out / f"c-teacher-{seed}" / "model.safetensors")]
@@ -132,7 +127,7 @@ def train_arm(arm: str, seed: int, preset: Preset, train: Path, encoder: str, ou
         "c-student": ["ssdd", *teacher, "--stage", "distill", part],
         "c-control": ["ssdd", *teacher, "--stage", "finetune", part, *at_one],
     }[arm]
-    step(folder, "train", *command, *shared)
+    train(folder, *command, *shared)
 
 
 def evaluate(preset: Preset, out: Path) -> None:
@@ -153,12 +148,11 @@ def evaluate(preset: Preset, out: Path) -> None:
     tokbench("speed", "--models", timed, *where, *quick)
 
 
-def keep(preset: Preset, out: Path) -> Path:
-    """Put the records, which are small, into a folder beside this file, where analyse.py reads them."""
-    kept = HERE / out.name
+def keep(out: Path, kept: Path, encoder: str | None) -> Path:
+    """Put the records of a driver's folder, which are small, into `kept`, where they can be committed."""
     shutil.rmtree(kept, ignore_errors=True)
     models = {file.parent.relative_to(out): file for file in out.glob("**/model.safetensors")}
-    models |= {Path("encoder"): Path(preset.encoder)} if preset.encoder else {}
+    models |= {Path("encoder"): Path(encoder)} if encoder else {}
     for name, file in models.items():
         record = json.dumps(read_header(file)[1]["training"], indent=1)
         write_whole(kept / "training" / name.with_suffix(".json"), record + "\n")
@@ -175,14 +169,13 @@ def named(arm: str, seed: int, out: Path, steps: int = 1) -> str:
     return f"{name}={family}:{out}/{arm}-{seed}/model.safetensors{options}"
 
 
-def step(folder: Path, *arguments: str) -> None:
-    """A training command, unless its model is there already."""
-    model = folder / "model.safetensors"
+def train(folder: Path, *arguments: str) -> None:
+    """`tokbench train`, unless its model is in the folder already; status 1 if another command made that."""
+    model, command = folder / "model.safetensors", ["train", *arguments]
     if not model.exists():
-        return tokbench(*arguments)
-    if shlex.split(read_header(model)[1]["training"]["command"])[1:] != list(arguments):
+        tokbench(*command)
+    elif shlex.split(read_header(model)[1]["training"]["command"])[1:] != command:
         sys.exit(f"study: {model} was trained by another command; remove it or choose another --out")
-    return None
 
 
 def tokbench(*arguments: str) -> None:

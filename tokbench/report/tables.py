@@ -203,7 +203,8 @@ def markdown(table: Table, level: int = 2) -> str:
     for heading, rows in _lines(table, markdown_escape, cell):
         lines += [_piped([f"*{heading}*", *[""] * len(table.columns)])] if heading else []
         lines += [_piped(row) for row in rows]
-    return "\n".join([*lines, "", "<br>\n".join(f"<sub>{markdown_escape(note)}</sub>" for note in table.notes), ""])
+    notes = "<br>\n".join(f"<sub>{markdown_escape(note)}</sub>" for note in table.notes)
+    return "\n".join([*lines, *(["", notes] if notes else []), ""])
 
 
 def _piped(cells: Sequence[str]) -> str:
