@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from tokbench.data.crops import crop
-from tokbench.data.decode import NOTES, UPSCALED
+from tokbench.data.decode import ENLARGED, NOTES
 from tokbench.data.sources import Source
 from tokbench.errors import InputError, preview
 from tokbench.protocols import Protocol
@@ -104,7 +104,7 @@ class _Crops(Dataset[_Crop]):
             if not self.upscale:
                 size, where = f"{image.width}x{image.height}", self.source.where(index)
                 raise InputError(f"{where}: {size} is smaller than {self.resolution}")
-            notes |= UPSCALED
+            notes |= ENLARGED
         return crop(image, self.resolution, self.protocol), notes
 
 
