@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 import time
+import unicodedata
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -344,3 +346,112 @@ def test_offline_means_data_sets_too(value: str, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(InputError, match="cannot be loaded"):
         open_source(f"hf:{tmp_path}")
     assert os.environ["HF_DATASETS_OFFLINE"] == ("1" if value in ("1", "true") else "0")
+
+
+def test_hidden_replacements_are_seen(folder: Path, tmp_path: Path) -> None:
+    """Other bytes of equal size and time, in place or under the name, as `cp -p` and `rsync -t` leave them."""
+    path = folder / "n0" / "img00.png"
+    one, other = (gray(value) for value in (2, 3))
+    assert len(one) == len(other)
+    path.write_bytes(one)
+    os.utime(path, (1, 1))
+    before = open_source(folder).fingerprint()
+    path.write_bytes(other)
+    os.utime(path, (1, 1))
+    changed = open_source(folder).fingerprint()
+    assert changed != before
+    (tmp_path / "new.png").write_bytes(one)
+    os.utime(tmp_path / "new.png", (1, 1))
+    (tmp_path / "new.png").replace(path)
+    assert open_source(folder).fingerprint() == before
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+def test_files_that_are_not_read_are_counted_and_named(kind: str, folder: Path, tmp_path: Path) -> None:
+    for name in ("a.npy", "b.npy", "n0/c.dng", "d.txt", "._e.heic", ".f.npy"):
+        (folder / name).write_bytes(b"x")
+    path = {"folder": lambda: folder, "tar": lambda: tar_of(folder, tmp_path / "a.tar"),
+            "zip": lambda: Path(shutil.make_archive(str(tmp_path / "a"), "zip", folder))}[kind]()  # fmt: skip
+    source = open_source(path)
+    assert len(source) == 12
+    assert source.problems == ["3 files of types that are not read here: .npy 2, .dng 1"]
+    assert any(".npy 2" in line for line in describe(source))
+
+
+def test_other_types_that_pillow_reads_are_images(tmp_path: Path) -> None:
+    for suffix in ("gif", "jp2", "ppm", "tga", "webp"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{suffix}.{suffix}")
+    assert open_source(tmp_path).ids == ["gif", "jp2", "ppm", "tga", "webp"]
+
+
+def test_links_inside_a_tar_are_images_too(folder: Path, tmp_path: Path) -> None:
+    os.link(folder / "n0" / "img00.png", folder / "n1" / "hard.png")
+    (folder / "n1" / "soft.png").symlink_to("../n0/img00.png")
+    (folder / "n1" / "again.png").symlink_to("soft.png")
+    (folder / "n1" / "broken.png").symlink_to("nothing.png")
+    source = open_source(tar_of(folder, tmp_path / "a.tar"))
+    assert len(source) == 15
+    assert source.problems == ["1 links lead to nothing in it"]
+    assert open_source(tmp_path / "a.tar").problems == source.problems  # from the cache
+    for name in ("hard", "soft", "again"):
+        assert source.read(source.ids.index(f"n1/{name}")).getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_a_webdataset_has_one_image_a_sample(tmp_path: Path) -> None:
+    root = tmp_path / "web"
+    root.mkdir()
+    for i in range(3):
+        (root / f"{i:03d}.jpg").write_bytes(gray(i))
+        (root / f"{i:03d}.seg.png").write_bytes(gray(99))
+        (root / f"{i:03d}.json").write_text("{}")
+    source = open_source(tar_of(root, tmp_path / "web.tar"))
+    assert source.ids == ["000", "001", "002"]
+    assert source.problems == ["3 images .seg.png beside their sample's own are not read"]
+    assert len(open_source(root)) == 6  # in a folder each file is a sample
+
+
+def test_lists_saved_on_windows_are_read(folder: Path) -> None:
+    (folder / "some.txt").write_bytes(b"\xef\xbb\xbfn0/img00.png\r\nn1/img01.png\r\n")
+    source = open_source(folder / "some.txt")
+    assert source.ids == ["n0/img00", "n1/img01"]
+    assert [source.read(i).getpixel((0, 0))[0] for i in range(2)] == [0, 1]
+
+
+def test_composed_and_decomposed_names_are_the_same_ids(tmp_path: Path) -> None:
+    for form in ("NFC", "NFD"):
+        (tmp_path / form).mkdir()
+        (tmp_path / form / (unicodedata.normalize(form, "café") + ".png")).write_bytes(gray(5))
+    composed, decomposed = open_source(tmp_path / "NFC"), open_source(tmp_path / "NFD")
+    assert composed.ids == decomposed.ids
+    assert composed.fingerprint() == decomposed.fingerprint()
+    assert decomposed.read(0).getpixel((0, 0)) == (5, 5, 5)
+
+
+def test_the_column_of_images_is_chosen_or_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="needs the hf extra")
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    def write(name: str, **columns: list[bytes | None]) -> str:
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        arrays = {key: pa.array([value and {"bytes": value, "path": None} for value in values], kind)
+                  for key, values in columns.items()}  # fmt: skip
+        pa.parquet.write_table(pa.table(arrays), tmp_path / f"{name}.parquet")
+        return f"hf:{tmp_path / name}.parquet"
+
+    both = write("both", conditioning_image=[gray(1)], image=[gray(2)])
+    assert open_source(both).read(0).getpixel((0, 0)) == (2, 2, 2)
+    assert open_source(f"{both}#conditioning_image").read(0).getpixel((0, 0)) == (1, 1, 1)
+    neither = write("neither", a=[gray(1)], b=[gray(2)])
+    with pytest.raises(InputError, match=r"images in the columns a, b; choose one, hf:.*#a"):
+        open_source(neither)
+    with pytest.raises(InputError, match="no column c among a, b"):
+        open_source(f"{neither}#c")
+    rows = open_source(write("rows", image=[gray(1), None, b"rubbish"]))
+    problems = [fact.problem for fact in rows.facts()]
+    assert problems[0] == ""
+    assert "row 1: cannot be read (no image in its column image)" in problems[1]
+    assert "row 2: not a readable image" in problems[2]
+    for index in (1, 2):
+        with pytest.raises(InputError, match=f"row {index}: "):
+            rows.load(index)

@@ -129,7 +129,7 @@ def test_files_that_are_no_images_are_refused_before_the_start(source: Source) -
 def test_small_images_are_upscaled_and_counted_on_demand(source: Source) -> None:
     loader = Loader(source, 96, ADM, batch_size=4, workers=0, upscale=True)
     assert everything(loader)[1].shape == (9, 3, 96, 96)
-    assert loader.notes == {"upscaled": 9}
+    assert loader.notes == {"enlarged": 9}
 
 
 def test_notes_are_counted_across_workers_and_from_the_cache(source: Source, tmp_path: Path) -> None:
@@ -182,3 +182,17 @@ def test_a_full_disk_only_costs_time(source: Source, tmp_path: Path, monkeypatch
 def test_crops_that_would_fill_the_disk_are_not_kept(tmp_path: Path) -> None:
     assert CropCache.fits(tmp_path / "not" / "yet", 10, 64)
     assert not CropCache.fits(tmp_path, 10**12, 1024)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_strip_that_would_fill_the_memory_is_one_line(name: str, tmp_path: Path) -> None:
+    Image.new("RGB", (60_000, 2)).save(tmp_path / "strip.png")
+    loader = Loader(open_source(tmp_path), 512, PROTOCOLS[name], batch_size=1, upscale=True)
+    with pytest.raises(InputError, match=r"strip\.png: 60000x2: would have .* pixels at 512; leave it out"):
+        list(loader)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (1, 40), (40, 1), (8000, 90), (16, 16), (17, 33)])
+def test_crops_of_any_size_are_what_was_asked_for(name: str, size: tuple[int, int]) -> None:
+    assert crop(Image.new("RGB", size, "red"), 32, PROTOCOLS[name]).shape == (32, 32, 3)

@@ -1,13 +1,22 @@
 """RGB images to the crops that protocols prescribe."""
 
+import sys
+
 import numpy as np
 from PIL import Image
 
+from tokbench.errors import InputError
 from tokbench.protocols import Protocol
 
 
 def crop(image: Image.Image, resolution: int, protocol: Protocol) -> np.ndarray:
-    """RGB image -> uint8 [resolution, resolution, 3]: the protocol's centre crop. Smaller images are enlarged."""
+    """RGB image -> uint8 [resolution, resolution, 3]: the protocol's centre crop. Smaller images are enlarged.
+
+    InputError for one so long and narrow that it would not fit into memory.
+    """
+    pixels = max(image.size) * resolution**2 // min(image.size)
+    if pixels > (Image.MAX_IMAGE_PIXELS or sys.maxsize):
+        raise InputError(f"{image.width}x{image.height}: would have {pixels} pixels at {resolution}; leave it out")
     if protocol.crop == "adm":
         return _adm(image, resolution)
     if protocol.crop == "tensor-bilinear":

@@ -105,7 +105,10 @@ class _Crops(Dataset[_Crop]):
                 size, where = f"{image.width}x{image.height}", self.source.where(index)
                 raise InputError(f"{where}: {size} is smaller than {self.resolution}")
             notes |= ENLARGED
-        return crop(image, self.resolution, self.protocol), notes
+        try:
+            return crop(image, self.resolution, self.protocol), notes
+        except InputError as error:
+            raise InputError(f"{self.source.where(index)}: {error}") from None
 
 
 def _collate(crops: Sequence[_Crop]) -> _Batch:

@@ -1,5 +1,6 @@
 """Image sources by name, and what is in them."""
 
+import codecs
 import os
 import zipfile
 from collections import Counter
@@ -33,7 +34,7 @@ IMAGENET_IMAGES = {"val": 50_000, "train": 1_281_167}
 
 
 def open_source(spec: str | Path, split: str | None = None, limit: int | None = None) -> Source:
-    """`samples`, `imagenet:ROOT`, `folder:DIR`, `tar:FILE` (or zip), `list:FILE`, `hf:NAME`, or a path of one of these.
+    """`samples`, `imagenet:ROOT`, `folder:DIR`, `tar:FILE` (or zip), `list:FILE`, `hf:NAME[#COLUMN]`, or a path.
 
     Also what plugins registered, as `NAME` or `NAME:REST`; a path that exists comes before their names. InputError if
     there is nothing there, or no image in it, or two images share an id.
@@ -109,10 +110,10 @@ def _archive(file: str, split: str | None) -> Source:
 
 def _archived(name: str, split: str | None, path: Path, to_id: Callable[[str], str]) -> Source:
     if zipfile.is_zipfile(path):
-        names = list_zip(path)
-        return ZipSource(name, split, path, unique_ids(names, path, to_id), names)
-    members = list_tar(path)
-    return TarSource(name, split, path, unique_ids([member.name for member in members], path, to_id), members)
+        names, problems = list_zip(path)
+        return ZipSource(name, split, path, unique_ids(names, path, to_id), names, problems)
+    members, problems = list_tar(path)
+    return TarSource(name, split, path, unique_ids([member.name for member in members], path, to_id), members, problems)
 
 
 def _list(file: str, split: str | None) -> Source:
@@ -120,7 +121,8 @@ def _list(file: str, split: str | None) -> Source:
     path = Path(file)
     _no_split(file, split)
     try:
-        names = [line for line in os.fsdecode(path.read_bytes()).splitlines() if line.strip()]
+        text = os.fsdecode(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+        names = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     names.sort()
@@ -161,6 +163,7 @@ def _hugging_face(name: str, split: str | None) -> Source:
         import datasets
     except ImportError as error:
         raise InputError("hf: needs the package `datasets`; pip install 'tokbench[hf]'") from error
+    name, _, asked = name.partition("#")
     local = Path(name)
     split = split or ("train" if local.exists() else "validation")
     try:
@@ -176,18 +179,26 @@ def _hugging_face(name: str, split: str | None) -> Source:
     except (OSError, ValueError, ImportError) as error:
         reason = first_line(error)
         raise InputError(f"hf:{name}: split {split!r} cannot be loaded ({reason})") from error
-    column = _image_column(rows, datasets, name)
+    column = _image_column(rows, datasets, name, asked)
     if isinstance(rows.features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
     return HuggingFaceSource(f"{label}-{slug(split)}", split, rows, column)
 
 
-def _image_column(rows: Any, datasets: Any, name: str) -> str:
-    for column, feature in rows.features.items():
-        packed = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
-        if isinstance(feature, datasets.Image) or packed:
-            return str(column)
-    raise InputError(f"hf:{name}: no column of images among {', '.join(rows.features)}")
+def _image_column(rows: Any, datasets: Any, name: str, asked: str) -> str:
+    """The column of that name, or the only one of images, or the one called image."""
+    columns = [
+        column
+        for column, feature in rows.features.items()
+        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} <= feature.keys())
+    ]
+    if not columns or (asked and asked not in columns):
+        raise InputError(f"hf:{name}: no column {asked or 'of images'} among {', '.join(rows.features)}")
+    if asked or len(columns) == 1:
+        return asked or columns[0]
+    if "image" not in columns:
+        raise InputError(f"hf:{name}: images in the columns {', '.join(columns)}; choose one, hf:{name}#{columns[0]}")
+    return "image"
 
 
 OPENERS: dict[str, Callable[[str, str | None], Source]] = {

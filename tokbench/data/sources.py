@@ -8,6 +8,7 @@ import hashlib
 import os
 import sys
 import threading
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from tokbench.data.archives import Member, opened_zip
+from tokbench.data.archives import Member, opened_zip, readable
 from tokbench.data.decode import SUFFIXES, decode, open_header
 from tokbench.errors import InputError, first_line
 from tokbench.records.cache import load_cached, printable, save_cached, stamp_of
@@ -63,14 +64,17 @@ class Source:
         """Changes when the bytes do (size and time), without reading them; "" where that cannot be told."""
         return ""
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """The RGB image and notes (bits of images.NOTES). InputError naming the file if it cannot be used."""
+    def load(self, index: int, *, upright: bool = False) -> tuple[Image.Image, int]:
+        """The RGB image and notes (bits of decode.NOTES), turned as EXIF says if `upright`.
+
+        InputError naming the file if it cannot be used.
+        """
         try:
             data = self.read_bytes(index)
         except OSError as error:
             reason = error.strerror or error
             raise InputError(f"{self.where(index)}: cannot be read ({reason}); restore it") from error
-        return decode(data, self.where(index))
+        return decode(data, self.where(index), upright=upright)
 
     def read(self, index: int) -> Image.Image:
         """The RGB image. InputError naming the file if it cannot be used."""
@@ -175,8 +179,11 @@ class HuggingFaceSource(Source):
     def read_bytes(self, index: int) -> bytes:
         value = self.dataset[self.entries[index]][self.column]
         if isinstance(value, dict):
-            value = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-        return bytes(value)
+            path, value = value["path"], value["bytes"]
+            value = Path(path).read_bytes() if value is None and path else value
+        if not isinstance(value, bytes):
+            raise OSError(f"no image in its column {self.column}")
+        return value
 
     def stamp(self, index: int) -> str:
         return str(self.dataset._fingerprint)  # of the data set's files and of what was done to them
@@ -186,8 +193,9 @@ class HuggingFaceSource(Source):
 
 
 def sample_id(name: str) -> str:
+    """A file's name without its type, in Unicode's composed form: a copy that went through a Mac has the same ids."""
     stem, suffix = os.path.splitext(name)
-    return printable(stem if suffix.lower() in SUFFIXES else name).lstrip("/")
+    return unicodedata.normalize("NFC", printable(stem if suffix.lower() in SUFFIXES else name).lstrip("/"))
 
 
 def unique_ids(names: Sequence[str], where: Path, to_id: Callable[[str], str] = sample_id) -> list[str]:
@@ -227,9 +235,10 @@ def list_folder(root: Path) -> tuple[list[str], list[str]]:
                 continue
             if entry.is_dir():
                 (links if entry.is_symlink() else folders).append(name)
-            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+            else:
                 names.append(name)
-    return sorted(names), problems
+    names, unread = readable(names)
+    return names, problems + unread
 
 
 def _survey(source: Source) -> list[Facts]:

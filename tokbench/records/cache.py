@@ -19,9 +19,12 @@ def cache_folder() -> Path:
 
 
 def stamp_of(path: Path) -> str:
-    """Changes when a file does, without reading it: size and time. Raises OSError."""
+    """Changes when a file does, without reading it. Raises OSError.
+
+    Size and time are not enough: `cp -p` and `rsync -t` set the time. They cannot set ctime.
+    """
     status = os.stat(path)
-    return f"{status.st_size}:{status.st_mtime_ns}"
+    return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
 
 
 def printable(name: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokbench.errors import InputError
+from tokbench.records.cache import stamp_of
 
 
 class WeightsError(InputError):
@@ -20,13 +21,12 @@ def offline() -> bool:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file's bytes; read once a process unless size or time changes."""
-    status = path.stat()
-    return _sha256(path, status.st_size, status.st_mtime_ns)
+    """Hex digest of a file's bytes; read once a process unless it changes."""
+    return _sha256(path, stamp_of(path))
 
 
 @cache
-def _sha256(path: Path, size: int, time: int) -> str:
+def _sha256(path: Path, stamp: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
