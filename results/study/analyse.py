@@ -234,7 +234,7 @@ def draw(folder: Path, out: Path, preset: str) -> None:
         )
         for name, (arm, suffix, record) in timed.items()
     ]  # fmt: skip
-    fig = scatter(points, "decode (ms/img)", "lower", metric_column(PRIMARY), log=True)
+    fig = scatter(points, "decode (ms/img)", "lower", metric_column(PRIMARY))
     save(fig, out / f"quality-time-{preset}.png")
 
 

@@ -31,7 +31,7 @@ def entry(folder: Path, name: str, seed: int, bpp: float | None = None, **info: 
 
 @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
 def test_the_same_results_give_the_same_bytes(tmp_path: Path, kind: str) -> None:
-    results = [record(name, seed=i, shift=i) for i, name in enumerate("abc")]
+    results = [ResultEntry(record(name, seed=i, shift=i)) for i, name in enumerate("abc")]
     once, again = (quality_vs_time(results, tmp_path / f"{n}.{kind}") for n in (1, 2))
     assert once is not None
     assert again is not None
@@ -39,7 +39,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path, kind: str) -> None
 
 
 def test_one_row_makes_no_plot(tmp_path: Path) -> None:
-    assert quality_vs_time([record("a")], tmp_path / "a.png") is None
+    assert quality_vs_time([ResultEntry(record("a"))], tmp_path / "a.png") is None
     assert not (tmp_path / "a.png").exists()
 
 
@@ -60,7 +60,7 @@ def test_pareto_front_is_what_nothing_beats() -> None:
 def test_labels_never_overlap(seed: int) -> None:
     places = np.random.default_rng(seed).random((25, 2)) ** 2
     points = [Point(f"tokenizer-{i}", f"family {i % 3}", 0.1 + x, y) for i, (x, y) in enumerate(places)]
-    fig = scatter(points, "decode (ms/img)", "lower", metric_column("psnr"), log=True)
+    fig = scatter(points, "decode (ms/img)", "lower", metric_column("psnr"))
     fig.draw_without_rendering()
     (ax,) = fig.axes
     boxes = [Text.get_window_extent(text) for text in ax.texts]  # of an annotation without its line

@@ -17,6 +17,7 @@ from tokbench.report.tables import Heading
 
 MINOR = ("psnr-global", "ssim-gauss", "ms-ssim", "encode", "params", "steps")
 TIMES = ["encode", "decode"]  # ranked on one machine only, as the next
+HEADLINE = ("rfid", "lpips-alex", "lpips-vgg", "psnr")  # the first that is there is a figure's default metric
 RATES = ["generator/s", "decoder/s", "both/s"]
 
 
@@ -231,6 +232,18 @@ def default_columns(entries: Sequence[ResultEntry], known: Sequence[ResultEntry]
         facts, times = ["latent", "steps", "params"], TIMES
     columns = [*(FACTS[key] for key in facts), *metrics, *(FACTS[key] for key in times)]
     return [c for c in columns if any(number_of(c.read(entry.result)) is not None for entry in entries)]
+
+
+def headline_metric(entries: Sequence[ResultEntry]) -> str | None:
+    """The first of rfid, lpips, psnr that most of these rows have."""
+    for name in HEADLINE:
+        if 2 * sum(number(e.result, name) is not None for e in entries) > len(entries):
+            return name
+    return None
+
+
+def number(result: EvalResult, metric: str) -> float | None:
+    return result.metrics.get(metric, Value(None)).value
 
 
 def number_of(value: Value | str | None) -> float | str | None:

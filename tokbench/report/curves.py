@@ -15,19 +15,26 @@ from tokbench.errors import InputError
 from tokbench.records.files import read_log
 from tokbench.records.result import SpeedResult
 from tokbench.report import speed
-from tokbench.report.columns import ResultEntry, elements_ratio, metric_column, place_of, tokens
+from tokbench.report.columns import (
+    ResultEntry,
+    elements_ratio,
+    headline_metric,
+    metric_column,
+    number,
+    place_of,
+    tokens,
+)
 from tokbench.report.leaderboard import UNRANKED_FAMILIES, Block, blocks
 from tokbench.report.plots import (
     Point,
     axis_label,
     figure,
-    headline_metric,
     label_levels,
     label_points,
     log_axis,
-    number,
     quality_vs_time,
     save,
+    scatter,
     styles,
 )
 from tokbench.report.reported import Reported
@@ -65,11 +72,10 @@ def all_plots(
     if headline := headline_metric(entries):
         made.append(against_resolution(entries, headline, folder / f"resolution.{kind}"))
     made.append(rfid_vs_gfid(entries, reported, folder / f"rfid-gfid.{kind}"))
-    made.append(speed.rate_against_resolution(speeds, folder / f"speed-resolution.{kind}"))
-    made.append(speed.memory_against_resolution(speeds, folder / f"memory-resolution.{kind}"))
+    made.append(rate_against_resolution(speeds, folder / f"speed-resolution.{kind}"))
     for key, rows in speed.comparable(speeds).items():
         made.append(
-            speed.quality_against_rate(rows, entries, folder / f"quality-rate-{_plain(' '.join(map(str, key)))}.{kind}")
+            quality_against_rate(rows, entries, folder / f"quality-rate-{_plain(' '.join(map(str, key)))}.{kind}")
         )
     made.append(training_curves({log.parent.name: read_log(log) for log in logs}, folder / f"training.{kind}"))
     return [path for path in made if path is not None]
@@ -157,19 +163,11 @@ def dimension_ratio(entries: Sequence[ResultEntry], metric: str, path: Path) -> 
     ]
     if len({p.x for p in points}) < 2:
         return None
-    fig, ax = figure()
-    log_axis(ax.xaxis, [p.x for p in points])
-    for family, (colour, marker) in styles(p.family for p in points).items():
-        members = [p for p in points if p.family == family]
-        ax.scatter([p.x for p in members], [p.y for p in members], s=28, color=colour, marker=marker, zorder=3)
-    ax.margins(0.12)
-    ax.set_xlabel("latent elements per image element", fontsize=9)
-    ax.set_ylabel(axis_label(metric_column(metric)), fontsize=9)
-    label_points(ax, points)
-    return save(fig, path)
+    return save(scatter(points, "latent elements per image element", "neither", metric_column(metric)), path)
 
 
-def _curves(lines: Lines, x_label: str, metric: str, path: Path) -> Path | None:
+def _curves(lines: Lines, x_label: str, y_label: str, path: Path, *, slopes: bool = False) -> Path | None:
+    """Named lines over a log axis, those of two points or more; with `slopes` over two, with the fitted powers."""
     lines = {name: sorted(points) for name, points in lines.items() if len({x for x, _ in points}) > 1}
     if not lines:
         return None
@@ -179,14 +177,53 @@ def _curves(lines: Lines, x_label: str, metric: str, path: Path) -> Path | None:
     if len(xs) <= 8:
         ax.set_xticks(xs, [f"{x:g}" for x in xs])
         ax.xaxis.set_minor_locator(NullLocator())
+    if slopes:
+        log_axis(ax.yaxis, [y for points in lines.values() for _, y in points])
+        lines = {f"{name} ({_power(points):.2f})": points for name, points in lines.items()}
     labels = _ladders(
         ax, {name: [] for name in lines}, [(n, n, x, y) for n, points in lines.items() for x, y in points]
     )
     ax.margins(x=0.25, y=0.1)
     ax.set_xlabel(x_label, fontsize=9)
-    ax.set_ylabel(axis_label(metric_column(metric)), fontsize=9)
+    ax.set_ylabel(y_label, fontsize=9)
     label_points(ax, labels)
     return save(fig, path)
+
+
+def _power(points: Sequence[tuple[float, float]]) -> float:
+    """The p of y = c x^p that fits best."""
+    x, y = np.log(points).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def rate_against_resolution(results: Sequence[SpeedResult], path: Path) -> Path | None:
+    """Decoded images/s against resolution, the fitted power beside each name (-2: linear in pixels)."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    several = len({(r.hardware, speed.setting(r)) for r in results}) > 1
+    for result in results:
+        where = f" ({result.hardware}, {speed.setting(result)})" if several else ""
+        if stage := result.stages.get("decode"):
+            point = (result.resolution, stage.images_per_second)
+            lines.setdefault(result.tokenizer.name + where, []).append(point)
+    return _curves(lines, "resolution (px)", "decode (img/s)", path, slopes=True)
+
+
+def quality_against_rate(results: Sequence[SpeedResult], entries: Sequence[ResultEntry], path: Path) -> Path | None:
+    """Quality against decoded images/s with the Pareto front (the paper's first figure), for tokenizers that have both.
+
+    Quality comes from evaluation records of the same name and resolution. None without two such tokenizers.
+    """
+    entries = speed.of_one_place(entries)
+    metric = headline_metric(entries)
+    quality = {(e.name, e.result.dataset.resolution): number(e.result, metric or "") for e in entries}
+    points = []
+    for result in results:
+        value = quality.get((result.tokenizer.name, result.resolution))
+        if value is not None and (stage := result.stages.get("decode")):
+            points.append(Point(result.tokenizer.name, result.tokenizer.family, stage.images_per_second, value))
+    if metric is None or len(points) < 2:
+        return None
+    return save(scatter(points, "decode (img/s)", "higher", metric_column(metric)), path)
 
 
 def against_steps(entries: Sequence[ResultEntry], metric: str, path: Path) -> Path | None:
@@ -198,7 +235,7 @@ def against_steps(entries: Sequence[ResultEntry], metric: str, path: Path) -> Pa
         if info.decode_steps and info.weights and value is not None:
             name = names.setdefault(info.weights, info.name)
             lines.setdefault(name, []).append((info.decode_steps, value))
-    return _curves(lines, "decode steps", metric, path)
+    return _curves(lines, "decode steps", axis_label(metric_column(metric)), path)
 
 
 def against_resolution(entries: Sequence[ResultEntry], metric: str, path: Path) -> Path | None:
@@ -211,7 +248,7 @@ def against_resolution(entries: Sequence[ResultEntry], metric: str, path: Path) 
         if value is not None and entry.result.tokenizer.family not in UNRANKED_FAMILIES:
             where = f" ({', '.join(place_of(entry))})" if len(places) > 1 else ""
             lines.setdefault(entry.name + where, []).append((data.resolution, value))
-    return _curves(lines, "resolution (px)", metric, path)
+    return _curves(lines, "resolution (px)", axis_label(metric_column(metric)), path)
 
 
 def ecdf(entries: Sequence[ResultEntry], metric: str, path: Path, most: int = 7) -> Path | None:

@@ -15,15 +15,13 @@ from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, NullFormat
 
 from tokbench.errors import InputError
 from tokbench.records.files import write_whole
-from tokbench.records.result import EvalResult, Value
-from tokbench.report.columns import Column, ResultEntry, metric_column, milliseconds
+from tokbench.report.columns import Column, ResultEntry, headline_metric, metric_column, milliseconds, number
 from tokbench.report.leaderboard import UNRANKED_FAMILIES
 from tokbench.report.tables import shortened
 
 # Okabe and Ito (2008): told apart with any common colour blindness; yellow left out, too light on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-HEADLINE = ("rfid", "lpips-alex", "lpips-vgg", "psnr")  # the first that is there is a plot's default metric
 WIDTH, HEIGHT = 4.6, 3.2  # inches: a column of a two-column paper is 3.3, of a page 5 to 6
 
 
@@ -142,18 +140,6 @@ def axis_label(column: Column) -> str:
     )
 
 
-def headline_metric(entries: Sequence[ResultEntry]) -> str | None:
-    """The first of rfid, lpips, psnr that most of these rows have."""
-    for name in HEADLINE:
-        if 2 * sum(number(e.result, name) is not None for e in entries) > len(entries):
-            return name
-    return None
-
-
-def number(result: EvalResult, metric: str) -> float | None:
-    return result.metrics.get(metric, Value(None)).value
-
-
 def _plain(value: float, _: int) -> str:
     return f"{value:g}"
 
@@ -167,10 +153,9 @@ def log_axis(axis: Any, values: Sequence[float]) -> None:
     axis.set_tick_params(which="both", labelsize=8)
 
 
-def quality_vs_time(results: Sequence[EvalResult | ResultEntry], path: Path, metric: str | None = None) -> Path | None:
+def quality_vs_time(entries: Sequence[ResultEntry], path: Path) -> Path | None:
     """Quality against decoding time per image, with the Pareto front. None (nothing written) without two such rows."""
-    entries = [result if isinstance(result, ResultEntry) else ResultEntry(result) for result in results]
-    metric = metric or headline_metric(entries)
+    metric = headline_metric(entries)
     points = []
     for entry in entries:
         time, quality = milliseconds(entry.result, "decode"), number(entry.result, metric or "")
@@ -179,23 +164,21 @@ def quality_vs_time(results: Sequence[EvalResult | ResultEntry], path: Path, met
             points.append(Point(entry.name, entry.result.tokenizer.family, time.value, quality))
     if metric is None or len(points) < 2:
         return None
-    return save(scatter(points, "decode (ms/img)", "lower", metric_column(metric), log=True), path)
+    return save(scatter(points, "decode (ms/img)", "lower", metric_column(metric)), path)
 
 
-def scatter(points: Sequence[Point], x_label: str, better_x: str, y: Column, log: bool) -> Figure:
-    """Points by family, the Pareto front as a step line, a direct label at each point."""
+def scatter(points: Sequence[Point], x_label: str, better_x: str, y: Column) -> Figure:
+    """Points by family over a log axis, a direct label at each, and the Pareto front as a step line where both axes
+    have a direction."""
     fig, ax = figure()
-    if log:
-        log_axis(ax.xaxis, [p.x for p in points])
-    front = pareto(points, better_x, y.better)
-    if y.better != "neither":
+    log_axis(ax.xaxis, [p.x for p in points])
+    front = [] if "neither" in (better_x, y.better) else pareto(points, better_x, y.better)
+    if front:
         where: Literal["post", "pre"] = "post" if better_x == "lower" else "pre"
         ax.step([p.x for p in front], [p.y for p in front], where=where, color="0.6", lw=1, zorder=1)
     for family, (colour, marker) in styles(p.family for p in points).items():
         members = [p for p in points if p.family == family]
-        ax.scatter(
-            [p.x for p in members], [p.y for p in members], s=28, color=colour, marker=marker, label=family, zorder=3
-        )
+        ax.scatter([p.x for p in members], [p.y for p in members], s=28, color=colour, marker=marker, zorder=3)
     ax.margins(0.12)
     ax.set_xlabel(x_label, fontsize=9)
     ax.set_ylabel(axis_label(y), fontsize=9)

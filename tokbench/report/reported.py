@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokbench.errors import InputError
-from tokbench.report.columns import ResultEntry
-from tokbench.report.plots import number
+from tokbench.report.columns import ResultEntry, number
 from tokbench.report.tables import Heading, Table, plain
 
 METRICS = ("rfid", "psnr", "ssim", "lpips", "gfid")

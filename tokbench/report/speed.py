@@ -1,17 +1,13 @@
-"""Tables and plots of speed records, one block per hardware, setting and resolution."""
+"""Tables of speed records, one per hardware, setting and resolution."""
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from tokbench.errors import InputError
 from tokbench.records.result import SpeedResult, read_speed
-from tokbench.report.columns import ResultEntry, metric_column, place_of
-from tokbench.report.plots import Point, figure, headline_metric, label_points, log_axis, number, save, scatter, styles
+from tokbench.report.columns import ResultEntry, headline_metric, metric_column, number, place_of
 from tokbench.report.tables import Heading, Table, TableCell, plain
 
 WIDTH = 130  # characters of the tables where there is no terminal
@@ -137,78 +133,7 @@ def speed_tables(
     tables = []
     for (hardware, how, resolution), rows in comparable(results).items():
         base = find_reference(rows, reference)
-        title = f"{resolution} px · {hardware} · {how}"
+        title = f"speed at {resolution} px · {hardware} · {how}"
         table = plain(title, HEADINGS, [cells(row, base) for row in rows], footnotes(rows, base))
         tables.append(_with_quality(table, resolution, entries))
     return tables
-
-
-def rate_against_resolution(results: Sequence[SpeedResult], path: Path) -> Path | None:
-    """Decoded images/s against resolution, log-log, the fitted slope beside each name (-2: linear in pixels)."""
-    values = {
-        name: [(r.resolution, r.stages["decode"].images_per_second) for r in rows if "decode" in r.stages]
-        for name, rows in _by_model(results).items()
-    }
-    return _lines(values, "decode (img/s)", path, slopes=True)
-
-
-def memory_against_resolution(results: Sequence[SpeedResult], path: Path) -> Path | None:
-    """Peak memory of decoding an image at the best batch size, beyond the weights. None without a GPU's records."""
-    values = {
-        name: [
-            (r.resolution, s.memory_allocated / s.batch_size / 1e9)
-            for r in rows
-            if (s := r.stages.get("decode")) and s.memory_allocated
-        ]
-        for name, rows in _by_model(results).items()
-    }
-    return _lines(values, "peak memory (GB per image)", path, slopes=False)
-
-
-def _by_model(results: Sequence[SpeedResult]) -> dict[str, list[SpeedResult]]:
-    found: dict[str, list[SpeedResult]] = {}
-    several = len({(r.hardware, setting(r)) for r in results}) > 1
-    for result in sorted(results, key=lambda r: r.resolution):
-        where = f" ({result.hardware}, {setting(result)})" if several else ""
-        found.setdefault(result.tokenizer.name + where, []).append(result)
-    return found
-
-
-def _lines(values: Mapping[str, list[tuple[int, float]]], y_label: str, path: Path, *, slopes: bool) -> Path | None:
-    values = {name: points for name, points in values.items() if len(points) > 1}
-    if not values:
-        return None
-    fig, ax = figure()
-    log_axis(ax.xaxis, [x for points in values.values() for x, _ in points])
-    log_axis(ax.yaxis, [y for points in values.values() for _, y in points])
-    labels = []
-    for (name, points), (colour, marker) in zip(values.items(), styles(values).values(), strict=True):
-        xs, ys = zip(*points, strict=True)
-        ax.plot(xs, ys, color=colour, marker=marker, markersize=4, lw=1.2)
-        slope = f" ({np.polyfit(np.log(xs), np.log(ys), 1)[0]:.2f})" if slopes else ""
-        labels.append(Point(name + slope, name, xs[-1], ys[-1]))
-    ax.margins(x=0.3)
-    ax.set_xlabel("resolution (px)", fontsize=9)
-    ax.set_ylabel(y_label, fontsize=9)
-    label_points(ax, labels)
-    return save(fig, path)
-
-
-def quality_against_rate(
-    results: Sequence[SpeedResult], entries: Sequence[ResultEntry], path: Path, metric: str | None = None
-) -> Path | None:
-    """Quality against decoded images/s with the Pareto front (the paper's first figure), for tokenizers that have both.
-
-    Quality comes from evaluation records of the same name and resolution. None without two such tokenizers.
-    """
-    entries = of_one_place(entries)
-    metric = metric or headline_metric(entries)
-    quality = {(e.name, e.result.dataset.resolution): number(e.result, metric or "") for e in entries}
-    points = []
-    for result in results:
-        value = quality.get((result.tokenizer.name, result.resolution))
-        if value is not None and math.isfinite(value) and (stage := result.stages.get("decode")):
-            points.append(Point(result.tokenizer.name, result.tokenizer.family, stage.images_per_second, value))
-    if metric is None or len(points) < 2:
-        return None
-    return save(scatter(points, "decode (img/s)", "higher", metric_column(metric), log=True), path)

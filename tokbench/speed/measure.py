@@ -371,12 +371,13 @@ def record_path(out: Path, result: SpeedResult) -> Path:
 
 
 def show(results: Sequence[SpeedResult], reference: str | None, plots: Path | None) -> int:
-    """Print the table and draw the plots; the exit status, 1 if a row failed."""
+    """Print the table and draw the plot; the exit status, 1 if a row failed."""
     from tokbench.report import speed as report
     from tokbench.report import tables
 
     tables.show(report.speed_tables(results, reference), report.WIDTH)
     if plots is not None:
-        report.rate_against_resolution(results, plots / "speed.png")
-        report.memory_against_resolution(results, plots / "memory.png")
+        from tokbench.report.curves import rate_against_resolution
+
+        rate_against_resolution(results, plots / "speed.png")
     return int(any(result.failed for result in results))
