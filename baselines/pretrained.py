@@ -90,6 +90,16 @@ class Continuous:
         return latents / self.scale.to(latents) + self.shift.to(latents)
 
 
+class Sequence(Continuous):
+    """Latents [B, c, N] without a grid: nothing is shifted or scaled."""
+
+    def normalise(self, z: Tensor) -> Tensor:
+        return z
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        return latents
+
+
 class Frame(Continuous):
     """A video autoencoder on one frame, whose time axis does not travel."""
 

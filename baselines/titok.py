@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.hub import checkpoint, fill, read_tensors
-from baselines.pretrained import Codes, Continuous, nearest_codes, wrap
+from baselines.pretrained import Codes, Continuous, Sequence, nearest_codes, wrap
 from baselines.published import PUBLISHED
 from ssdd_models.encoder import Posterior
 from ssdd_models.layers import ResBlock
@@ -240,13 +240,3 @@ def published(name: str, file: Path | None = None, random_weights: bool = False)
         held["encoder.latent_tokens"] = held.pop("latent_tokens", None)
         fill(model, held, path, name)
     return wrap(model.eval(), row, random_weights, Codes if row.codebook_size else Sequence)
-
-
-class Sequence(Continuous):
-    """Latents [B, c, N] without a grid: nothing is shifted or scaled."""
-
-    def normalise(self, z: Tensor) -> Tensor:
-        return z
-
-    def denormalise(self, latents: Tensor) -> Tensor:
-        return latents

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from baselines import flowmo, seed_voken, titok, var
+from baselines import flowmo, seed_voken, softvq, titok, var
 from baselines.flowmo import FlowMo
 from baselines.ldm import LDMConfig
 from baselines.published import PUBLISHED
 from baselines.seed_voken import IndexBackpropagation, LookupConfig, LookupFree
+from baselines.softvq import SoftVQ
 from baselines.titok import TiTok
 from baselines.var import MultiScale
 from tests.baselines.test_pretrained import both_ways
@@ -26,7 +27,7 @@ from tokbench.errors import CellError, InputError
 from tokbench.registry import create
 from tokbench.runtime.seeding import normal
 
-FAMILIES = ("seed_voken", "var", "titok", "cosmos", "flowmo")
+FAMILIES = ("seed_voken", "var", "titok", "cosmos", "flowmo", "softvq")
 NAMES = [row.name for row in PUBLISHED.values() if row.kind in FAMILIES]
 SEEDS = torch.tensor([1, 2])
 
@@ -48,6 +49,8 @@ def shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     configs = {name: replace(config, **tiny) for name, config in flowmo.CONFIGS.items()}
     monkeypatch.setattr(flowmo, "CONFIGS", configs)
     monkeypatch.setattr(flowmo, "PATCH", 16)
+    monkeypatch.setattr(softvq, "SIZES", dict.fromkeys("BL", "vit_tiny_patch16_224"))
+    monkeypatch.setattr(softvq, "CODES", 16)
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -144,9 +147,16 @@ def from_noise(name: str, folder: Path) -> tuple[Any, str]:
     return model, f"{name}:{folder / 'flowmo.pth'}@steps=2"
 
 
+def soft(name: str, folder: Path) -> tuple[Any, str]:
+    model = randomise(SoftVQ(softvq.CONFIGS[name]))
+    rest = {"quantize.codebook_used": torch.zeros(4, 16), "projection.0.weight": torch.zeros(1)}
+    save_file(dict(model.state_dict()) | rest, folder / "model.safetensors")
+    return model, f"{name}:{folder / 'model.safetensors'}"
+
+
 SAVED: dict[str, Callable[[str, Path], tuple[Any, str]]] = {
     "seed_voken": voken, "var": multi_scale, "titok": one_dimensional, "cosmos": scripted,
-    "flowmo": from_noise,
+    "flowmo": from_noise, "softvq": soft,
 }  # fmt: skip
 
 
