@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from baselines import flowmo, seed_voken, softvq, titok, var
+from baselines import flowmo, seed_voken, softvq, titok, var, vitok
 from baselines.flowmo import FlowMo
 from baselines.ldm import LDMConfig
 from baselines.published import PUBLISHED
@@ -22,12 +22,13 @@ from baselines.seed_voken import IndexBackpropagation, LookupConfig, LookupFree
 from baselines.softvq import SoftVQ
 from baselines.titok import TiTok
 from baselines.var import MultiScale
+from baselines.vitok import ViTok
 from tests.baselines.test_pretrained import both_ways
 from tokbench.errors import CellError, InputError
 from tokbench.registry import create
 from tokbench.runtime.seeding import normal
 
-FAMILIES = ("seed_voken", "var", "titok", "cosmos", "flowmo", "softvq")
+FAMILIES = ("seed_voken", "var", "titok", "cosmos", "flowmo", "softvq", "vitok")
 NAMES = [row.name for row in PUBLISHED.values() if row.kind in FAMILIES]
 SEEDS = torch.tensor([1, 2])
 
@@ -51,6 +52,9 @@ def shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flowmo, "PATCH", 16)
     monkeypatch.setattr(softvq, "SIZES", dict.fromkeys("BL", "vit_tiny_patch16_224"))
     monkeypatch.setattr(softvq, "CODES", 16)
+    shallow = {name: replace(config, depth=2) for name, config in vitok.CONFIGS.items()}
+    monkeypatch.setattr(vitok, "CONFIGS", shallow)
+    monkeypatch.setattr(vitok, "SIZES", {"L": (32, 2), "T": (32, 4)})
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -154,9 +158,16 @@ def soft(name: str, folder: Path) -> tuple[Any, str]:
     return model, f"{name}:{folder / 'model.safetensors'}"
 
 
+def in_two_files(name: str, folder: Path) -> tuple[Any, str]:
+    model = randomise(ViTok(vitok.CONFIGS[name]))
+    for side in ("encoder", "decoder"):
+        save_file(getattr(model, side).state_dict(), folder / f"{side}.safetensors")
+    return model, f"{name}:{folder}"
+
+
 SAVED: dict[str, Callable[[str, Path], tuple[Any, str]]] = {
     "seed_voken": voken, "var": multi_scale, "titok": one_dimensional, "cosmos": scripted,
-    "flowmo": from_noise, "softvq": soft,
+    "flowmo": from_noise, "softvq": soft, "vitok": in_two_files,
 }  # fmt: skip
 
 
@@ -234,6 +245,7 @@ def test_the_published_sizes_are_those_of_the_papers(whole: None) -> None:
         "titok-b64": (TiTok(titok.CONFIGS["titok-b64"]), 204),
         "titok-s128": (TiTok(titok.CONFIGS["titok-s128"]), 83),
         "var-f16": (MultiScale(var.CONFIGS["var-f16"]), 109),
+        "vitok-v2-350m-f16c64": (ViTok(vitok.CONFIGS["vitok-v2-350m-f16c64"]), 354),
     }
     for name, (model, expected) in models.items():
         assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(expected, abs=1), name
