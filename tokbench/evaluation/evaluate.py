@@ -52,7 +52,7 @@ def evaluate(
     metrics: Sequence[str] = (),
     *,
     limit: int | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     **options: Any,
 ) -> EvalResult:
     """Measure a tokenizer, or the spec of one, on images at a resolution in pixels.
@@ -82,7 +82,7 @@ def evaluate(
     training = [module.training for module in modules]
     try:
         with torch.random.fork_rng(devices=[]):  # building networks and loaders draws from the caller's generator
-            return evaluate_cell(model, spec, source, measurement, suite, out=out)[0]
+            return evaluate_cell(model, spec, source, measurement, suite, out=None if out is None else Path(out))[0]
     finally:
         for module, mode in zip(modules, training, strict=True):
             module.training = mode
