@@ -2,7 +2,8 @@
 
 Facts from github.com/kylesargent/FlowMo: two transformers of FLUX's double blocks, images in [-1, 1] at 256 px, a
 lookup-free quantiser of 9 or 14 bits whose codes share a token, 25 Euler steps that crowd near the image, guidance of
-1.5 at middle noise. Their muP base is their own width, so that its readouts are plain linear layers.
+1.5 at middle noise. A file holds several sets of weights; the moving average is the one its authors evaluate. Their
+muP base is their own width, so that its readouts are plain linear layers.
 """
 
 import re
@@ -255,9 +256,8 @@ class Stochastic(Codes):
 
 
 def own_names(held: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The moving average of the weights, which its authors evaluate, of the several sets in a file."""
-    average = held.get("model_ema_state_dict", held)
-    return {re.sub(r"\.(img|txt)_(mod|attn|mlp)\.", r".\1.\2.", key): value for key, value in average.items()}
+    """Parameters of the blocks' streams by stream, then by part."""
+    return {re.sub(r"\.(img|txt)_(mod|attn|mlp)\.", r".\1.\2.", key): value for key, value in held.items()}
 
 
 def published(name: str, file: Path | None, random_weights: bool, steps: int) -> Continuous:
@@ -271,7 +271,7 @@ def published(name: str, file: Path | None, random_weights: bool, steps: int) ->
     row = replace(PUBLISHED[name], decode_steps=steps + sum(map(guided, schedule(steps))))
     if not random_weights:
         path = checkpoint(row, file)
-        fill(model, own_names(read_tensors(path, name)), path, name)
+        fill(model, own_names(read_tensors(path, name, ("model_ema_state_dict",))), path, name)
     tokenizer = wrap(model.eval(), row, random_weights, Stochastic)
     assert isinstance(tokenizer, Stochastic)
     tokenizer.model, tokenizer.steps = model, steps

@@ -3,7 +3,7 @@
 import json
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -113,8 +113,8 @@ def fetch(repo: str, file: str, name: str) -> Path:
         raise CellError(f"{name}: {repo} cannot be fetched ({first_line(error)})") from error
 
 
-def read_tensors(path: Path, name: str) -> dict[str, Any]:
-    """What a .safetensors, .pt or .ckpt file holds, unwrapped from "state_dict" or "model".
+def read_tensors(path: Path, name: str, sets: Sequence[str] = ("state_dict", "model")) -> dict[str, Any]:
+    """What a .safetensors, .pt or .ckpt file holds, unwrapped from the first of `sets` that it has.
 
     Raises CellError for a damaged file and for one that torch's weights_only reader refuses.
     """
@@ -126,7 +126,7 @@ def read_tensors(path: Path, name: str) -> dict[str, Any]:
         raise CellError(f"{name}: {path} {REFUSED}") from error
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
         raise CellError(f"{name}: {path} is damaged or half downloaded ({first_line(error)})") from error
-    for key in ("state_dict", "model"):
+    for key in sets:
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
             held = held[key]
     if not isinstance(held, Mapping):
