@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 from tokbench.errors import InputError
 
 C = TypeVar("C")
+_type_hints = functools.cache(typing.get_type_hints)  # a folder of thousands of records asks for the same few
 
 
 def parse_value(text: str, annotation: Any, key: str) -> Any:
@@ -65,7 +67,7 @@ def override(config: C, pairs: Iterable[str]) -> C:
 
 def _set(config: C, path: str, key: str, text: str) -> C:
     head, _, rest = path.partition(".")
-    annotations = typing.get_type_hints(type(config))
+    annotations = _type_hints(type(config))  # type: ignore[arg-type]
     if head not in annotations:
         near = difflib.get_close_matches(head, annotations, n=3) or sorted(annotations)
         raise InputError(f"unknown setting {key!r}; did you mean {', '.join(near)}?")
@@ -94,7 +96,7 @@ def _plain(value: Any) -> Any:
 
 def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
     """The inverse of to_dict. Raises InputError for keys that `cls` does not have."""
-    annotations = typing.get_type_hints(cls)
+    annotations = _type_hints(cls)  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(annotations))
     if unknown:
         raise InputError(f"{cls.__name__}: unknown setting {', '.join(unknown)}")
@@ -102,6 +104,8 @@ def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
 
 
 def _typed(value: Any, annotation: Any) -> Any:
+    if not isinstance(value, Mapping | list | str):
+        return value
     kinds = typing.get_args(annotation) or (annotation,)
     inner = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
     if isinstance(value, Mapping) and inner is not None:
