@@ -16,7 +16,7 @@ from tokbench.report import plots
 from tokbench.report.columns import ResultEntry, metric_column
 from tokbench.report.curves import all_plots, bits_per_pixel, elements_ratio, rate_distortion, rfid_vs_gfid
 from tokbench.report.plots import Point, label_points, pareto, quality_vs_time, save, scatter
-from tokbench.report.reported import compare, ordered, papers_table, read_reported
+from tokbench.report.reported import ordered, papers_table, read_reported
 from tokbench.report.speed import of_one_place
 
 REPORTED = ROOT / "results" / "reported.csv"
@@ -153,7 +153,7 @@ def test_papers_are_compared_on_the_same_images_only() -> None:
     assert [same[key] for key in ("paper", "ours", "difference", "remark")] == ["0.69", "0.70", "+0.01", ""]
     assert "network not stated" in papers("lpips-alex", source)["remark"]
     assert papers("rfid", source, name="samples", split=None)["difference"] == "–"
-    assert compare(read_reported(REPORTED), [ours(resolution=512)]) == []
+    assert papers_table(read_reported(REPORTED), [ours(resolution=512)]) is None
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def tokbench_check(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[.
     """tokbench_check(model, baseline="...") measures a Tokenizer or a spec and fails the test if it got worse.
 
     `baseline` is a folder of results; `pytest --tokbench-update` writes it. Other keywords: data, resolution, metrics
-    (of `tokbench.api.evaluate`), tolerances, exact, two_sided, strict (of `tokbench.check.check`). Returns the result,
+    (of `tokbench.evaluate`), tolerances, exact, two_sided, strict (of `comparison.check.check`). Returns the result,
     None when updating.
     """
 

@@ -29,18 +29,6 @@ class Reported:
     notes: str
 
 
-@dataclass(frozen=True)
-class ReportedComparison:
-    """One number of a paper against ours. `comparable` "" or why the difference means little."""
-
-    reported: Reported
-    entry: ResultEntry
-    metric: str
-    paper: float
-    ours: float
-    comparable: str
-
-
 def read_reported(path: Path) -> list[Reported]:
     """The rows of reported.csv; InputError naming the line that is wrong."""
     try:
@@ -80,22 +68,6 @@ def ordered(rows: Sequence[Reported]) -> list[Reported]:
     return sorted(rows, key=key)
 
 
-def compare(rows: Sequence[Reported], entries: Sequence[ResultEntry]) -> list[ReportedComparison]:
-    """Every reported number whose tokenizer we measured at the same resolution, with what speaks against comparing."""
-    found = []
-    for row in rows:
-        same = [
-            e for e in entries if e.name == row.tokenizer and e.result.dataset.resolution == row.facts["resolution"]
-        ]
-        for entry in same:
-            for name, paper in row.metrics.items():
-                ours_name = name if name != "lpips" else f"lpips-{row.lpips_net or 'alex'}"
-                ours = number(entry.result, ours_name)
-                if paper is not None and ours is not None:
-                    found.append(ReportedComparison(row, entry, ours_name, paper, ours, _against(row, entry, name)))
-    return found
-
-
 def _against(row: Reported, entry: ResultEntry, metric: str) -> str:
     reasons = []
     data = entry.result.dataset
@@ -116,13 +88,23 @@ def _bare(dataset: str) -> tuple[str, ...]:
 
 
 def papers_table(rows: Sequence[Reported], entries: Sequence[ResultEntry]) -> Table | None:
-    """Papers against ours: no difference is given between different images, there it would mean nothing."""
+    """Every reported number whose tokenizer we measured at the same resolution, and what speaks against comparing.
+
+    No difference is given between different images, there it would mean nothing. None without such a number.
+    """
     texts = []
-    for row in compare(rows, entries):
-        digits = DIGITS[row.metric.split("-")[0]]
-        difference = "–" if "other images" in row.comparable else f"{row.ours - row.paper:+.{digits}f}"
-        numbers = [f"{row.paper:.{digits}f}", f"{row.ours:.{digits}f}", difference]
-        texts.append([row.entry.name, row.metric, *numbers, row.comparable, row.reported.source])
+    for row in rows:
+        for entry in entries:
+            if entry.name != row.tokenizer or entry.result.dataset.resolution != row.facts["resolution"]:
+                continue
+            for name, paper in row.metrics.items():
+                metric = name if name != "lpips" else f"lpips-{row.lpips_net or 'alex'}"
+                ours, digits = number(entry.result, metric), DIGITS[name]
+                if paper is not None and ours is not None:
+                    remark = _against(row, entry, name)
+                    difference = "–" if "other images" in remark else f"{ours - paper:+.{digits}f}"
+                    values = [f"{paper:.{digits}f}", f"{ours:.{digits}f}", difference]
+                    texts.append([entry.name, metric, *values, remark, row.source])
     keys = ("tokenizer", "metric", "paper", "ours", "difference", "remark", "source")
     headings = [Heading(key=key, words=key in ("metric", "remark", "source")) for key in keys]
     return plain("Paper against ours", headings, texts) if texts else None
