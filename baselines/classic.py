@@ -6,16 +6,15 @@ and "as good as jpeg q N" is a statement everybody understands.
 
 import io
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, features
-from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
+from tokbench.checkpoints import load_strictly, read_checkpoint
 from tokbench.data.pixels import to_float
 from tokbench.errors import InputError
 from tokbench.records.result import TokenizerInfo
@@ -161,71 +160,15 @@ class Linear:
         return self.networks["decoder"](latents)
 
 
-def _block_encoder() -> nn.Conv2d:
-    return nn.Conv2d(3, CHANNELS, PATCH, stride=PATCH)
-
-
-def _neighbour_decoder(size: int) -> nn.Sequential:
-    convolution = nn.Conv2d(CHANNELS, 3 * PATCH**2, size, padding=size // 2, padding_mode="replicate")
-    return nn.Sequential(convolution, nn.PixelShuffle(PATCH))
-
-
 def linear(name: str, file: Path | None = None) -> Linear:
     """`pca-f8c4`: blocks decoded alone; `linear-f8c4`: ridge regression from 5 x 5 latents. `file`: another fit."""
-    source = file if file is not None else resources.files("baselines") / "weights" / FITTED
-    state = load(source.read_bytes())
-    encoder = _block_encoder()
-    decoder = _neighbour_decoder(1 if name == "pca-f8c4" else NEIGHBOURS)
-    for part, module in (("encoder", encoder), (name, decoder)):
-        module.load_state_dict(
-            {key.removeprefix(part + "."): state[key] for key in state if key.startswith(part + ".")}
-        )
+    path = file or Path(__file__).parent / "weights" / FITTED
+    state, _ = read_checkpoint(path)
+    encoder = nn.Conv2d(3, CHANNELS, PATCH, stride=PATCH)
+    size = 1 if name == "pca-f8c4" else NEIGHBOURS
+    convolution = nn.Conv2d(CHANNELS, 3 * PATCH**2, size, padding=size // 2, padding_mode="replicate")
+    decoder = nn.Sequential(convolution, nn.PixelShuffle(PATCH))
+    for part, module in (("encoder.", encoder), (f"{name}.", decoder)):
+        load_strictly(module, {key.removeprefix(part): state[key] for key in state if key.startswith(part)}, path)
     note = "8x8 block PCA" if name == "pca-f8c4" else "ridge decoder over 5x5 latents of an 8x8 block PCA"
     return Linear(name, encoder.requires_grad_(False), decoder.requires_grad_(False), note)
-
-
-def read_blocks(path: Path, short_side: int) -> Tensor:
-    """A photograph reduced as the adm protocol reduces it, trimmed to whole blocks: uint8 [3, H, W]."""
-    with Image.open(path) as file:
-        image = file.convert("RGB")
-    while min(image.size) >= 2 * short_side:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = short_side / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    pixels = np.array(image.crop((0, 0, image.width // PATCH * PATCH, image.height // PATCH * PATCH)))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def fit_linear(photographs: Path, out: Path, short_side: int = 256, ridge: float = 1e-3) -> None:
-    """Fit both linear rows on a folder of .jpg and .png files and write them to `out` (safetensors).
-
-    Normal equations in float64: mean and covariance of the blocks, then the ridge regression (penalty `ridge` per
-    sample, latents have unit variance) of a block on its 5 x 5 neighbourhood.
-    """
-    paths = [path for path in sorted(photographs.iterdir()) if path.suffix.lower() in (".jpg", ".png")]
-    images = [read_blocks(path, short_side) for path in paths]
-    blocks = [F.pixel_unshuffle(to_float(image)[None], PATCH).double() for image in images]  # [1, 192, h, w]
-    flat = torch.cat([block.flatten(2)[0].T for block in blocks])  # [n, 192], channel-major, then row, then column
-    mean = flat.mean(0)
-    variances, vectors = torch.linalg.eigh(torch.cov(flat.T))
-    deviation, basis = variances[-CHANNELS:].sqrt().flip(0), vectors[:, -CHANNELS:].flip(1)  # [4], [192, 4]
-    project = (basis / deviation).T  # [4, 192]
-    gram, cross = torch.zeros(101, 101, dtype=torch.float64), torch.zeros(101, 192, dtype=torch.float64)
-    for block in blocks:
-        latents = torch.einsum("cd,bdhw->bchw", project, block - mean[:, None, None])
-        padded = F.pad(latents, [NEIGHBOURS // 2] * 4, mode="replicate")
-        inputs = F.pad(F.unfold(padded, NEIGHBOURS)[0].T, (0, 1), value=1.0)  # [n, 101], the last one the bias
-        gram += inputs.T @ inputs
-        cross += inputs.T @ block.flatten(2)[0].T
-    penalty = torch.full((101,), ridge * len(flat), dtype=torch.float64)
-    penalty[-1] = 0
-    weights = torch.linalg.solve(gram + penalty.diag(), cross).T  # [192, 101]
-    state = {
-        "encoder.weight": project.reshape(CHANNELS, 3, PATCH, PATCH),
-        "encoder.bias": -project @ mean,
-        "pca-f8c4.0.weight": (basis * deviation)[:, :, None, None],
-        "pca-f8c4.0.bias": mean,
-        "linear-f8c4.0.weight": weights[:, :-1].reshape(3 * PATCH**2, CHANNELS, NEIGHBOURS, NEIGHBOURS),
-        "linear-f8c4.0.bias": weights[:, -1],
-    }
-    save_file({key: value.float().contiguous() for key, value in state.items()}, out)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssdd_models.encoder import Encoder, EncoderConfig, Posterior
-from ssdd_models.layers import AttentionBlock, Init, ResBlock, Upsample, initialise
+from ssdd_models.layers import Init, Level, Middle, Upsample, initialise
 from tokbench.checkpoints import load_strictly, read_checkpoint, read_header
 from tokbench.config import from_dict, to_dict
 from tokbench.data.pixels import to_float
@@ -39,32 +38,6 @@ class KLVAEConfig:
 SMALL = KLVAEConfig(EncoderConfig(width=32, groups=4), ConvDecoderConfig(32, (1, 2, 4, 6), groups=4))
 
 
-class Level(nn.Module):
-    """The residual blocks of one resolution and the upsampling to the next finer one."""
-
-    def __init__(self, channels_in: int, channels: int, config: ConvDecoderConfig, upsample: bool) -> None:
-        super().__init__()
-        widths = [channels_in] + [channels] * config.blocks
-        self.block = nn.ModuleList(ResBlock(a, b, config.groups) for a, b in pairwise(widths))
-        self.upsample = Upsample(channels) if upsample else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return x if self.upsample is None else self.upsample(x)
-
-
-class Middle(nn.Module):
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels, groups)
-        self.attn_1 = AttentionBlock(channels, groups)
-        self.block_2 = ResBlock(channels, channels, groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
 class ConvDecoder(nn.Module):
     """Latents [B, c, h, w] -> images [B, 3, h * 2^(levels - 1), w * 2^(levels - 1)], nominal [-1, 1]."""
 
@@ -75,7 +48,8 @@ class ConvDecoder(nn.Module):
         self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], config.groups)
         self.up = nn.ModuleList(
-            Level(widths[min(i + 1, len(widths) - 1)], width, config, upsample=i > 0) for i, width in enumerate(widths)
+            Level([before, *[width] * config.blocks], config.groups, change=Upsample if i > 0 else None)
+            for i, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
         self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)

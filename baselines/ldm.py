@@ -15,6 +15,7 @@ from baselines.hub import checkpoint, fetch, fill, read_tensors
 from baselines.pretrained import Continuous, wrap
 from baselines.published import PUBLISHED
 from ssdd_models.encoder import Posterior
+from ssdd_models.layers import Downsample, Level, Middle, Upsample
 from tokbench.errors import CellError
 
 # Files beside a checkpoint with the statistics of each channel: mean and deviation, or shift and scale.
@@ -52,95 +53,20 @@ CONFIGS = {
 }
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-class ResBlock(nn.Module):
-    def __init__(self, channels_in: int, channels: int) -> None:
-        super().__init__()
-        self.norm1, self.conv1 = _norm(channels_in), nn.Conv2d(channels_in, channels, 3, padding=1)
-        self.norm2, self.conv2 = _norm(channels), nn.Conv2d(channels, channels, 3, padding=1)
-        if channels_in != channels:
-            self.nin_shortcut = nn.Conv2d(channels_in, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
-
-
-class Attention(nn.Module):
-    """Single-head attention over all positions."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = _norm(channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).mT for layer in (self.q, self.k, self.v))  # [B, h w, c]
-        return x + self.proj_out(F.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape))
-
-
-class Resize(nn.Module):
-    """A factor of two by convolution: down with zeros at the far edges, or up from nearest neighbours."""
-
-    def __init__(self, channels: int, down: bool) -> None:
-        super().__init__()
-        self.down = down
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if down else 1, padding=0 if down else 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention if there is any."""
-
-    def __init__(self, channels_in: int, channels: int, blocks: int, attention: bool) -> None:
-        super().__init__()
-        widths = [channels_in] + [channels] * (blocks - 1)
-        self.block = nn.ModuleList(ResBlock(width, channels) for width in widths)
-        self.attn = nn.ModuleList(Attention(channels) for _ in widths if attention)
-        self.downsample: nn.Module | None = None
-        self.upsample: nn.Module | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[i](x)
-        resize = self.downsample or self.upsample
-        return x if resize is None else resize(x)
-
-
-class Middle(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.block_1, self.attn_1 = ResBlock(channels, channels), Attention(channels)
-        self.block_2 = ResBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
 class Encoder(nn.Module):
     """[B, 3, H, W] in [-1, 1] -> [B, z, H / f, W / f], twice the channels for a posterior."""
 
     def __init__(self, config: LDMConfig) -> None:
         super().__init__()
         widths = [config.width * mult for mult in config.channel_mult]
-        last = len(widths) - 1
+        coarsest = len(widths) - 1
         self.conv_in = nn.Conv2d(3, config.width, 3, padding=1)
         self.down = nn.ModuleList(
-            Level(before, width, config.blocks, attention=i == last)
+            Level([before, *[width] * config.blocks], 32, i == coarsest, Downsample if i < coarsest else None)
             for i, (before, width) in enumerate(zip([config.width, *widths], widths, strict=False))
         )
-        for level, width in zip(self.down[:last], widths, strict=False):
-            level.downsample = Resize(width, down=True)
         self.mid = Middle(widths[-1])
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
         outputs = config.z_channels * (1 if config.codebook_size else 2)
         self.conv_out = nn.Conv2d(widths[-1], outputs, 3, padding=1)
 
@@ -157,16 +83,14 @@ class Decoder(nn.Module):
     def __init__(self, config: LDMConfig) -> None:
         super().__init__()
         widths = [config.width * mult for mult in config.channel_mult]
-        last = len(widths) - 1
+        attention = len(widths) - 1 if config.decoder_attention else None  # at which level
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
         self.up = nn.ModuleList(
-            Level(before, width, config.blocks + 1, attention=config.decoder_attention and i == last)
+            Level([before, *[width] * (config.blocks + 1)], 32, i == attention, Upsample if i > 0 else None)
             for i, (width, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True))
         )
-        for level, width in zip(self.up[1:], widths[1:], strict=True):
-            level.upsample = Resize(width, down=False)
-        self.norm_out = _norm(widths[0])
+        self.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

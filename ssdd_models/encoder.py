@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssdd_models.layers import AttentionBlock, Downsample, Init, ResBlock, affine_group_norm, initialise
+from ssdd_models.layers import Downsample, Init, Level, Middle, affine_group_norm, initialise
 
 
 @dataclass(frozen=True)
@@ -81,22 +81,12 @@ class Encoder(nn.Module):
         self.config = EncoderConfig.parse(config) if isinstance(config, str) else config
         widths, groups = self.config.level_widths, self.config.groups
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList()
-        for i, width in enumerate(widths):
-            level = nn.Module()
-            before = widths[max(i - 1, 0)]
-            level.block = nn.ModuleList([ResBlock(before, width, groups), ResBlock(width, width, groups)])
-            if i < len(widths) - 1:
-                level.downsample = Downsample(width)
-            self.down.append(level)
-        last, moments = widths[-1], 2 * self.config.channels
-        self.mid = nn.ModuleDict(
-            {
-                "block_1": ResBlock(last, last, groups),
-                "attn_1": AttentionBlock(last, groups),
-                "block_2": ResBlock(last, last, groups),
-            }
+        self.down = nn.ModuleList(
+            Level((widths[max(i - 1, 0)], width, width), groups, change=Downsample if i < len(widths) - 1 else None)
+            for i, width in enumerate(widths)
         )
+        last, moments = widths[-1], 2 * self.config.channels
+        self.mid = Middle(last, groups)
         self.norm_out = nn.GroupNorm(groups, last, eps=1e-6)
         self.conv_out = nn.Conv2d(last, moments, 3, padding=1)
         self.out_proj = nn.Conv2d(moments, moments, 1)
@@ -106,11 +96,8 @@ class Encoder(nn.Module):
         """[B, 3, H, W] in [-1, 1] -> mean and log variance [B, 2 c, H / f, W / f], unclamped; H, W multiples of f."""
         h = self.conv_in(x)
         for level in self.down:
-            for layer in level.children():
-                for part in layer if isinstance(layer, nn.ModuleList) else [layer]:
-                    h = part(h)
-        for layer in self.mid.values():
-            h = layer(h)
+            h = level(h)
+        h = self.mid(h)
         return self.out_proj(self.conv_out(F.silu(affine_group_norm(self.norm_out, h))))
 
     def forward(self, x: Tensor) -> Posterior:

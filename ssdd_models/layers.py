@@ -1,6 +1,7 @@
 """Building blocks shared by the encoder, both decoders and the discriminator. Imports torch alone."""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -113,6 +114,49 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, 2 H, 2 W]"""
         return upsample_conv(x, self.conv)
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention if wanted, and the change to the next one.
+
+    `widths` are the channels before, between and after the blocks.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        groups: int = 32,
+        attention: bool = False,
+        change: type[Downsample] | type[Upsample] | None = None,
+    ) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(a, b, groups) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(AttentionBlock(width, groups) for width in widths[1:] if attention)
+        self.downsample = Downsample(widths[-1]) if change is Downsample else None
+        self.upsample = Upsample(widths[-1]) if change is Upsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, first width, H, W] -> [B, last width, H', W'], of half or twice the size where there is a change"""
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        change = self.downsample or self.upsample
+        return x if change is None else change(x)
+
+
+class Middle(nn.Module):
+    """What lies between encoder or decoder and the latents: attention between two residual blocks."""
+
+    def __init__(self, channels: int, groups: int = 32) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels, groups)
+        self.attn_1 = AttentionBlock(channels, groups)
+        self.block_2 = ResBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same"""
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Discriminator(nn.Module):

@@ -10,8 +10,9 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 
-from baselines.classic import FITTED, LENGTH_BYTES, codec, fit_linear, linear
+from baselines.classic import FITTED, LENGTH_BYTES, codec, linear
 from tests import ROOT
+from tests.baselines.fit_linear import fit_linear
 from tokbench.data.crops import crop
 from tokbench.data.open import open_source
 from tokbench.data.pixels import quantise
