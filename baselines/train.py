@@ -35,7 +35,7 @@ from tokbench.training.optimisation import (
     make_optimizer,
     optimizer_step,
     perceptual_loss,
-    recompute,
+    place,
     size_errors_as_input_errors,
 )
 from tokbench.training.session import open_session
@@ -114,7 +114,7 @@ def train_klvae(config: KLVAETraining, data: str, out: Path, start: Path | None,
         model, origin = build(config, start, encoder_from)
         source, train, held_out = open_images(data, run)
         crops = PhotoCrops(source, train, config.crops, run.seed)
-        place(model, run, session.device)
+        place([model.encoder, model.decoder], run, session.device, (ResBlock, AttentionBlock))
         losses = Losses(config, model, session.device)
         critic = make_critic(gan, session.device)
         critic_optim = replace(config.optim, name="adamw", learning_rate=gan.learning_rate)
@@ -215,16 +215,6 @@ def read_encoder(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
     tensors, metadata = read_checkpoint(path, "klvae", "ssdd")
     own = {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
     return from_dict(EncoderConfig, metadata["config"]["encoder"]), own
-
-
-def place(model: KLVAE, run: RunConfig, device: torch.device) -> None:
-    """Move the model to the device, and change how it is run as the settings want."""
-    model.to(device).to(memory_format=torch.channels_last)
-    if run.checkpoint_activations:
-        recompute(model, (ResBlock, AttentionBlock))
-    if run.compile:
-        model.encoder.compile()
-        model.decoder.compile()
 
 
 def make_critic(gan: GanConfig, device: torch.device) -> PatchGAN:

@@ -22,7 +22,7 @@ from ssdd_models.losses import (
 from ssdd_models.ssdd import SSDD, SSDDConfig
 from ssdd_models.stages import PRESETS, SSDDTraining, Stage
 from ssdd_models.tokenizer import SSDDTokenizer
-from ssdd_models.uvit import SIZES, DecoderConfig, UViT
+from ssdd_models.uvit import SIZES, DecoderConfig, ResidualBlock, TransformerBlock, UViT
 from tokbench.checkpoints import load_strictly, read_checkpoint, read_header
 from tokbench.config import describe, from_dict, override
 from tokbench.data.training_crops import PhotoCrops
@@ -32,17 +32,17 @@ from tokbench.runtime.seeding import normal, sample_seeds
 from tokbench.training.held_out import open_images
 from tokbench.training.log import image_grid
 from tokbench.training.optimisation import (
-    RunConfig,
     check_sides,
     make_optimizer,
     optimizer_step,
     perceptual_loss,
-    recompute,
+    place,
     size_errors_as_input_errors,
 )
 from tokbench.training.session import open_session
 from tokbench.weights.files import file_sha256
 
+RECOMPUTED = (ResBlock, AttentionBlock, ResidualBlock, TransformerBlock)
 POSTERIOR, TIME, NOISE = 0, 1, 2  # streams of random numbers
 
 
@@ -60,7 +60,7 @@ def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, e
         model, origin = build(config, start, encoder_from)
         source, train, held_out = open_images(data, run)
         crops = PhotoCrops(source, train, config.crops, run.seed)
-        place(model, run, session.device)
+        place([model.encoder, model.decoder], run, session.device, RECOMPUTED)
         losses = Losses(config, model, session.device)
         critic = Discriminator().to(session.device) if config.weights.gan else None
         critic_optimizer = make_optimizer(critic.named_parameters(), config.optim) if critic is not None else None
@@ -99,17 +99,6 @@ def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, e
             with session.averaged_weights():
                 export(out / "model.safetensors", config, model, info, session.record(config.stage, origin))
     return out / "model.safetensors"
-
-
-def place(model: SSDD, run: RunConfig, device: torch.device) -> None:
-    """Move the model to the device, and change how it is run as the settings want."""
-    model.to(device).to(memory_format=torch.channels_last)
-    if run.checkpoint_activations:
-        recompute(model.encoder, (ResBlock, AttentionBlock))
-        model.decoder.checkpointing = True
-    if run.compile:
-        model.encoder.compile()
-        model.decoder.compile()
 
 
 class Losses:

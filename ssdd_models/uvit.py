@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ssdd_models.attention import SIDE, Layout, make_layout, windowed_attention
 from ssdd_models.cpu_kernels import group_norm, upsample_conv
@@ -186,13 +185,6 @@ class Level(nn.Module):
             self.add_module(change, nn.ModuleList([nn.ModuleDict({"conv": conv})]))
 
 
-def run(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
-    """block(*inputs); with `checkpointing` its inner values are computed again in the backward pass."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
-
-
 class Middle(nn.Module):
     """The transformer over all positions of the coarsest level, with a residual around it. No position embedding."""
 
@@ -203,13 +195,11 @@ class Middle(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, heads, context) for _ in range(layers)])
         self.proj_out = nn.Linear(dim, dim)
 
-    def forward(
-        self, x: Tensor, modulations: Iterator[Tensor], layout: Layout, tap: Tap | None, checkpointing: bool
-    ) -> Tensor:
+    def forward(self, x: Tensor, modulations: Iterator[Tensor], layout: Layout, tap: Tap | None) -> Tensor:
         """[B, C, H / 8, W / 8] -> the same"""
         h = self.proj_in(affine_group_norm(self.norm, x).flatten(2).transpose(1, 2))  # [B, N, C]
         for i, block in enumerate(self.transformer_blocks):
-            h = run(block, checkpointing, h, next(modulations), layout)
+            h = block(h, next(modulations), layout)
             if tap is not None:
                 tap(i, h)
         return x + self.proj_out(h).transpose(1, 2).reshape(x.shape)
@@ -228,7 +218,7 @@ class UViT(nn.Module):
     """Velocity network of SSDD. `config` is a DecoderConfig or one of SIZES; `z_channels` are those of the latent.
 
     Height and width must be multiples of 8 and of the latents' downsampling; any aspect. The grid of the transformer
-    has a token for each 8 x 8 pixels, whatever the encoder. `checkpointing` recomputes blocks in the backward pass.
+    has a token for each 8 x 8 pixels, whatever the encoder.
     """
 
     def __init__(self, config: DecoderConfig | str = "M", z_channels: int = 4, init: Init = "normal") -> None:
@@ -237,7 +227,6 @@ class UViT(nn.Module):
             raise ValueError(f"decoder size {config!r}: one of {', '.join(SIZES)}")
         self.config = SIZES[config] if isinstance(config, str) else config
         self.z_channels = z_channels
-        self.checkpointing = False
         widths, first = self.config.widths, self.config.widths[0]
         time, groups = 4 * first, self.config.groups
         self.conv_in = nn.Conv2d(3 + z_channels, first, 3, padding=1)
@@ -309,15 +298,15 @@ class UViT(nn.Module):
         up: Iterable[Any] = self.up_blocks
         for level in down:
             for block in level.resnets:
-                h = run(block, self.checkpointing, h, next(modulations), temb)
+                h = block(h, next(modulations), temb)
                 skips.append(h)
             if hasattr(level, "downsamplers"):
                 h = level.downsamplers[0]["conv"](h)
                 skips.append(h)
-        h = self.mid_block(h, modulations, condition.layout, tap, self.checkpointing)
+        h = self.mid_block(h, modulations, condition.layout, tap)
         for level in up:
             for block in level.resnets:
-                h = run(block, self.checkpointing, torch.cat([h, skips.pop()], dim=1), next(modulations), temb)
+                h = block(torch.cat([h, skips.pop()], dim=1), next(modulations), temb)
             if hasattr(level, "upsamplers"):
                 h = upsample_conv(h, level.upsamplers[0]["conv"])
         return self.conv_out(silu(affine_group_norm(self.conv_norm_out, h)))

@@ -207,6 +207,18 @@ def recompute(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
             part.forward = partial(checkpoint, part.forward, use_reentrant=False)
 
 
+def place(
+    networks: Iterable[nn.Module], run: RunConfig, device: torch.device, recomputed: tuple[type[nn.Module], ...]
+) -> None:
+    """Move networks to the device and change how they are run as the settings want."""
+    for network in networks:
+        network.to(device).to(memory_format=torch.channels_last)
+        if run.checkpoint_activations:
+            recompute(network, recomputed)
+        if run.compile:
+            network.compile()
+
+
 # ---- losses -------------------------------------------------------------------------------------------------------
 
 Perceptual = Literal["lpips-vgg", "lpips-alex", "dists", "none"]
