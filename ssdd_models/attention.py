@@ -47,11 +47,13 @@ def cut(size: int) -> Axis:
     """Cut an axis; up to 22 positions stay in one piece."""
     if size <= BLOCK + 2 * RADIUS:
         return Axis(size, size, size, (Run(0, 1, 0),))
+    # Blocks as equal as can be, so that only the last overlaps its neighbour, and by less than there are blocks.
     block = -(-size // -(-size // BLOCK))
     region = block + 2 * RADIUS
     runs: list[Run] = []
     for i in range(-(-size // block)):
         start = min(i * block, size - block)
+        # At the borders the region is shifted inside instead of cut, so that all blocks have keys of one shape.
         offset = start - min(max(start - RADIUS, 0), size - region)
         if runs and runs[-1].offset == offset:
             runs[-1] = Run(runs[-1].first, runs[-1].count + 1, offset)
@@ -65,6 +67,7 @@ def relative_bias(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
     rows int64 [Qr, Kr] and columns [Qc, Kc] hold the differences of coordinates -> [heads, Qr * Qc, Kr * Kc]
     """
+    # Outside lies in a sixteenth row and column of the table; two lookups of one axis each are cheaper than a joint one.
     padded = F.pad(table.permute(2, 0, 1), (0, 1, 0, 1), value=MASKED)  # [heads, 16, 16]
     r, c = (torch.where(d.abs() <= RADIUS, d + RADIUS, SIDE) for d in (rows, columns))
     bias = padded.index_select(2, c.flatten()).index_select(1, r.flatten())  # [heads, Qr * Kr, Qc * Kc]
@@ -139,7 +142,7 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: L
     heads = table.shape[-1]
     if layout.flex is not None:
         return flex_attention(q, k, v, table, layout)
-    if len(layout.pieces) == 1:
+    if len(layout.pieces) == 1:  # a small grid is its own block: nothing to gather
         piece = layout.pieces[0]
         return attend(q, k, v, relative_bias(table, piece.rows, piece.columns), heads, len(q))
     results = []
@@ -175,6 +178,7 @@ def flex_layout(height: int, width: int, device: torch.device) -> tuple[Tensor, 
     from torch.nn.attention.flex_attention import BlockMask
 
     down, across = -(-height // TILE[0]), -(-width // TILE[1])
+    # Positions beyond the grid repeat its last row or column; as keys they are masked, as queries dropped by `inverse`.
     row, column = tile_position(torch.arange(down * across * 128, device=device), across)
     order = row.clamp(max=height - 1) * width + column.clamp(max=width - 1)
     y, x = (torch.arange(n, device=device) for n in (height, width))
@@ -213,6 +217,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: Layou
         down, right = ((d + RADIUS).clamp(0, SIDE - 1) for d in (y - key_y, x - key_x))
         return score + table[down, right, head]
 
+    # On a CPU compiling takes longer than the tests that need it; inside a compiled model it is compiled already.
     run = kernel if torch.compiler.is_compiling() or q.device.type == "cpu" else compiled_flex_attention()
     h = run(q.contiguous(), k.contiguous(), v.contiguous(), score_mod=biased, block_mask=mask)
     return h.transpose(1, 2).flatten(2).index_select(1, inverse)

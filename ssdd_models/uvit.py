@@ -255,7 +255,7 @@ class UViT(nn.Module):
         self.conv_out = nn.Conv2d(first, 3, 3, padding=1)
         initialise(self, init)
         for module in self.modules():
-            if isinstance(module, ResidualBlock):
+            if isinstance(module, ResidualBlock):  # blocks start as the identity, so that depth does not hurt at first
                 nn.init.zeros_(module.conv2.weight)
             elif isinstance(module, TransformerBlock):
                 module.ff["proj_out"].get_parameter("weight").data.zero_()
@@ -271,9 +271,11 @@ class UViT(nn.Module):
         tokens = F.silu(tokens).flatten(2).transpose(1, 2)  # [B, N, C0]
         down, up = self.residual_blocks(self.down_blocks), self.residual_blocks(self.up_blocks)
         transformer: Iterable[Any] = self.mid_block.transformer_blocks
+        # In the order of `forward`. They stay at the latents' size: norms spread them, which saves enlarged maps.
         modulations = [block.norm1.modulation(ctx) for block in down]
         modulations += [block.norm1.modulation(tokens) for block in transformer]
         modulations += [block.norm1.modulation(ctx) for block in up]
+        # The picture sees the latents a second time, as channels beside x_t.
         enlarged = F.interpolate(z, size=size, mode="nearest")
         return Condition(enlarged, tuple(modulations), make_layout(*grid, z.device))
 
@@ -289,6 +291,7 @@ class UViT(nn.Module):
         """
         condition = given if isinstance(given, Condition) else self.condition(given, (x_t.shape[2], x_t.shape[3]))
         modulations = iter(condition.modulations)
+        # Times enter at the scale of diffusion's 1000 steps, for which these frequencies were chosen.
         temb = timestep_embedding(1000.0 * t, self.config.widths[0]).to(x_t.dtype)
         temb = self.time_embedding["linear_2"](F.silu(self.time_embedding["linear_1"](temb)))
         temb = F.silu(temb)  # [B, 4 C0]
@@ -300,7 +303,7 @@ class UViT(nn.Module):
             for block in level.resnets:
                 h = block(h, next(modulations), temb)
                 skips.append(h)
-            if hasattr(level, "downsamplers"):
+            if hasattr(level, "downsamplers"):  # its result is a skip as well: three a level and one of conv_in
                 h = level.downsamplers[0]["conv"](h)
                 skips.append(h)
         h = self.mid_block(h, modulations, condition.layout, tap)

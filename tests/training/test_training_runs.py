@@ -17,7 +17,7 @@ from ssdd_models.ssdd import SSDD
 from tests.forked import start
 from tokbench.checkpoints import read_header
 from tokbench.config import override
-from tokbench.errors import InputError
+from tokbench.errors import CellError, InputError, LostPeerError
 from tokbench.training.session import open_session
 
 RUN = ["run.batch_size=4", "run.log_every=1", "run.save_every=2", "run.sample_every=0", "run.dtype=float32"]
@@ -101,6 +101,17 @@ def test_a_process_told_to_stop_alone_stops_all_after_the_same_saved_step(
         assert "the same command goes on" in error.strip().splitlines()[-1]
     saved = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)["step"]
     assert 0 < saved == len(losses(tmp_path / "out")) < 5000
+
+
+def test_a_dying_process_ends_the_run_of_the_others_with_a_reason(photographs: Path, tmp_path: Path) -> None:
+    pair = start(command("dit", photographs, tmp_path / "out", "run.steps=5000"), tmp_path, world=2)
+    wait_for(tmp_path / "out" / "log.jsonl")
+    pair[1].signal(signal.SIGKILL)
+    pair[1].finish()
+    status, error = pair[0].finish()
+    assert status == 1
+    assert "another process ended" in error.strip().splitlines()[-1]
+    assert not issubclass(LostPeerError, CellError)  # a lost process is no model that failed
 
 
 @of_every_loop
