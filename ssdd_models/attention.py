@@ -67,7 +67,7 @@ def relative_bias(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
     rows int64 [Qr, Kr] and columns [Qc, Kc] hold the differences of coordinates -> [heads, Qr * Qc, Kr * Kc]
     """
-    # Outside lies in a sixteenth row and column of the table; two lookups of one axis each are cheaper than a joint one.
+    # Outside lies in a sixteenth row and column of the table; two lookups of one axis each cost less than a joint one.
     padded = F.pad(table.permute(2, 0, 1), (0, 1, 0, 1), value=MASKED)  # [heads, 16, 16]
     r, c = (torch.where(d.abs() <= RADIUS, d + RADIUS, SIDE) for d in (rows, columns))
     bias = padded.index_select(2, c.flatten()).index_select(1, r.flatten())  # [heads, Qr * Kr, Qc * Kc]

@@ -10,12 +10,13 @@ from tokbench.errors import InputError
 from tokbench.generation.compatibility import latent_space
 from tokbench.generation.latents import Images, LatentConfig, Latents, encode
 from tokbench.registry import create
+from tokbench.runtime.processes import Processes
 
 
 def encoded(labelled: Path, folder: Path, config: LatentConfig, *, ranks: int = 1) -> Latents:
     images = Images(str(labelled), config, seed=0)
     for rank in range(ranks):
-        encode(create("identity"), "identity", images, folder, seed=0, rank=rank, world=ranks, device=CPU)
+        encode(create("identity"), "identity", images, folder, seed=0, processes=Processes(rank, ranks), device=CPU)
     return Latents(folder)
 
 
@@ -74,7 +75,7 @@ def test_unlabelled_images_are_one_class_and_random_crops_are_numbered(labelled:
 
 def test_latents_of_any_memory_format_are_kept(labelled: Path, tmp_path: Path) -> None:
     images = Images(str(labelled), LatentConfig(resolution=16), seed=0)
-    encode(create("pca-f8c4"), "pca-f8c4", images, tmp_path, seed=0, rank=0, world=1, device=CPU)
+    encode(create("pca-f8c4"), "pca-f8c4", images, tmp_path, seed=0, processes=Processes(), device=CPU)
     assert Latents(tmp_path).shape == (4, 2, 2)
 
 

@@ -26,6 +26,7 @@ from tokbench.errors import CellError, InputError
 from tokbench.protocols import find_protocol
 from tokbench.records.files import write_whole
 from tokbench.runtime.device import hash_state, precision
+from tokbench.runtime.processes import Processes
 from tokbench.runtime.seeding import image_seeds
 from tokbench.runtime.terminal import bar
 from tokbench.tokenizer import Tokenizer
@@ -122,8 +123,7 @@ def encode(
     folder: Path,
     *,
     seed: int,
-    rank: int,
-    world: int,
+    processes: Processes,
     device: torch.device,
 ) -> None:
     """Encode this process's share of the shards that are not there yet.
@@ -139,9 +139,13 @@ def encode(
         **{key: getattr(config, key) for key in ("resolution", "posterior", "flips", "crops")}, "cut": str(config.cut),
     }  # fmt: skip
     check_same(folder / "latents.json", made_from)
-    if rank == 0:
+    if processes.main:
         write_whole(folder / "latents.json", json.dumps(made_from, indent=1))
-    missing = [k for k in range(rank, num_shards(images.num_images), world) if not shard_path(folder, k).exists()]
+    missing = [
+        k
+        for k in range(processes.rank, num_shards(images.num_images), processes.size)
+        if not shard_path(folder, k).exists()
+    ]
     share = [range(k * SHARD, min((k + 1) * SHARD, images.num_images)) for k in missing]
     items = images.stream([number for numbers in share for number in numbers])
     with bar("encode", sum(map(len, share))) as advance:

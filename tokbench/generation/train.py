@@ -137,8 +137,8 @@ def train(config: DiTTraining, data: str, out: Path) -> Path:
         space = latent_space(tokenizer, config.latents.resolution, session.device)
         images = Images(data, config.latents, run.seed, run.workers or None)
         encode(
-            tokenizer, config.tokenizer, images, out / "latents", seed=run.seed,
-            rank=session.processes.rank, world=session.processes.size, device=session.device,
+            tokenizer, config.tokenizer, images, out / "latents",
+            seed=run.seed, processes=session.processes, device=session.device,
         )  # fmt: skip
         session.processes.wait()
         latents = Latents(out / "latents")

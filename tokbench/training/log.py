@@ -118,21 +118,6 @@ def save_image(image: Image.Image, path: Path) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def plot_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One small plot per logged quantity, over steps."""
-    from matplotlib.figure import Figure
-
-    names = [key for key in dict.fromkeys(k for record in records for k in record) if key not in ("step", "images")]
-    figure = Figure(figsize=(9, 2.2 * math.ceil(max(1, len(names)) / 3)), layout="constrained")
-    for i, name in enumerate(names):
-        axes = figure.add_subplot(math.ceil(len(names) / 3), 3, i + 1, title=name, xlabel="step")
-        points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)]
-        axes.plot([x for x, _ in points], [y for _, y in points], linewidth=1)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_whole(path, buffer.getvalue())
-
-
 def training_record(config: Any, stage: str, origin: Mapping[str, str], log: Log) -> dict[str, Any]:
     """What a model's file and card say about how it was made."""
     records = [record for record in log.records() if "seconds" in record]

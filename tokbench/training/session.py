@@ -34,16 +34,7 @@ from tokbench.runtime.processes import Processes, join
 from tokbench.runtime.terminal import bar, say
 from tokbench.tokenizer import Tokenizer
 from tokbench.training.held_out import score
-from tokbench.training.log import (
-    Log,
-    Meter,
-    check_losses,
-    interrupts,
-    is_best,
-    plot_curves,
-    save_image,
-    training_record,
-)
+from tokbench.training.log import Log, Meter, check_losses, interrupts, is_best, save_image, training_record
 from tokbench.training.optimisation import (
     Ema,
     EmaConfig,
@@ -126,6 +117,8 @@ class Session:
 
         Raises KeyboardInterrupt once a run told to stop, in whichever process, is saved.
         """
+        from tokbench.report.curves import training_curves  # with it comes matplotlib: only once a run has begun
+
         run, main = self.config.run, self.processes.main
         self.interruptions = self._stack.enter_context(interrupts())
         self.advance = self._stack.enter_context(bar(f"train {self.name}", run.steps, "steps", self.first_step, main))
@@ -133,7 +126,7 @@ class Session:
             step = Step(self, number, share)
             yield step
             if main and step.due(run.eval_every):
-                plot_curves(self.log.records(), self.out / "curves.png")
+                training_curves([self.log.path], self.out / "curves.png")
             if main and step.saves:
                 parts = {name: part.state_dict() for name, part in self.state.items()}
                 save_checkpoint(self.checkpoint, self.config, {"parts": parts, "step": number})
