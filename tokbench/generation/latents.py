@@ -141,11 +141,8 @@ def encode(
     check_same(folder / "latents.json", made_from)
     if processes.main:
         write_whole(folder / "latents.json", json.dumps(made_from, indent=1))
-    missing = [
-        k
-        for k in range(processes.rank, num_shards(images.num_images), processes.size)
-        if not shard_path(folder, k).exists()
-    ]
+    mine = range(processes.rank, num_shards(images.num_images), processes.size)
+    missing = [k for k in mine if not shard_path(folder, k).exists()]
     share = [range(k * SHARD, min((k + 1) * SHARD, images.num_images)) for k in missing]
     items = images.stream([number for numbers in share for number in numbers])
     with bar("encode", sum(map(len, share))) as advance:

@@ -126,7 +126,7 @@ class Session:
             step = Step(self, number, share)
             yield step
             if main and step.due(run.eval_every):
-                training_curves([self.log.path], self.out / "curves.png")
+                training_curves({self.out.name: self.log.records()}, self.out / "curves.png")
             if main and step.saves:
                 parts = {name: part.state_dict() for name, part in self.state.items()}
                 save_checkpoint(self.checkpoint, self.config, {"parts": parts, "step": number})
