@@ -4,6 +4,7 @@ Measuring reduces nothing on a device: every process writes files of its own and
 so small messages over gloo serve. Training averages gradients, over NCCL where they lie on GPUs.
 """
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from tokbench.errors import CellError, InputError, LostPeerError, first_line
 
+GROUPS = itertools.count()  # joined by this process so far; the same in all of them
 TIMEOUT = timedelta(minutes=30)  # how long the others wait for a process that has stopped answering
 
 
@@ -105,10 +107,13 @@ def join() -> Iterator[Processes]:
     # Objects go by the CPU's backend, tensors by their device's; NCCL connects at its first tensor, or never.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # Under keys of its own: those that an earlier group of these processes left would be taken for this one's.
+        store = dist.PrefixStore(f"tokbench-{next(GROUPS)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except RuntimeError as error:
         raise InputError(f"cannot reach the other {size - 1} processes: {first_line(error)}") from error
     try:
-        yield Processes(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+        yield Processes(rank, size, int(os.environ.get("LOCAL_RANK", "0")))
     finally:  # the processes of a failed run may already be gone
         dist.destroy_process_group()
