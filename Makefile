@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-weights format lint check bench gpu-check study leaderboard
+.PHONY: help demo test test-weights format lint check bench gpu-check study leaderboard verify
 
 demo: $(VENV)/.installed  ## measure the two bundled tokenizers on the bundled photographs
 	$(BIN)/tokbench run --models ssdd,klvae --res 256
@@ -38,6 +38,10 @@ check: $(VENV)/.installed  ## our own results against results/
 	for res in 128 256; do \
 	  $(BIN)/tokbench check runs/check/adm/samples-$$res/identity.json --against results --metrics $$metrics --exact || exit; \
 	done
+
+# Fetches published tokenizers and writes down which work: make verify MODELS=a,b VERIFY="--max-size 1 --data DIR"
+verify: $(VENV)/.installed  ## which published tokenizers work with their files
+	$(BIN)/python -m baselines.verify --models "$(MODELS)" $(VERIFY)
 
 bench: $(VENV)/.installed  ## our speed beside other software's
 	$(BIN)/python -m tests.bench_pipeline

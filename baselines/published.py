@@ -134,6 +134,7 @@ def _row(line: Mapping[str, str]) -> Published:
 with (Path(__file__).parent / "published.csv").open(newline="", encoding="utf-8") as _file:
     PUBLISHED = {row.name: row for row in map(_row, csv.DictReader(_file))}
 
-# Rows that were run with their published files: sha256 of these, day, PSNR on the bundled photographs at 256 px (adm).
+# Rows that were run with their published files: day, PSNR on the bundled photographs (adm) and the sha256 of the
+# state, as records have it; `make verify` adds to it.
 with (Path(__file__).parent / "verified.csv").open(newline="", encoding="utf-8") as _file:
     VERIFIED = {line["name"]: line for line in csv.DictReader(_file)}

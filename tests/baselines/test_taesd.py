@@ -101,5 +101,5 @@ def test_the_published_taef2_gives_what_its_authors_code_gives() -> None:
     assert result.metrics["psnr"].value == pytest.approx(26.70, abs=0.005)
     assert result.metrics["ssim"].value == pytest.approx(0.858, abs=0.0005)
     assert result.tokenizer.verified
-    hashes = [file_sha256(SHARED / f"taef2_{side}.pth") for side in ("encoder", "decoder")]
-    assert hashes == VERIFIED["taef2"]["sha256"].split() == list(FILES.values())
+    assert result.tokenizer.weights == VERIFIED["taef2"]["weights"]
+    assert {name: file_sha256(SHARED / name) for name in FILES} == FILES
