@@ -96,5 +96,5 @@ def test_every_run_at_its_size_with_random_weights(
     build = registry._build
     monkeypatch.setattr(registry, "_build", lambda part, random_weights: build(part, True))
     words = shlex.split(command.replace("/data/imagenet", str(imagenet)))[1:]
-    ran = tokbench(*words, "--limit", 8, "--upscale")
+    ran = tokbench(*words, "--limit", 8)
     assert ran.status == 0, ran.err

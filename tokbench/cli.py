@@ -86,8 +86,9 @@ def run(
 ) -> None:
     """Reconstruct images with tokenizers and measure what is lost."""
     from tokbench.evaluation.run import run as run_cells
+    from tokbench.protocols import parse_resolution
 
-    resolutions = parse_value(res, tuple[int, ...], "--res")
+    resolutions = [parse_resolution(part.strip()) for part in res.split(",") if part.strip()]
     raise typer.Exit(
         run_cells(
             models, resolutions, measurement, data=data, split=split, limit=limit, out=out, fresh=fresh, strict=strict

@@ -6,6 +6,7 @@ Never imports torch. Two results are ranked together only if their protocols' fi
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,11 @@ from tokbench.errors import InputError
 
 Crop = Literal["adm", "pil-bilinear", "pil-bicubic", "tensor-bilinear"]
 Rounding = Literal["nearest", "truncate"]
+Small = Literal["enlarge", "skip", "refuse"]
+Resolution = int | str  # pixels of a square's side; "768x512", width by height; "native": every image at its own size
+NATIVE = "native"
+# Fields that were added when results existed: with these values they do nothing new, so old fingerprints stay.
+UNCHANGED = {"small": "enlarge", "orientation": "ignore", "native": False}
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,9 @@ class Protocol:
     real_rounding, fake_rounding: "nearest" is floor(127.5 x + 128) in float32 of x clamped to [-1, 1], that is
     round half up; "truncate" is floor(255 (x + 1) / 2), which is off by one for 63 of the 256 levels.
     autocast: "bfloat16" runs the model under autocast; None leaves it in the run's dtype.
+    small: what becomes of images below the resolution. Every reference that is followed here enlarges them.
+    orientation: "ignore" takes pixels as they are stored, as the references do; "apply" turns them as EXIF says.
+    native: no crop and no resize; for the model alone an image is padded by reflection, at its right and bottom.
     """
 
     name: str
@@ -35,6 +44,9 @@ class Protocol:
     real_rounding: Rounding = "nearest"
     fake_rounding: Rounding = "nearest"
     autocast: Literal["bfloat16"] | None = None
+    small: Small = "enlarge"
+    orientation: Literal["ignore", "apply"] = "ignore"
+    native: bool = False
     summary: str = ""
     metrics: tuple[str, ...] = ()  # what its paper reports, mistakes included; () is tokbench's own set
     notes: tuple[str, ...] = ()  # where the original's code is mistaken, or where this preset cannot follow it
@@ -42,7 +54,9 @@ class Protocol:
     def fingerprint(self) -> str:
         """16 hex digits over every field that can change a number (all but texts and names of metrics)."""
         record = {
-            key: value for key, value in dataclasses.asdict(self).items() if key not in ("summary", "notes", "metrics")
+            key: value
+            for key, value in dataclasses.asdict(self).items()
+            if key not in ("summary", "notes", "metrics") and (key not in UNCHANGED or value != UNCHANGED[key])
         }
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -131,6 +145,29 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
     )
 }
+
+
+def parse_resolution(text: str) -> Resolution:
+    """`256`, `768x512` or `native`; InputError for anything else, and for sides below 8 or above 8192 pixels."""
+    if text == NATIVE:
+        return NATIVE
+    sides = [int(side) for side in text.split("x")] if re.fullmatch(r"\d+(x\d+)?", text) else []
+    if not sides or not 8 <= min(sides) <= max(sides) <= 8192:
+        raise InputError(f"--res {text}: must be a side or WIDTHxHEIGHT from 8 to 8192 pixels, or native")
+    return sides[0] if len(set(sides)) == 1 else text
+
+
+def sides_of(resolution: Resolution) -> tuple[int, int] | None:
+    """(width, height) in pixels; None for native."""
+    if resolution == NATIVE:
+        return None
+    width, _, height = str(resolution).partition("x")
+    return int(width), int(height or width)
+
+
+def size_text(resolution: Resolution) -> str:
+    """The resolution for people: 256 px, 768x512 px, native size."""
+    return "native size" if resolution == NATIVE else f"{resolution} px"
 
 
 def find_protocol(name: str) -> Protocol:

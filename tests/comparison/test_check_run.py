@@ -70,7 +70,8 @@ def test_changed_weights_are_caught(name, change, rules, baseline, tmp_path):
     assert verdict(tmp_path / "new", baseline, **rules).failures
 
 
-def bilinear(image: Image.Image, resolution: int) -> np.ndarray:
+def bilinear(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    resolution = size[0]
     scale = resolution / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2

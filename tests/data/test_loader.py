@@ -3,6 +3,7 @@
 import os
 import signal
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from tokbench.data.crops import crop
 from tokbench.data.loader import CropCache, Loader, refuse_unusable
-from tokbench.data.open import SAMPLES, open_source
+from tokbench.data.open import SAMPLES, describe, open_source
 from tokbench.data.sources import Source
 from tokbench.errors import InputError
 from tokbench.protocols import PROTOCOLS
@@ -105,31 +106,65 @@ def test_bad_images_are_skipped_and_counted_on_demand(workers: int, source: Sour
 
 
 def test_a_killed_loading_process_is_one_line_and_no_hang(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(source), "load", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(type(source), "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(InputError, match="a loading process was killed"):
         everything(Loader(source, 64, ADM, batch_size=4, workers=2))
 
 
-def test_small_images_are_refused_with_their_names(source: Source) -> None:
-    refuse_unusable(source, 90, upscale=False)
-    with pytest.raises(InputError, match=r"9 images are smaller than 91 px: .*0\.png, .*4\.png and 4 more"):
-        refuse_unusable(source, 91, upscale=False)
-    refuse_unusable(source, 91, upscale=True)
+def test_small_images_are_enlarged_left_out_or_refused_as_the_protocol_says(source: Source) -> None:
+    refuse, skip = (replace(ADM, small=rule) for rule in ("refuse", "skip"))
+    refuse_unusable(source, 91, ADM)
+    refuse_unusable(source, 90, refuse)
+    with pytest.raises(InputError, match=r"9 images are smaller than 91: .*0\.png, .*4\.png and 4 more"):
+        refuse_unusable(source, 91, refuse)
     with pytest.raises(InputError, match=r"0\.png: 100x90 is smaller than 91"):
-        everything(Loader(source, 91, ADM, batch_size=4, workers=0))
+        everything(Loader(source, 91, refuse, batch_size=4, workers=0))
+    loader = Loader(source, "104x90", skip, batch_size=4, workers=0)
+    assert everything(loader)[0] == ["4", "5", "6", "7", "8"]
+    assert loader.skipped.keys() == {"0", "1", "2", "3"}
+    loader = Loader(source, 96, ADM, batch_size=4, workers=0)
+    assert everything(loader)[1].shape == (9, 3, 96, 96)
+    assert loader.notes == {"enlarged": 9}
+
+
+def test_images_are_turned_only_where_the_protocol_says_so(tmp_path: Path) -> None:
+    pixels = np.zeros((40, 64, 3), np.uint8)
+    pixels[:20] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    source, turning = open_source(tmp_path), replace(ADM, orientation="apply")
+    assert any("1 image" in line for line in describe(source) if line.startswith("orientation"))
+    for protocol, shape, notes in ((ADM, (3, 40, 64), {}), (turning, (3, 64, 40), {"turned as EXIF says": 1})):
+        loader = Loader(source, "native", protocol, batch_size=4, workers=0)
+        assert everything(loader)[1][0].shape == shape
+        assert loader.notes == notes
+    assert source.sizes(ADM) == [(64, 40)]
+    assert source.sizes(turning) == [(40, 64)]
+    assert ADM.fingerprint() != turning.fingerprint()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_native_images_come_whole_in_batches_of_one_size(source: Source, tmp_path: Path, workers: int) -> None:
+    Image.new("RGB", (100, 90), "red").save(source.root / "more.png")
+    Image.new("RGB", (1, 50), "red").save(source.root / "narrow.png")
+    source = open_source(source.root)
+    cache = CropCache(tmp_path / "crops", source, "native", ADM)
+    for _ in range(2):
+        batches = list(Loader(source, "native", ADM, batch_size=2, workers=workers, cache=cache))
+        assert sorted(name for ids, _ in batches for name in ids) == sorted(source.ids)
+        assert ["0", "more"] in [ids for ids, _ in batches]
+        for ids, images in batches:
+            for name, image in zip(ids, images, strict=True):
+                expected = np.asarray(source.read(source.ids.index(name)))
+                assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
 
 
 def test_files_that_are_no_images_are_refused_before_the_start(source: Source) -> None:
     for name in ("2.png", "7.png"):
         (source.root / name).write_text("text")
     with pytest.raises(InputError, match=r"2\.png: not a readable image .* \(and 1 more\)"):
-        refuse_unusable(open_source(source.root), 32, upscale=True)
-
-
-def test_small_images_are_upscaled_and_counted_on_demand(source: Source) -> None:
-    loader = Loader(source, 96, ADM, batch_size=4, workers=0, upscale=True)
-    assert everything(loader)[1].shape == (9, 3, 96, 96)
-    assert loader.notes == {"enlarged": 9}
+        refuse_unusable(open_source(source.root), 32, ADM)
 
 
 def test_notes_are_counted_across_workers_and_from_the_cache(source: Source, tmp_path: Path) -> None:
@@ -148,7 +183,7 @@ def test_cached_crops_are_equal_and_not_decoded_again(
 ) -> None:
     cache = CropCache(tmp_path / "crops", source, 64, ADM)
     first = everything(Loader(source, 64, ADM, batch_size=4, workers=2, cache=cache))
-    monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(Source, "load", lambda *_, **__: pytest.fail("decoded again"))
     again = everything(Loader(source, 64, ADM, batch_size=3, workers=0, cache=cache))
     assert first[0] == again[0]
     assert torch.equal(first[1], again[1])
@@ -179,15 +214,16 @@ def test_a_full_disk_only_costs_time(source: Source, tmp_path: Path, monkeypatch
     assert list(cache.folder.iterdir()) == []
 
 
-def test_crops_that_would_fill_the_disk_are_not_kept(tmp_path: Path) -> None:
-    assert CropCache.fits(tmp_path / "not" / "yet", 10, 64)
-    assert not CropCache.fits(tmp_path, 10**12, 1024)
+def test_crops_that_would_fill_the_disk_are_not_kept(source: Source, tmp_path: Path) -> None:
+    for resolution in (64, "native"):
+        assert CropCache.fits(tmp_path / "not" / "yet", source, resolution, ADM)
+    assert not CropCache.fits(tmp_path, source, "9000000x9000000", ADM)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_a_strip_that_would_fill_the_memory_is_one_line(name: str, tmp_path: Path) -> None:
     Image.new("RGB", (60_000, 2)).save(tmp_path / "strip.png")
-    loader = Loader(open_source(tmp_path), 512, PROTOCOLS[name], batch_size=1, upscale=True)
+    loader = Loader(open_source(tmp_path), 512, PROTOCOLS[name], batch_size=1)
     with pytest.raises(InputError, match=r"strip\.png: 60000x2: would have .* pixels at 512; leave it out"):
         list(loader)
 
@@ -195,4 +231,18 @@ def test_a_strip_that_would_fill_the_memory_is_one_line(name: str, tmp_path: Pat
 @pytest.mark.parametrize("name", PROTOCOLS)
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (1, 40), (40, 1), (8000, 90), (16, 16), (17, 33)])
 def test_crops_of_any_size_are_what_was_asked_for(name: str, size: tuple[int, int]) -> None:
-    assert crop(Image.new("RGB", size, "red"), 32, PROTOCOLS[name]).shape == (32, 32, 3)
+    image = Image.new("RGB", size, "red")
+    for resolution, shape in ((32, (32, 32, 3)), ("48x32", (32, 48, 3)), ("native", (size[1], size[0], 3))):
+        assert (crop(image, resolution, PROTOCOLS[name]) == (255, 0, 0)).all()
+        assert crop(image, resolution, PROTOCOLS[name]).shape == shape
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_rectangle_is_cut_from_the_middle_after_covering_it(name: str) -> None:
+    """Against torchvision's own two steps with sizes worked out by hand."""
+    image = Image.open(next(SAMPLES.glob("*.jpg"))).resize((300, 200))
+    wide = crop(image, "96x96", PROTOCOLS[name])
+    assert np.array_equal(wide, crop(image, 96, PROTOCOLS[name]))
+    part = crop(image, "144x96", PROTOCOLS[name])
+    assert part.shape == (96, 144, 3)
+    assert np.array_equal(part[:, 24:120], wide)  # 300x200 becomes 144x96 either way

@@ -1,6 +1,7 @@
 """`tokbench run`: cells, cache, resume, what is written, and what happens when something is wrong."""
 
 import gzip
+import io
 import json
 import os
 import shutil
@@ -18,7 +19,8 @@ from tokbench.evaluation import cell
 from tokbench.evaluation.reconstruct import first_batch_size
 from tokbench.evaluation.summary import compute
 from tokbench.metrics.suite import MetricSuite
-from tokbench.records.files import read_per_image
+from tokbench.protocols import PROTOCOLS
+from tokbench.records.files import read_per_image, read_results
 from tokbench.records.result import EvalResult, read_result
 from tokbench.records.samples import SampleStore
 from tokbench.weights.networks import find_network
@@ -211,7 +213,7 @@ def test_a_size_the_model_cannot_take_is_wrong_use(tokbench: Command, photograph
         (("--models", "jpgq-50"), 'unknown model "jpgq-50"; did you mean'),
         (("--models", "identity", "--metrics", "pnsr"), "did you mean psnr"),
         (("--models", "identity", "--protocol", "adn"), "unknown protocol"),
-        (("--models", "identity", "--res", "big"), "--res=big: expected int"),
+        (("--models", "identity", "--res", "big"), "--res big: must be a side"),
         (("--models", "identity", "--res", "0"), "from 8 to 8192"),
         (("--models", "identity", "--batch-size", "0"), "at least 1"),
         (("--models", "identity", "--device", "tpu"), "unknown device"),
@@ -262,7 +264,7 @@ def test_an_unreadable_image_stops_the_run_unless_it_may_be_left_out(
     assert tokbench(*command).status == 2  # not answered by a result that leaves an image out
 
 
-def test_small_images_are_refused_by_name_or_enlarged_and_counted(
+def test_small_images_are_refused_by_name_enlarged_and_counted_or_left_out(
     tokbench: Command, photographs: Path, tmp_path: Path
 ) -> None:
     command = (
@@ -278,11 +280,65 @@ def test_small_images_are_refused_by_name_or_enlarged_and_counted(
         "--res",
         "48",
     )
-    ran = tokbench(*command)
+    ran = tokbench(*command, "--small", "refuse")
     assert ran.status == 2
-    assert "12 images are smaller than 48 px" in ran.reason
-    assert tokbench(*command, "--upscale").status == 0
-    assert results(tmp_path)["identity-48"].settings.upscaled == 12
+    assert "12 images are smaller than 48" in ran.reason
+    assert tokbench(*command).status == 0
+    result = results(tmp_path)["identity-48"]
+    assert result.settings.upscaled == 12
+    assert result.protocol_fingerprint == PROTOCOLS["adm"].fingerprint()
+    ran = tokbench(*command, "--small", "skip")
+    assert (ran.status, "none of its 12 images" in ran.reason) == (2, True)
+
+
+SIZES = {"wide": (64, 40), "tall": (31, 57), "same": (57, 31), "other": (64, 40), "line": (1, 30)}
+
+
+def test_images_are_measured_at_their_own_sizes(tokbench: Command, tmp_path: Path) -> None:
+    """Padded for the model alone: a model that changes nothing changes nothing, and means are over whole images."""
+    folder = tmp_path / "sizes"
+    folder.mkdir()
+    for number, (name, size) in enumerate(SIZES.items()):
+        pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    names = "psnr,latent-std,bpp,perplexity"
+    models = f"identity,{TINY},jpeg-q50,codes={TINY}@codes=true@multiple=8"
+    ran = tokbench(
+        "run", "--models", models, "--res", "native", "--data", folder, "--out", tmp_path, "--metrics", names
+    )
+    assert ran.status == 0
+    found = {result.tokenizer.name: result for _, result in read_results(tmp_path)[0]}
+    assert len(found) == 4
+    for result in found.values():
+        assert (result.protocol, result.dataset.resolution, result.dataset.num_images) == ("adm-native", "native", 5)
+        assert result.protocol_fingerprint != PROTOCOLS["adm"].fingerprint()
+    assert found["identity"].metrics["psnr"].value == 100
+    ids, columns = read_per_image(tmp_path / "adm-native" / "sizes-native" / "jpeg-q50.per_image.csv.gz")
+    assert ids == sorted(SIZES)
+    for sample, psnr, bits in zip(ids, columns["psnr"], columns["bpp"], strict=True):
+        image, buffer = Image.open(folder / f"{sample}.png"), io.BytesIO()
+        image.save(buffer, "JPEG", quality=50, optimize=True)
+        error = np.subtract(Image.open(buffer), image, dtype=float)
+        assert psnr == pytest.approx(10 * np.log10(255**2 / np.square(error).mean()), abs=1e-4)
+        assert bits == pytest.approx(len(buffer.getvalue()) * 8 / image.width / image.height)
+    assert "one size" in found["codes"].unavailable["perplexity"]
+    for command in (["report", "--results", tmp_path], ["report", "--results", tmp_path, "--format", "html", "--out",
+                    tmp_path / "page"], ["check", tmp_path, "--against", tmp_path, "--exact"]):  # fmt: skip
+        assert tokbench(*command).status == 0
+    again = tokbench("run", "--models", "identity", "--res", "native", "--data", folder, "--out", tmp_path,
+                     "--metrics", "psnr")  # fmt: skip
+    assert "1 cached" in again.reason
+
+
+def test_a_rectangle_is_a_resolution(tokbench: Command, tmp_path: Path) -> None:
+    command = ("run", "--models", "bicubic-f8", "--limit", 2, "--out", tmp_path, "--metrics", "psnr", "--res")
+    assert tokbench(*command, "96x64,64x64").status == 0
+    found = {result.dataset.resolution: result for _, result in read_results(tmp_path)[0]}
+    assert found.keys() == {"96x64", 64}
+    ran = tokbench(*command, "96x60")
+    assert (ran.status, "divisible by 8, got --res 96x60; try 96x56" in ran.err) == (2, True)
+    for wrong in ("96x", "x", "4", "9999", "naive"):
+        assert tokbench(*command, wrong).status == 2
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")

@@ -113,6 +113,23 @@ def test_each_image_passes_a_network_once_and_a_real_one_never_again(
     assert (first["pd-mobilenet"].value or 0) > 0 == identity["pd-mobilenet"].value
 
 
+def test_fakes_of_unequal_sizes_are_scored_against_whole_originals(
+    tokbench: Callable[..., Ran], tmp_path: Path
+) -> None:
+    reals, fakes, expected = tmp_path / "reals", tmp_path / "fakes", []
+    for folder in (reals, fakes):
+        folder.mkdir()
+    for number, size in enumerate(((40, 64), (64, 40), (33, 17), (40, 64))):
+        real = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(real).save(reals / f"{number}.png")
+        Image.fromarray(np.maximum(real, 9) - 9).save(fakes / f"{number}.png")
+        expected.append(10 * np.log10(255**2 / np.square(np.minimum(real, 9).astype(float)).mean()))
+    ran = tokbench("score", reals, fakes, "--metrics", "psnr,ssim", "--out", tmp_path / "runs")
+    assert ran.status == 0
+    result = read_result(tmp_path / "runs" / "adm-native" / "reals-native" / "fakes.json")
+    assert result.metrics["psnr"].value == pytest.approx(np.mean(expected), abs=1e-4)
+
+
 def test_wrong_folders_are_refused_by_name(
     tokbench: Callable[..., Ran], photographs: Path, copies: Path, tmp_path: Path
 ) -> None:
@@ -128,7 +145,7 @@ def test_wrong_folders_are_refused_by_name(
     assert first.stem in refused(few)
     sizes = shutil.copytree(copies, tmp_path / "sizes")
     Image.open(second).resize((16, 16)).save(sizes / second.name)
-    assert "squares of one size" in refused(sizes)
+    assert "of one size, or each of its original's" in refused(sizes)
     lossy = shutil.copytree(copies, tmp_path / "lossy")
     Image.open(first).save(lossy / f"{first.stem}.webp", quality=80)
     (lossy / first.name).unlink()

@@ -192,7 +192,7 @@ def test_only_what_was_asked_for_is_said_to_be_missing() -> None:
 def test_images_that_were_left_out_or_enlarged_are_said() -> None:
     settings = dataclasses.replace(record("a").settings, skipped=2, upscaled=3)
     (block,) = blocks([ResultEntry(dataclasses.replace(record("a"), settings=settings)), ResultEntry(record("b"))])
-    assert "a: unreadable images left out: 2" in block.notes
+    assert "a: images left out: 2" in block.notes
     assert "a: images enlarged: 3" in block.notes
 
 

@@ -18,6 +18,7 @@ from tokbench.metrics.statistics import (
     paired_interval,
     t_quantile,
 )
+from tokbench.protocols import size_text
 from tokbench.records.result import read_result
 from tokbench.records.samples import SampleStore
 from tokbench.report.columns import ResultEntry, differing, is_training_loss, paired_columns
@@ -95,7 +96,7 @@ def compare(path_a: Path, path_b: Path) -> list[Difference]:
 
 
 def cell_name(entry: ResultEntry) -> str:
-    return f"{entry.name} at {entry.result.dataset.resolution} px"
+    return f"{entry.name} at {size_text(entry.result.dataset.resolution)}"
 
 
 def _value(entry: ResultEntry, metric: str) -> float | None:

@@ -8,6 +8,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tokbench.comparison.check import CheckResult
+    from tokbench.protocols import Resolution
     from tokbench.tokenizer import Tokenizer
 
 
@@ -31,7 +32,7 @@ def tokbench_check(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[.
         *,
         baseline: str | Path,
         data: str | Path = "samples",
-        resolution: int = 256,
+        resolution: "Resolution" = 256,
         metrics: Sequence[str] = ("psnr", "ssim"),
         **rules: Any,
     ) -> "CheckResult | None":

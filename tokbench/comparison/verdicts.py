@@ -15,6 +15,7 @@ from PIL import Image
 from tokbench.comparison.check import CheckResult, check, check_speed, parse_tolerances, update
 from tokbench.comparison.differences import STYLES, compare, difference_table
 from tokbench.metrics import METRICS
+from tokbench.protocols import size_text
 from tokbench.records.files import image_folders, image_name, writable, write_whole
 from tokbench.records.result import read_result
 from tokbench.report.columns import ResultEntry, paired_columns
@@ -27,7 +28,7 @@ def run_compare(path_a: Path, path_b: Path) -> int:
     """Print B against A; the exit status is 0 whatever the verdicts are."""
     found = compare(path_a, path_b)
     a, b = (read_result(path) for path in (path_a, path_b))
-    title = f"{b.tokenizer.name} against {a.tokenizer.name}: {a.dataset.name} at {a.dataset.resolution} px"
+    title = f"{b.tokenizer.name} against {a.tokenizer.name}: {a.dataset.name} at {size_text(a.dataset.resolution)}"
     names = (a.tokenizer.name, b.tokenizer.name) if a.tokenizer.name != b.tokenizer.name else ("A", "B")
     show([difference_table(f"{title} · protocol {a.protocol}", found, names)], WIDTH)
     return 0

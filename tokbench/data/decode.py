@@ -94,11 +94,11 @@ def decode(data: bytes, where: str, *, upright: bool = False) -> tuple[Image.Ima
             image = _mended(data, error)
             notes |= MENDED
         notes |= MENDED if image.info.get("mended") else 0
-        orientation = _orientation(image) if upright else 1
+        turn = orientation(image) if upright else 1
         rgb, transparent = _to_rgb(image, data, where)
         notes |= ON_WHITE if transparent else 0
-        if orientation in ORIENTATIONS:
-            return rgb.transpose(ORIENTATIONS[orientation]), notes | TURNED
+        if turn in ORIENTATIONS:
+            return rgb.transpose(ORIENTATIONS[turn]), notes | TURNED
         return rgb, notes
     except DECODE_ERRORS as error:
         raise InputError(f"{where}: damaged ({_reason(error)}); remove it") from error
@@ -151,8 +151,10 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         place += size
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """The orientation of EXIF's first directory, read by hand so that no other tag can be in its way; 1 without it."""
+    if image.format == "TIFF":
+        return _tag(image, 274, 1)
     exif = image.info.get("exif")
     if not isinstance(exif, bytes):
         return 1

@@ -17,7 +17,7 @@ from tokbench.data.crops import crop
 from tokbench.data.decode import ENLARGED, NOTES
 from tokbench.data.sources import Source
 from tokbench.errors import InputError, preview
-from tokbench.protocols import Protocol
+from tokbench.protocols import NATIVE, Protocol, Resolution, sides_of
 from tokbench.runtime.seeding import image_seeds
 
 
@@ -27,19 +27,22 @@ class CropCache:
     A file is written aside and then renamed: any number of processes may write, and none reads a part of one.
     """
 
-    def __init__(self, folder: Path, source: Source, resolution: int, protocol: Protocol) -> None:
-        name = f"{source.fingerprint()[:16]}-{protocol.crop}-{protocol.real_rounding}-{resolution}"
+    def __init__(self, folder: Path, source: Source, resolution: Resolution, protocol: Protocol) -> None:
+        rule = f"{protocol.crop}-{protocol.real_rounding}-{protocol.orientation}"
+        name = f"{source.fingerprint()[:16]}-{rule}-{resolution}"
         self.folder = folder / name
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @staticmethod
-    def fits(folder: Path, num_images: int, resolution: int) -> bool:
+    def fits(folder: Path, source: Source, resolution: Resolution, protocol: Protocol) -> bool:
         """Whether the crops would take at most a quarter of what is free on the disk."""
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        return num_images * 3 * resolution**2 <= shutil.disk_usage(existing).free // 4
+        size = sides_of(resolution)
+        pixels = sum(w * h for w, h in ([size] * len(source) if size else source.sizes(protocol)))
+        return 3 * pixels <= shutil.disk_usage(existing).free // 4
 
     def get(self, index: int) -> tuple[np.ndarray, int] | None:
-        """The crop uint8 [R, R, 3] and its notes, or None."""
+        """The crop uint8 [H, W, 3] and its notes, or None."""
         try:
             with open(self.folder / f"{index}.npy", "rb") as file:
                 return np.load(file), int(np.load(file))
@@ -60,7 +63,7 @@ class CropCache:
 
 @dataclass(frozen=True)
 class _Crop:
-    """One sample: its pixels uint8 [3, R, R] and what `image_seeds` gives of them, or why there are none."""
+    """One sample: its pixels uint8 [3, H, W] and what `image_seeds` gives of them, or why there are none."""
 
     index: int
     image: Tensor | None = None
@@ -71,7 +74,7 @@ class _Crop:
 
 class _Batch(NamedTuple):  # a named tuple, whose tensors the loader can pin
     indices: list[int]
-    images: Tensor  # uint8 [B, 3, R, R]
+    images: Tensor  # uint8 [B, 3, H, W]
     seeds: Tensor  # int64 [B, S]
     notes: list[int]
     problems: list[tuple[int, str]]  # of samples that are not in it
@@ -80,9 +83,8 @@ class _Batch(NamedTuple):  # a named tuple, whose tensors the loader can pin
 class _Crops(Dataset[_Crop]):
     """Crops by index, decoded in whichever process asks."""
 
-    def __init__(self, source: Source, resolution: int, protocol: Protocol, upscale: bool, cache: CropCache | None):
-        self.source, self.resolution, self.protocol = source, resolution, protocol
-        self.upscale, self.cache = upscale, cache
+    def __init__(self, source: Source, resolution: Resolution, protocol: Protocol, cache: CropCache | None) -> None:
+        self.source, self.resolution, self.protocol, self.cache = source, resolution, protocol, cache
         self.seeds: tuple[int, ...] = ()
 
     def __getitem__(self, index: int) -> _Crop:
@@ -99,16 +101,24 @@ class _Crops(Dataset[_Crop]):
         return _Crop(index, image, tuple(int(image_seeds(image[None], seed)) for seed in self.seeds), notes)
 
     def _make(self, index: int) -> tuple[np.ndarray, int]:
-        image, notes = self.source.load(index)
-        if min(image.size) < self.resolution:
-            if not self.upscale:
-                size, where = f"{image.width}x{image.height}", self.source.where(index)
-                raise InputError(f"{where}: {size} is smaller than {self.resolution}")
-            notes |= ENLARGED
+        image, notes = self.source.load(index, upright=self.protocol.orientation == "apply")
+        size = sides_of(self.resolution)
         try:
+            if size is not None and (image.width < size[0] or image.height < size[1]):
+                if self.protocol.small != "enlarge":
+                    raise InputError(f"{image.width}x{image.height} is smaller than {self.resolution}")
+                notes |= ENLARGED
             return crop(image, self.resolution, self.protocol), notes
         except InputError as error:
             raise InputError(f"{self.source.where(index)}: {error}") from None
+
+
+def _same_size(indices: Sequence[int], sizes: Sequence[tuple[int, int]] | None, batch_size: int) -> list[list[int]]:
+    """The samples in batches of one size each, in order; all are of one size if there are no `sizes`."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index in indices:
+        groups.setdefault(sizes[index] if sizes else (0, 0), []).append(index)
+    return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
 
 
 def _collate(crops: Sequence[_Crop]) -> _Batch:
@@ -123,7 +133,9 @@ def _collate(crops: Sequence[_Crop]) -> _Batch:
 
 
 class Loader:
-    """Batches (ids, uint8 [B, 3, R, R]) of a source's crops, decoded by worker processes ahead of their use.
+    """Batches (ids, uint8 [B, 3, H, W]) of a source's crops, decoded by worker processes ahead of their use.
+
+    At native resolution the images of a batch are of one size; others follow in batches of their own.
 
     `indices` are the samples wanted, in order (a rank's share that is not measured yet); None is all. An image that
     cannot be used raises InputError naming it, with `advice` (what the caller's options can do) at its end, or with
@@ -134,14 +146,13 @@ class Loader:
     def __init__(
         self,
         source: Source,
-        resolution: int,
+        resolution: Resolution,
         protocol: Protocol,
         *,
         batch_size: int,
         indices: Sequence[int] | None = None,
         workers: int | None = None,
         pin_memory: bool = False,
-        upscale: bool = False,
         skip_bad: bool = False,
         cache: CropCache | None = None,
         advice: str = "",
@@ -151,11 +162,15 @@ class Loader:
         self.notes: Counter[str] = Counter()
         wanted = list(range(len(source)) if indices is None else indices)
         workers = default_workers(len(wanted)) if workers is None else workers
-        self._crops = _Crops(source, resolution, protocol, upscale, cache)
+        if protocol.small == "skip":
+            for index in set(source.below(resolution, protocol)).intersection(wanted):
+                self.skipped[source.ids[index]] = f"{source.where(index)}: smaller than {resolution}"
+                wanted.remove(index)
+        self._crops = _Crops(source, resolution, protocol, cache)
+        sizes = source.sizes(protocol) if resolution == NATIVE else None
         self._batches: DataLoader[Any] = DataLoader(
             self._crops,
-            batch_size=batch_size,
-            sampler=wanted,
+            batch_sampler=_same_size(wanted, sizes, batch_size),
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=pin_memory and torch.cuda.is_available(),
@@ -199,10 +214,10 @@ def default_workers(num_images: int) -> int:
     return 0 if num_images <= 64 else min(8, cores)
 
 
-def refuse_unusable(source: Source, resolution: int, *, upscale: bool, advice: str = "") -> None:
-    """InputError naming files that are no images, or are smaller than the resolution, before anything is measured."""
+def refuse_unusable(source: Source, resolution: Resolution, protocol: Protocol, advice: str = "") -> None:
+    """InputError naming files that are no images, or that the protocol refuses as too small, before any is measured."""
     if problems := [fact.problem for fact in source.facts() if fact.problem]:
         raise InputError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "") + advice)
-    if not upscale and (names := source.small(resolution)):
-        count = "1 image is" if len(names) == 1 else f"{len(names)} images are"
-        raise InputError(f"{count} smaller than {resolution} px: {preview(names)}{advice}")
+    if protocol.small == "refuse" and (small := source.below(resolution, protocol)):
+        count = "1 image is" if len(small) == 1 else f"{len(small)} images are"
+        raise InputError(f"{count} smaller than {resolution}: {preview(list(map(source.where, small)))}{advice}")

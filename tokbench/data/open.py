@@ -222,6 +222,9 @@ def describe(source: Source, *, decode: bool = False) -> list[str]:
         lines.append(f"sizes        {small} to {large}, median {middle}")
         below = {res: sum(min(size) < res for size in sizes) for res in (128, 256, 512, 1024)}
         lines.append("too small    " + ", ".join(f"{count} for {res} px" for res, count in below.items()))
+    if turned := sum(fact.orientation != 1 for fact in facts):
+        count = "1 image says" if turned == 1 else f"{turned} images say"
+        lines.append(f"orientation  {count} to be turned, which the protocols ignore as their references do")
     for title, names in (("formats", [f.format for f in facts]), ("modes", [f.mode for f in facts])):
         counts = Counter(name for name in names if name).most_common()
         lines.append(f"{title:<13}" + ", ".join(f"{name} {count}" for name, count in counts))

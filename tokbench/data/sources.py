@@ -20,8 +20,9 @@ from typing import Any
 from PIL import Image
 
 from tokbench.data.archives import Member, opened_zip, readable
-from tokbench.data.decode import SUFFIXES, decode, open_header
+from tokbench.data.decode import SUFFIXES, decode, open_header, orientation
 from tokbench.errors import InputError, first_line
+from tokbench.protocols import Protocol, Resolution, sides_of
 from tokbench.records.cache import load_cached, printable, save_cached, stamp_of
 
 
@@ -34,6 +35,7 @@ class Facts:
     height: int = 0
     format: str = ""
     mode: str = ""
+    orientation: int = 1  # EXIF's: 1 is upright
     problem: str = ""
 
 
@@ -99,10 +101,18 @@ class Source:
             digest.update(f"{sample}\n{facts.sha256}\n".encode())
         return digest.hexdigest()
 
-    def small(self, resolution: int) -> list[str]:
-        """Names of images whose shorter side is below the resolution."""
-        facts = enumerate(self.facts())
-        return [self.where(i) for i, fact in facts if not fact.problem and min(fact.width, fact.height) < resolution]
+    def sizes(self, protocol: Protocol) -> list[tuple[int, int]]:
+        """(width, height) of every image as the protocol turns it; (0, 0) of those that cannot be used."""
+        turned = protocol.orientation == "apply"
+        return [(f.height, f.width) if turned and f.orientation >= 5 else (f.width, f.height) for f in self.facts()]
+
+    def below(self, resolution: Resolution, protocol: Protocol) -> list[int]:
+        """Indices of images that would have to be enlarged."""
+        size, facts = sides_of(resolution), self.facts()
+        if size is None:
+            return []
+        sizes = enumerate(self.sizes(protocol))
+        return [i for i, (w, h) in sizes if not facts[i].problem and (w < size[0] or h < size[1])]
 
     def sort(self, among: Iterable[int] | None = None) -> None:
         """Bring the samples, or only those at these indices, into the order of their ids."""
@@ -282,4 +292,7 @@ def inspect(data: bytes, where: str) -> Facts:
         image = open_header(data, where)
     except InputError as error:
         return Facts(digest, problem=str(error))
-    return Facts(digest, image.width, image.height, image.format or "", image.mode)
+    width, height, turned = image.width, image.height, orientation(image)
+    if image.format == "TIFF" and turned >= 5:  # Pillow turns it when it is decoded
+        width, height = height, width
+    return Facts(digest, width, height, image.format or "", image.mode, 1 if image.format == "TIFF" else turned)

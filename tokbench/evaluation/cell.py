@@ -44,7 +44,7 @@ from tokbench.evaluation.reconstruct import (
 from tokbench.evaluation.summary import compute, table
 from tokbench.metrics import METRICS, Metric, extractors
 from tokbench.metrics.suite import MetricSuite
-from tokbench.protocols import find_protocol
+from tokbench.protocols import Resolution, sides_of, size_text
 from tokbench.records import provenance
 from tokbench.records.cache import cache_folder
 from tokbench.records.files import (
@@ -67,7 +67,7 @@ from tokbench.tokenizer import Tokenizer
 log = logging.getLogger("tokbench")
 
 # What a user can do about an image; training and scoring read images too, but have no such options.
-ADVICE = "; --skip-bad leaves such images out, --upscale enlarges small ones"
+ADVICE = "; --skip-bad leaves such images out, --small skip those that are too small"
 
 
 # ---- what a cell is -----------------------------------------------------------------------------------------------
@@ -83,11 +83,11 @@ def with_facts(tokenizer: Tokenizer) -> TokenizerInfo:
     )
 
 
-def check_size(tokenizer: Tokenizer, resolution: int) -> None:
-    """InputError if the model cannot take images of this size."""
-    multiple = tokenizer.info.size_multiple
-    if resolution % multiple:
-        nearest = max(1, resolution // multiple) * multiple
+def check_size(tokenizer: Tokenizer, resolution: Resolution) -> None:
+    """InputError if the model cannot take images of this size; native ones are padded."""
+    multiple, sides = tokenizer.info.size_multiple, sides_of(resolution) or ()
+    if any(side % multiple for side in sides):
+        nearest = "x".join(str(max(1, side // multiple) * multiple) for side in dict.fromkeys(sides))
         raise InputError(
             f"{tokenizer.info.name}: needs sizes divisible by {multiple}, got --res {resolution}; try {nearest}"
         )
@@ -104,14 +104,14 @@ def applies(metric: Metric, tokenizer: Tokenizer) -> bool:
 
 def settings_of(tokenizer: Tokenizer, spec: str, source: Source, measurement: Measurement) -> Settings:
     """The choices that can change a number, as they take effect. One seed is enough where nothing is drawn."""
-    protocol = find_protocol(measurement.protocol)
+    protocol = measurement.rules
     drawn = not tokenizer.info.deterministic or protocol.posterior == "sample"
     seeds = tuple(dict.fromkeys(measurement.seeds))
     return Settings(
         spec=spec,
         dtype=str(autocast_dtype(measurement)).removeprefix("torch."),
         seeds=seeds if drawn else seeds[:1],
-        upscaled=len(source.small(measurement.resolution)) if measurement.upscale else None,
+        upscaled=len(source.below(measurement.resolution, protocol)) or None if protocol.small == "enlarge" else None,
     )
 
 
@@ -127,7 +127,7 @@ def cell_key(
         return None
     record = {
         "model": model,
-        "protocol": find_protocol(measurement.protocol).fingerprint(),
+        "protocol": measurement.rules.fingerprint(),
         "dataset": source.fingerprint(),
         "resolution": measurement.resolution,
         "device": device,
@@ -165,12 +165,11 @@ def batches(
     return Loader(
         source,
         measurement.resolution,
-        find_protocol(measurement.protocol),
+        measurement.rules,
         batch_size=first_batch_size(measurement, device),
         indices=indices,
         workers=measurement.workers,
         pin_memory=device.type == "cuda",
-        upscale=measurement.upscale,
         skip_bad=measurement.skip_bad,
         cache=kept,
         advice=ADVICE,
@@ -217,7 +216,9 @@ def evaluate_cell(
     processes = processes or Processes()
     info, settings = with_facts(tokenizer), settings_of(tokenizer, spec, source, measurement)
     key = cell_key(info, tokenizer, source, measurement, settings, suite.device.type)
-    path = None if out is None else cell_path(out, measurement.protocol, source.name, measurement.resolution, info.name)
+    path = (
+        None if out is None else cell_path(out, measurement.rules.name, source.name, measurement.resolution, info.name)
+    )
     names = [metric.name for metric in suite.metrics if applies(metric, tokenizer)]
     earlier = None
     if path is not None and key is not None and not fresh and processes.main:
@@ -227,7 +228,7 @@ def evaluate_cell(
         names = [name for name in names if not kept or lacks(earlier, name, suite)]
         if not names:
             return earlier, True
-    suite = MetricSuite(names, suite.num_images, suite.side, suite.device)
+    suite = MetricSuite(names, suite.num_images, suite.side, suite.device, one_size=suite.one_size)
     measurement = replace(measurement, metrics=tuple(names), seeds=settings.seeds)
     cell = Cell(tokenizer, info, source, measurement, settings, suite, key, path, processes, kept_crops)
     with ExitStack() as stack:
@@ -251,7 +252,8 @@ def find_earlier(path: Path, key: str, measurement: Measurement) -> EvalResult |
         path.replace(aside)
         log.warning("%s: damaged, set aside as %s; the cell is measured again", path, aside.name)
         return None
-    usable = result.provenance.cell == key and (measurement.skip_bad or not result.settings.skipped)
+    may_lack = measurement.skip_bad or measurement.rules.small == "skip"
+    usable = result.provenance.cell == key and (may_lack or not result.settings.skipped)
     return result if usable else None
 
 
@@ -338,7 +340,7 @@ def fill_store(
     mine = [index for index, sample in enumerate(source.ids) if sample not in done][processes.rank :: processes.size]
     failure: CellError | InputError | None = None
     limit = images_at_once(measurement, suite.device)
-    where = f"{name} at {measurement.resolution} px"
+    where = f"{name} at {size_text(measurement.resolution)}"
     try:
         with store, bar(where, len(mine)) as progress:
             limit = measure(
@@ -398,11 +400,17 @@ def shared_stores(
 
     One folder per images, crop, extractor and code, so that a run with other metrics finds those that it needs.
     """
-    protocol = find_protocol(measurement.protocol)
+    protocol = measurement.rules
     code = [_file_hash(module.__file__) for module in (crops, decode, extractors)]
     stores = {}
     for name, extractor in suite.extractors.items():
-        images = [source.fingerprint(), measurement.resolution, protocol.crop, protocol.real_rounding]
+        images = [
+            source.fingerprint(),
+            measurement.resolution,
+            protocol.crop,
+            protocol.real_rounding,
+            protocol.orientation,
+        ]
         text = json.dumps([*images, suite.device.type, extractor.identity, *code])
         folder = cache_folder() / "real" / hashlib.sha256(text.encode()).hexdigest()[:24]
         try:
@@ -482,7 +490,7 @@ def new_record(
     **facts: Any,
 ) -> EvalResult:
     """The record of everything in a store; `facts` are fields of `Provenance`."""
-    protocol = find_protocol(measurement.protocol)
+    protocol = measurement.rules
     names = [metric.name for metric in suite.metrics if metric.name not in suite.unavailable]
     return EvalResult(
         protocol=protocol.name,
@@ -523,7 +531,7 @@ def draw_cell(cell: Cell, store: SampleStore, images: KeptImages) -> bytes:
     order = np.argsort(-error_rank(columns, len(store.ids)), kind="stable")[: measurement.save_images]
     first = store.ids[: measurement.save_images]
     worst = [store.ids[i] for i in order if store.ids[i] not in first]
-    protocol, dtype = find_protocol(measurement.protocol), autocast_dtype(measurement)
+    protocol, dtype = measurement.rules, autocast_dtype(measurement)
     missing = [index for index, sample in enumerate(cell.source.ids) if sample in {*first, *worst} - pairs.keys()]
     loader = batches(cell.source, measurement, device, missing, cell.crops)
     for ids, batch, seeds in loader.seeded(measurement.seeds[:1]) if missing else ():

@@ -15,7 +15,7 @@ from tokbench.errors import InputError
 from tokbench.evaluation.cell import ADVICE, check_size, evaluate_cell
 from tokbench.metrics import DEFAULT, find_metrics
 from tokbench.metrics.suite import MetricSuite
-from tokbench.protocols import find_protocol
+from tokbench.protocols import NATIVE, Resolution, parse_resolution, sides_of
 from tokbench.records.measurement import Measurement
 from tokbench.records.result import EvalResult
 from tokbench.runtime.device import find_dtype, select_device
@@ -24,8 +24,7 @@ from tokbench.tokenizer import Tokenizer
 
 def checked(measurement: Measurement) -> Measurement:
     """The measurement with its metrics named. InputError for options that cannot be used, before any image is read."""
-    if not 8 <= measurement.resolution <= 8192:
-        raise InputError(f"--res {measurement.resolution}: must be from 8 to 8192 pixels")
+    measurement = replace(measurement, resolution=parse_resolution(str(measurement.resolution)))
     for name, least in (("batch_size", 1), ("workers", 0), ("save_images", 0)):
         value = getattr(measurement, name)
         if value is not None and value < least:
@@ -33,7 +32,7 @@ def checked(measurement: Measurement) -> Measurement:
     if not measurement.seeds:
         raise InputError("--seeds: at least one is needed")
     find_dtype(measurement.dtype)
-    protocol = find_protocol(measurement.protocol)
+    protocol = measurement.rules
     names = measurement.metrics or protocol.metrics or DEFAULT
     find_metrics(names, "reconstruction")
     return replace(measurement, metrics=names)
@@ -42,13 +41,26 @@ def checked(measurement: Measurement) -> Measurement:
 def check_images(source: Source, measurement: Measurement) -> None:
     """InputError for images that cannot be used, unless they may be left out."""
     if not measurement.skip_bad:
-        refuse_unusable(source, measurement.resolution, upscale=measurement.upscale, advice=ADVICE)
+        refuse_unusable(source, measurement.resolution, measurement.rules, ADVICE)
+
+
+def shorter_side(source: Source, measurement: Measurement) -> int:
+    """Of the smallest image that is measured, in pixels."""
+    sides = sides_of(measurement.resolution)
+    sizes = [sides] if sides else [size for size in source.sizes(measurement.rules) if min(size)]
+    return min(map(min, sizes), default=0)
+
+
+def suite_for(source: Source, measurement: Measurement, device: torch.device) -> MetricSuite:
+    """What measures these images."""
+    side, one_size = shorter_side(source, measurement), measurement.resolution != NATIVE
+    return MetricSuite(measurement.metrics, len(source), side, device, one_size=one_size)
 
 
 def evaluate(
     tokenizer: Tokenizer | str,
     data: str | Path | Source = "samples",
-    resolution: int = 256,
+    resolution: Resolution = 256,
     metrics: Sequence[str] = (),
     *,
     limit: int | None = None,
@@ -71,14 +83,14 @@ def evaluate(
     if out is not None and not registry.ROW_NAME.fullmatch(model.info.name):
         raise InputError(f'tokenizer "{model.info.name}": a name that is written may hold only a-z 0-9 . _ -')
     spec = registry.parse(tokenizer).text if isinstance(tokenizer, str) else model.info.name
-    check_size(model, resolution)
+    check_size(model, measurement.resolution)
     source = data if isinstance(data, Source) else open_source(data, limit=limit)
     check_images(source, measurement)
     modules = [module for network in model.networks.values() for module in network.modules()]
     placed = next((p.device for module in modules for p in module.parameters(recurse=False)), None)
     stays = measurement.device == "auto" and placed is not None and tokenizer is model
     device = placed if stays and placed is not None else select_device(measurement.device)
-    suite = MetricSuite(measurement.metrics, len(source), resolution, device)
+    suite = suite_for(source, measurement, device)
     training = [module.training for module in modules]
     try:
         with torch.random.fork_rng(devices=[]):  # building networks and loaders draws from the caller's generator

@@ -59,8 +59,11 @@ def as_image(pixels: np.ndarray | Tensor) -> Image.Image:
 
 
 def draw(rows: Sequence[tuple[str, Tensor, Tensor]], columns: int = 2) -> bytes:
-    """(label, real, fake uint8 [3, H, W]) -> PNG of triples (input, reconstruction, error), `columns` side by side."""
-    width, height = rows[0][1].shape[2], rows[0][1].shape[1]
+    """(label, real, fake uint8 [3, H, W]) -> PNG of triples (input, reconstruction, error), `columns` side by side.
+
+    Images of unequal sizes stand in frames of the largest.
+    """
+    height, width = (max(real.shape[dim] for _, real, _ in rows) for dim in (1, 2))
     columns = min(columns, len(rows))
     lines = -(-len(rows) // columns)
     sheet = Image.new("RGB", (columns * (3 * width + GAP) - GAP, lines * (height + LABEL)), "white")

@@ -17,13 +17,14 @@ from torch import Tensor
 from tokbench.data.pixels import quantise
 from tokbench.errors import MODEL_ERRORS, CellError, first_line, preview
 from tokbench.metrics.suite import MetricSuite
-from tokbench.protocols import Protocol, find_protocol
+from tokbench.protocols import Protocol, sides_of
 from tokbench.records.measurement import Measurement
 from tokbench.records.samples import SampleStore
 from tokbench.runtime.device import find_dtype, is_out_of_memory, precision, release
 from tokbench.tokenizer import Tokenizer
 
 PIXELS_PER_BATCH = {"cpu": 8 * 256 * 256, "cuda": 64 * 256 * 256}
+TYPICAL = (1024, 1024)  # what native images are taken for; a batch that does not fit into memory is halved
 LARGEST_BATCH = {"cpu": 16, "cuda": 256}
 CODES = "codes"  # the feature that holds a discrete tokenizer's codes
 LATENT_COLUMNS = frozenset(("bpp", "latent-mean", "latent-square"))  # of the latents, so the same for all seeds
@@ -33,7 +34,8 @@ Batch = tuple[Sequence[str], Tensor, Tensor]  # ids, uint8 [B, 3, H, W], int64 [
 
 def first_batch_size(measurement: Measurement, device: torch.device) -> int:
     """How many images are loaded together: as asked for, else by the resolution."""
-    fitting = max(1, PIXELS_PER_BATCH[device.type] // measurement.resolution**2)
+    width, height = sides_of(measurement.resolution) or TYPICAL
+    fitting = max(1, PIXELS_PER_BATCH[device.type] // (width * height))
     return measurement.batch_size or min(fitting, LARGEST_BATCH[device.type])
 
 
@@ -48,7 +50,7 @@ def images_at_once(measurement: Measurement, device: torch.device) -> int:
 
 def autocast_dtype(measurement: Measurement) -> torch.dtype:
     """What the model runs under: the protocol's choice, else the user's."""
-    return find_dtype(find_protocol(measurement.protocol).autocast or measurement.dtype)
+    return find_dtype(measurement.rules.autocast or measurement.dtype)
 
 
 @dataclass
@@ -115,6 +117,8 @@ def reconstruct(
     seed. Raises CellError for whatever the model gets wrong, except a lack of memory.
     """
     ids, real, seeds = batch
+    height, width = real.shape[2:]
+    real = padded(real, tokenizer.info.size_multiple) if protocol.native else real
     sample, size = protocol.posterior == "sample", (real.shape[2], real.shape[3])
     decoded: list[Tensor] = []
     latents: list[Tensor] = []
@@ -123,8 +127,18 @@ def reconstruct(
             if sample or not latents:
                 encode = partial(tokenizer.encode, real, sample=sample, seeds=own)
                 latents.append(timer.time("encode", len(ids), encode))
-            decoded.append(decode(tokenizer, latents[-1], own, size, ids, timer))
+            decoded.append(decode(tokenizer, latents[-1], own, size, ids, timer)[..., :height, :width])
     return decoded, latents[0]
+
+
+def padded(images: Tensor, multiple: int) -> Tensor:
+    """[B, 3, H, W] -> sides that are multiples, by reflection at the right and at the bottom."""
+    for dim in (2, 3):
+        length = images.shape[dim]
+        if missing := -length % multiple:
+            order = np.pad(np.arange(length), (0, missing), mode="reflect")
+            images = images.index_select(dim, torch.from_numpy(order).to(images.device))
+    return images
 
 
 def seed_column(name: str, seed: int) -> str:
@@ -229,7 +243,7 @@ def round_trip(
     tokenizer: Tokenizer, batch: Batch, measurement: Measurement, timer: Timer
 ) -> tuple[dict[int, tuple[Tensor, Tensor | None]], Tensor]:
     """The `fakes` of `append_scores`, by the measurement's seeds and the protocol's rounding, and the latents."""
-    protocol = find_protocol(measurement.protocol)
+    protocol = measurement.rules
     decoded, latents = reconstruct(tokenizer, batch, protocol, autocast_dtype(measurement), timer)
     fakes = [quantise(images, protocol.fake_rounding) for images in decoded]
     return dict(zip(measurement.seeds, zip(fakes, decoded, strict=True), strict=True)), latents

@@ -15,9 +15,9 @@ from tokbench.data.open import open_source
 from tokbench.data.sources import Source
 from tokbench.errors import CellError, InputError
 from tokbench.evaluation.cell import check_size, evaluate_cell
-from tokbench.evaluation.evaluate import check_images, checked
+from tokbench.evaluation.evaluate import check_images, checked, suite_for
 from tokbench.metrics.suite import MetricSuite
-from tokbench.protocols import find_protocol
+from tokbench.protocols import Resolution, size_text
 from tokbench.records.files import hold, result_path, write_whole
 from tokbench.records.measurement import Measurement
 from tokbench.records.result import EvalResult
@@ -42,7 +42,7 @@ class RunSummary:
 
 
 @dataclass(frozen=True)
-class Resolution:
+class SharedParts:
     """What the cells of one resolution share."""
 
     measurement: Measurement
@@ -52,7 +52,7 @@ class Resolution:
 
 def run(
     models: str,
-    resolutions: Sequence[int],
+    resolutions: Sequence[Resolution],
     measurement: Measurement,
     *,
     data: str = "samples",
@@ -103,27 +103,27 @@ def share_facts(source: Source, out: Path, processes: Processes) -> None:
 
 def prepare_resolution(
     measurement: Measurement, source: Source, device: torch.device, folder: Path | ExitStack
-) -> Resolution:
+) -> SharedParts:
     """A resolution's suite, and room for the crops that the next model will want again."""
     check_images(source, measurement)
     kept = None
-    if isinstance(folder, Path) and CropCache.fits(folder, len(source), measurement.resolution):
-        kept = CropCache(folder, source, measurement.resolution, find_protocol(measurement.protocol))
-    suite = MetricSuite(measurement.metrics, len(source), measurement.resolution, device)
-    return Resolution(measurement, suite, kept)
+    if isinstance(folder, Path) and CropCache.fits(folder, source, measurement.resolution, measurement.rules):
+        kept = CropCache(folder, source, measurement.resolution, measurement.rules)
+    suite = suite_for(source, measurement, device)
+    return SharedParts(measurement, suite, kept)
 
 
 def run_model(
     spec: registry.Spec,
     source: Source,
-    sizes: Sequence[Resolution],
+    sizes: Sequence[SharedParts],
     summary: RunSummary,
     processes: Processes,
     out: Path,
     fresh: bool,
 ) -> None:
     """All resolutions of one model, loaded once. A model that fails to load fails its own cells only."""
-    cells = [f"{spec.row} at {size.measurement.resolution} px" for size in sizes]
+    cells = [f"{spec.row} at {size_text(size.measurement.resolution)}" for size in sizes]
     failure: CellError | InputError | None = None
     tokenizer: Tokenizer | None = None
     try:
@@ -164,13 +164,13 @@ def run_model(
     release(sizes[0].suite.device)
 
 
-def announce(source: Source, sizes: Sequence[Resolution], num_models: int, out: Path) -> None:
+def announce(source: Source, sizes: Sequence[SharedParts], num_models: int, out: Path) -> None:
     """Before a run: how many images, and what will be downloaded."""
     images = f"{len(source)} images of {source.name}"
-    resolutions = ", ".join(str(size.measurement.resolution) for size in sizes)
+    resolutions = ", ".join(size_text(size.measurement.resolution) for size in sizes)
     models = f"{num_models} model{'s' if num_models > 1 else ''}"
     device = describe_device(sizes[0].suite.device)
-    say(f"{images} at {resolutions} px, {models}, on {device}; results in {out}/")
+    say(f"{images} at {resolutions}, {models}, on {device}; results in {out}/")
     for problem in source.problems:
         say(f"note: {problem}")
     for line in weights.downloads(sizes[0].suite.networks):

@@ -26,13 +26,13 @@ from tokbench.evaluation.cell import (
     shared_stores,
     write_rows,
 )
-from tokbench.evaluation.evaluate import checked
+from tokbench.evaluation.evaluate import checked, shorter_side
 from tokbench.evaluation.reconstruct import append_scores, images_at_once
 from tokbench.evaluation.run import share_facts
 from tokbench.evaluation.summary import table
 from tokbench.metrics import Metric
 from tokbench.metrics.suite import UNCLAMPED, MetricSuite
-from tokbench.protocols import find_protocol
+from tokbench.protocols import NATIVE, Resolution, find_protocol, parse_resolution
 from tokbench.records import provenance
 from tokbench.records.files import cell_path, hold, result_path, write_whole
 from tokbench.records.measurement import Measurement
@@ -89,25 +89,25 @@ def score(
     match(real, fake)
     for source in (real, fake):
         share_facts(source, out, processes)
-    measurement = checked(replace(asked, resolution=common_size(fake), seeds=(0,)))
+    measurement = checked(replace(asked, resolution=common_size(real, fake), seeds=(0,)))
     if not allow_lossy:
         refuse_lossy(fake)
-    refuse_unusable(real, measurement.resolution, upscale=False)
+    refuse_unusable(real, measurement.resolution, replace(measurement.rules, small="refuse"))
     row = name or fake.name
     if not ROW_NAME.fullmatch(row):
         raise InputError(f"--name {row}: use lower-case letters, digits, dot, underscore and hyphen")
-    path = cell_path(out, measurement.protocol, real.name, measurement.resolution, row)
-    parts = [real.fingerprint(), fake.fingerprint(), find_protocol(measurement.protocol).fingerprint()]
+    path = cell_path(out, measurement.rules.name, real.name, measurement.resolution, row)
+    parts = [real.fingerprint(), fake.fingerprint(), measurement.rules.fingerprint()]
     key = hashlib.sha256(json.dumps([*parts, provenance.source_hash([])]).encode()).hexdigest()
-    device = select_device(measurement.device, processes.local_rank)
-    suite = MetricSuite(measurement.metrics, len(real), measurement.resolution, device)
+    device, side = select_device(measurement.device, processes.local_rank), shorter_side(real, measurement)
+    suite = MetricSuite(measurement.metrics, len(real), side, device)
     refused = {m.name: "needs the model, not only its images" for m in suite.metrics if needs_model(m)}
     names = [metric.name for metric in suite.metrics if metric.name not in refused]
     earlier = processes.broadcast(find_earlier(path, key, measurement) if processes.main else None)
     names = [name for name in names if earlier is None or lacks(earlier, name, suite)]
     if earlier is not None and not names:
         return earlier
-    suite = MetricSuite(names, len(real), measurement.resolution, device)
+    suite = MetricSuite(names, len(real), side, device)
     scored = {"real": real_data, "fake": fake_data, "fake_fingerprint": fake.fingerprint()}
     result = _measure(
         real, fake, measurement, suite, path, key, processes, Settings(scored=scored), keep=earlier is not None
@@ -156,7 +156,7 @@ def _pairs(
     real: Source, fake: Source, measurement: Measurement, batch_size: int, indices: list[int]
 ) -> Iterator[tuple[Sequence[str], Tensor, Tensor]]:
     """Batches of ids and both sides, uint8 [B, 3, H, W]."""
-    protocol = find_protocol(measurement.protocol)
+    protocol = measurement.rules
     loaders = [
         Loader(
             side, measurement.resolution, protocol, batch_size=batch_size, indices=indices, workers=measurement.workers
@@ -194,16 +194,22 @@ def match(real: Source, fake: Source) -> None:
         side.sort()
 
 
-def common_size(fake: Source) -> int:
-    """The one side length of all fakes; InputError for other shapes, for several, or for an unreadable file."""
-    facts = fake.facts()
-    for index, fact in enumerate(facts):
+def common_size(real: Source, fake: Source) -> Resolution:
+    """The size of all fakes, or native if each has its original's; InputError for others, and for unreadable ones."""
+    for index, fact in enumerate(fake.facts()):
         if fact.problem:
             raise InputError(f"{fake.where(index)}: {fact.problem}")
-        if fact.width != fact.height or fact.width != facts[0].width:
-            size = f"{fact.width}x{fact.height}"
-            raise InputError(f"{fake.where(index)}: {size}; all reconstructions must be squares of one size")
-    return facts[0].width
+    stored = find_protocol("adm")
+    sizes = fake.sizes(stored)
+    if len(set(sizes)) == 1:
+        return parse_resolution("{}x{}".format(*sizes[0]))
+    for index, (size, own) in enumerate(zip(real.sizes(stored), sizes, strict=True)):
+        if size != own and size != (0, 0):
+            shape = f"{own[0]}x{own[1]}"
+            raise InputError(
+                f"{fake.where(index)}: {shape}; reconstructions are of one size, or each of its original's"
+            )
+    return NATIVE
 
 
 def refuse_lossy(fake: Source) -> None:

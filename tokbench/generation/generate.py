@@ -106,10 +106,11 @@ def _generate(
     for _, tokenizer in models:
         prepare(tokenizer, device)
         check_fits(generator.space, tokenizer, device)
-    measurement = replace(measurement, resolution=generator.space.resolution, metrics=tuple(names), seeds=(asked.seed,))
-    suite = MetricSuite(names, asked.num_images, measurement.resolution, device, scope="both")
+    side = generator.space.resolution
+    measurement = replace(measurement, resolution=side, metrics=tuple(names), seeds=(asked.seed,))
+    suite = MetricSuite(names, asked.num_images, side, device, scope="both")
     work = out / ".generate"
-    reference = open_reference(asked.reference, measurement.resolution, suite.extractors, work, device, processes)
+    reference = open_reference(asked.reference, side, suite.extractors, work, device, processes)
 
     results, failures = [], 0
     for how in samplings:
@@ -247,7 +248,7 @@ def keep(result: EvalResult, asked: Generation, out: Path, images: Path, labels:
         rows.append(to_float(torch.stack(pixels)))
     save_image(image_grid([row for row in rows if len(row) == len(rows[0])]), path.with_suffix(".png"))
     if asked.save == "npz":
-        pack_npz(images, labels, result.dataset.resolution, path.with_suffix(".npz"))
+        pack_npz(images, labels, int(result.dataset.resolution), path.with_suffix(".npz"))
     log.info("%s%s", path, f"; images in {images}" if asked.save != "none" else "")
 
 

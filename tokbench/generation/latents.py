@@ -108,9 +108,7 @@ class Images:
                 image, photograph = self.random[number, size]
                 yield f"{photograph}#{number}", self._labels[photograph], image
             return
-        loader = Loader(
-            self.source, size, find_protocol("adm"), batch_size=32, indices=numbers, workers=self.workers, upscale=True
-        )
+        loader = Loader(self.source, size, find_protocol("adm"), batch_size=32, indices=numbers, workers=self.workers)
         for ids, images in loader:
             for sample, image in zip(ids, images, strict=True):
                 yield sample, self._labels[sample], image

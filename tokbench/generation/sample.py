@@ -247,7 +247,7 @@ def decode_latents(
                 yield [sample_id(n) for n in numbers], latents, sample_seeds(draw.how.seed, numbers, DECODER)
 
     def step(ids: Sequence[str], latents: Tensor, seeds: Tensor) -> None:
-        latents, timer, side = latents.to(device), Timer(device), measurement.resolution
+        latents, timer, side = latents.to(device), Timer(device), draw.generator.space.resolution
         if draw.generator.space.dtype == "uint8":
             latents = latents.round().clamp(0, 255).to(torch.uint8)
         with model_errors_as_cell_errors(name), precision(device, autocast_dtype(measurement)):

@@ -178,7 +178,7 @@ def open_reference(
         fingerprint, name, ids = source.fingerprint(), source.name, source.ids
 
         def read(wanted: list[int]) -> Batches:
-            return Loader(source, resolution, find_protocol("adm"), batch_size=BATCH, indices=wanted, upscale=True)
+            return Loader(source, resolution, find_protocol("adm"), batch_size=BATCH, indices=wanted)
 
     # Any edit of the code starts anew: crop, resize and network decide the features as much as weights do.
     code = provenance.source_hash([]) or "unknown"

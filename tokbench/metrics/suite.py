@@ -100,7 +100,8 @@ def _extractors(names: tuple[str, ...], device: torch.device, weights_of: str) -
 class MetricSuite:
     """What measures images of a size; networks are fetched when they are first needed and shared by all suites.
 
-    `metrics` are those asked for, in the table's order; `side` is the shorter side of the smallest image. A metric that
+    `metrics` are those asked for, in the table's order; `side` is the shorter side of the smallest image,
+    `one_size` whether all are of one size. A metric that
     so few images cannot give needs nothing; its value will be null and say so. InputError for an unknown metric.
     """
 
@@ -111,9 +112,11 @@ class MetricSuite:
         side: int,
         device: torch.device | str = "cpu",
         scope: Literal["reconstruction", "both"] = "reconstruction",
+        *,
+        one_size: bool = True,
     ) -> None:
         self.metrics = find_metrics(names, scope)
-        self.num_images, self.side, self.device = num_images, side, torch.device(device)
+        self.num_images, self.side, self.device, self.one_size = num_images, side, torch.device(device), one_size
 
     @property
     def needed(self) -> list[Metric]:
@@ -133,7 +136,9 @@ class MetricSuite:
         for metric in self.needed:
             least = max((_smallest_side(column) for column in metric.columns), default=1)
             try:
-                if self.side < least:
+                if metric.extractor == "codes" and not self.one_size:
+                    reasons[metric.name] = "needs images of one size, for equally many codes of each"
+                elif self.side < least:
                     reasons[metric.name] = f"needs images of {least} pixels a side, these have {self.side}"
                 else:
                     for network in metric.networks:

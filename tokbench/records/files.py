@@ -24,6 +24,7 @@ from urllib.parse import quote
 import numpy as np
 
 from tokbench.errors import InputError
+from tokbench.protocols import Resolution
 from tokbench.records.result import EvalResult, read_result
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.") or "unnamed"
 
 
-def cell_path(out: Path, protocol: str, dataset: str, resolution: int, name: str) -> Path:
+def cell_path(out: Path, protocol: str, dataset: str, resolution: Resolution, name: str) -> Path:
     """<out>/<protocol>/<dataset>-<resolution>/<name>.json"""
     return out / protocol / f"{dataset}-{resolution}" / f"{name}.json"
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokbench.config import from_dict
 from tokbench.errors import InputError
+from tokbench.protocols import Resolution
 from tokbench.records.measurement import Measurement
 
 SCHEMA = 2
@@ -61,7 +62,7 @@ class Value:
 class Dataset:
     name: str
     split: str | None
-    resolution: int
+    resolution: Resolution
     num_images: int
     fingerprint: str  # hash over (sample id, sha256 of the file's bytes)
 
@@ -73,8 +74,8 @@ class Settings:
     spec: str = ""
     dtype: str = "float32"
     seeds: tuple[int, ...] = (0,)  # those that were run: one is enough where nothing is drawn
-    upscaled: int | None = None  # images below the resolution, which were enlarged; None: none was allowed
-    skipped: int = 0  # unreadable images that were left out
+    upscaled: int | None = None  # images below the resolution, which were enlarged; None: there were none
+    skipped: int = 0  # unreadable or small images that were left out
     skipped_ids: tuple[str, ...] = ()  # the first hundred of them
     scored: Mapping[str, str] = field(default_factory=dict)  # `score`: real, fake, fake_fingerprint
     # `generate`: generator {name, weights, steps_trained, note}, reference {name, fingerprint, num_images, statistics},

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tokbench.errors import InputError
 from tokbench.metrics import METRICS
+from tokbench.protocols import Resolution, sides_of
 from tokbench.records.files import per_image_path, read_per_image
 from tokbench.records.result import EvalResult, TokenizerInfo, Value
 from tokbench.report.tables import Heading
@@ -28,7 +29,7 @@ class Conditions(NamedTuple):
     protocol_fingerprint: str
     images: str  # the data set's fingerprint
     num_images: int  # --skip-bad may have left some out
-    resolution: int
+    resolution: Resolution
 
 
 def conditions(result: EvalResult) -> Conditions:
@@ -111,11 +112,12 @@ def _count(number: float | None, scale: float = 1) -> Value | None:
 
 
 def tokens(result: EvalResult) -> int | None:
-    """Latent positions of an image, or the tokens of a 1-D tokenizer; None for a codec."""
+    """Latent positions of an image, or the tokens of a 1-D tokenizer; None for a codec or unequal images."""
     info = result.tokenizer
     if info.tokens_per_image is not None or info.downsample is None:
         return info.tokens_per_image
-    return (result.dataset.resolution // info.downsample) ** 2
+    sides = sides_of(result.dataset.resolution)
+    return None if sides is None else (sides[0] // info.downsample) * (sides[1] // info.downsample)
 
 
 def elements_ratio(info: TokenizerInfo) -> float | None:

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from tokbench.errors import InputError
+from tokbench.protocols import sides_of
 from tokbench.records.files import read_log
 from tokbench.records.result import SpeedResult
 from tokbench.report import speed
@@ -94,11 +95,11 @@ def _plain(text: str) -> str:
 def bits_per_pixel(entry: ResultEntry) -> float | None:
     """Measured bits, or log2 K a token for a discrete latent; None for a continuous one, which has no rate."""
     measured = number(entry.result, "bpp")
-    size, pixels = entry.result.tokenizer.codebook_size, entry.result.dataset.resolution**2
-    if measured is not None or size is None:
+    size, sides = entry.result.tokenizer.codebook_size, sides_of(entry.result.dataset.resolution)
+    if measured is not None or size is None or sides is None:
         return measured
     count = tokens(entry.result)
-    return None if count is None else count * math.log2(size) / pixels
+    return None if count is None else count * math.log2(size) / (sides[0] * sides[1])
 
 
 def rate_distortion(entries: Sequence[ResultEntry], metric: str, path: Path) -> Path | None:
@@ -245,9 +246,10 @@ def against_resolution(entries: Sequence[ResultEntry], metric: str, path: Path) 
     places = {place_of(entry) for entry in entries}
     for entry in entries:
         data, value = entry.result.dataset, number(entry.result, metric)
-        if value is not None and entry.result.tokenizer.family not in UNRANKED_FAMILIES:
+        square = isinstance(data.resolution, int)
+        if square and value is not None and entry.result.tokenizer.family not in UNRANKED_FAMILIES:
             where = f" ({', '.join(place_of(entry))})" if len(places) > 1 else ""
-            lines.setdefault(entry.name + where, []).append((data.resolution, value))
+            lines.setdefault(entry.name + where, []).append((float(data.resolution), value))
     return _curves(lines, "resolution (px)", axis_label(metric_column(metric)), path)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tokbench.metrics.statistics import paired_interval
+from tokbench.protocols import sides_of, size_text
 from tokbench.records.result import EvalResult, TokenizerInfo, Value
 from tokbench.report.columns import (
     RATES,
@@ -66,14 +67,15 @@ def blocks(
 
 def _place(entry: ResultEntry) -> tuple[Any, ...]:
     data = entry.result.dataset
-    return entry.result.protocol, data.name, data.split or "", data.resolution, data.num_images, data.fingerprint
+    sides = sides_of(data.resolution) or (0, 0)
+    return entry.result.protocol, data.name, data.split or "", sides, data.num_images, data.fingerprint
 
 
 def _title(result: EvalResult) -> str:
     data = result.dataset
     where = f"{data.name} ({data.split})" if data.split else data.name
     against = "generated, against " if result.settings.generation else ""
-    return f"{against}{where} at {data.resolution} px · protocol {result.protocol}"
+    return f"{against}{where} at {size_text(data.resolution)} · protocol {result.protocol}"
 
 
 def _best_guidance(entries: Sequence[ResultEntry]) -> dict[int, str]:
@@ -237,7 +239,7 @@ def _footnotes(
             remarks.setdefault(info.note, []).append(info.name)
         if not info.verified:
             remarks.setdefault("facts not checked against the published weights", []).append(info.name)
-        for setting, what in (("skipped", "unreadable images left out"), ("upscaled", "images enlarged")):
+        for setting, what in (("skipped", "images left out"), ("upscaled", "images enlarged")):
             if count := getattr(entry.result.settings, setting):
                 remarks.setdefault(f"{what}: {count}", []).append(entry.name)
     notes = [f"{', '.join(names)}: {remark}" for remark, names in remarks.items()]
