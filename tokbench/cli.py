@@ -77,7 +77,7 @@ def run(
     models: Models,
     measurement: Measurement,
     res: Resolutions = "256",
-    data: Annotated[str, typer.Option(help="samples, a folder, an archive, or hf:NAME.")] = "samples",
+    data: Annotated[str, typer.Option(help="samples, kodak, a folder, an archive, or hf:NAME.")] = "samples",
     split: Annotated[str | None, typer.Option(help="Split of the data set.")] = None,
     limit: Annotated[int | None, typer.Option(help="Take only N images, chosen by hash of their id.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs"),
@@ -120,7 +120,7 @@ def report(
     raise typer.Exit(status)
 
 
-data_app = typer.Typer(no_args_is_help=True, help="Look at images before a run.")
+data_app = typer.Typer(no_args_is_help=True, help="Data sets: what is in one, and those that are known by name.")
 app.add_typer(data_app, name="data")
 
 
@@ -135,6 +135,24 @@ def data_info(
     from tokbench.data.open import describe, open_source
 
     typer.echo("\n".join(describe(open_source(data, split, limit), decode=decode)))
+
+
+@data_app.command(name="list")
+def data_list() -> None:
+    """Show data sets with a name: images, size, licence, where they are or how to get them."""
+    from tokbench.data.named import describe_sets
+
+    typer.echo("\n".join(describe_sets()))
+
+
+@data_app.command(name="fetch")
+def data_fetch(name: Annotated[str, typer.Argument(help="A name of `tokbench data list`.")]) -> None:
+    """Download a data set; its licence is shown first."""
+    from tokbench.data.named import fetch_set
+    from tokbench.data.open import describe, open_source
+
+    fetch_set(name)
+    typer.echo("\n".join(describe(open_source(name))))
 
 
 @app.command()

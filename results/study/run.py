@@ -139,7 +139,7 @@ def evaluate(preset: Preset, out: Path) -> None:
     where = ["--res", "256", "--out", str(out / "eval"), "--device", preset.device]
     noise = ["--seeds", "0,1,2", "--metrics", METRICS]
     tokbench("run", "--models", ",".join([*arms, *longer, *front]), *where, *noise)
-    development = ["--data", str(out / "development.txt"), "--upscale", "--metrics", "psnr,lpips-alex"]
+    development = ["--data", str(out / "development.txt"), "--metrics", "psnr,lpips-alex"]
     tokbench("run", "--models", ",".join([*arms, *demo]), *where, *development)
     steps = [named("c-teacher", preset.seeds[0], out, number) for number in STEPS[1:]]
     timed = ",".join([*(named(arm, preset.seeds[0], out) for arm in ("a", "c-student")), *steps])

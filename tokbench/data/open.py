@@ -10,6 +10,7 @@ from typing import Any
 
 from tokbench import registry
 from tokbench.data.archives import list_tar, list_zip
+from tokbench.data.named import SETS, check_set, require_set
 from tokbench.data.sources import (
     FileSource,
     HuggingFaceSource,
@@ -36,17 +37,21 @@ IMAGENET_IMAGES = {"val": 50_000, "train": 1_281_167}
 def open_source(spec: str | Path, split: str | None = None, limit: int | None = None) -> Source:
     """`samples`, `imagenet:ROOT`, `folder:DIR`, `tar:FILE` (or zip), `list:FILE`, `hf:NAME[#COLUMN]`, or a path.
 
-    Also what plugins registered, as `NAME` or `NAME:REST`; a path that exists comes before their names. InputError if
-    there is nothing there, or no image in it, or two images share an id.
+    Also the names of `tokbench data list` and, as `NAME` or `NAME:REST`, those that plugins registered; a path that
+    exists comes before them. InputError if there is nothing there, or no image in it, or two images share an id.
     """
     text = os.fspath(spec)
     kind, colon, rest = text.partition(":")
     if text == "samples" or (colon and kind in OPENERS):
         source = OPENERS[kind](rest, split)
-    elif Path(text).exists() or kind not in (registered := registry.sources()):
+    elif Path(text).exists():
         source = _guess(Path(text), split)
-    else:
+    elif text in SETS:
+        source = _named(text, split)
+    elif kind in (registered := registry.sources()):
         source = registered[kind].open(rest, split)
+    else:
+        raise InputError(f"{text}: no such file or folder; --data takes a path or one of {', '.join(_names())}")
     if not source.ids:
         raise InputError(f"{text}: no images in it ({', '.join(source.problems) or 'of a type that is read here'})")
     if limit is not None:
@@ -55,9 +60,6 @@ def open_source(spec: str | Path, split: str | None = None, limit: int | None = 
 
 
 def _guess(path: Path, split: str | None) -> Source:
-    if not path.exists():
-        names = ", ".join([*OPENERS, *registry.sources()])
-        raise InputError(f"{path}: no such file or folder; --data takes a path or one of {names}")
     name = path.name.lower()
     if path.is_dir():
         parquet = next(path.glob("*.parquet"), None)
@@ -74,6 +76,19 @@ def _guess(path: Path, split: str | None) -> Source:
 def _no_split(name: str, split: str | None) -> None:
     if split is not None:
         raise InputError(f"{name}: has no splits; leave --split {split} out")
+
+
+def _names() -> list[str]:
+    return [*OPENERS, *SETS, *registry.sources()]
+
+
+def _named(name: str, split: str | None) -> Source:
+    _no_split(name, split)
+    folder = require_set(name)
+    source = _imagenet(str(folder), None) if name == "imagenet-val" else _files(name, None, folder)
+    if source.name == name:
+        check_set(source)
+    return source
 
 
 def _samples(rest: str, split: str | None) -> Source:
