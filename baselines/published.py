@@ -26,6 +26,7 @@ class Published:
     channels: int | None = None
     codebook_size: int | None = None
     tokens_per_image: int | None = None
+    codes_per_position: int = 1
     subfolder: str = ""
     file: str = ""  # of an LDM checkpoint
     scale: float | None = None

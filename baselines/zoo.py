@@ -1,11 +1,12 @@
 """Names of the baselines, for the registry. Cheap to import: each factory imports what it needs."""
 
+import math
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from baselines.published import PUBLISHED
+from baselines.published import PUBLISHED, VERIFIED, Published
 from tokbench.registry import Trainer, TrainOptions, register_trainer
 from tokbench.registry import register as add
 
@@ -20,9 +21,7 @@ def register() -> None:
         add(f"{file_format}-q{{quality}}", _codec(file_format), summary=f"{title} with its measured size")
     add("klvae", klvae, summary="KL-VAE trained with tokbench; the bundled demo weights, or klvae:FILE")
     for row in PUBLISHED.values():
-        grid = f"f{row.downsample}" if row.downsample else f"{row.tokens_per_image} tokens"
-        kind = f"{row.channels} channels" if row.channels else f"{row.codebook_size} codes"
-        add(row.name, _published(row.name), summary=f"{grid}, {kind}; {row.repo or row.file}; licence: {row.licence}")
+        add(row.name, _published(row.name), summary=row.note, facts=_facts(row))
     add(
         "hf",
         any_autoencoder,
@@ -30,6 +29,27 @@ def register() -> None:
         accepts=_is_folder,
     )
     register_trainer("klvae", Trainer(_train, _settings, "KL-VAE as latent diffusion trains it"))
+
+
+def _facts(row: Published) -> dict[str, Any]:
+    """A row as `tokbench list models` shows it; None where it has no such thing."""
+    bits = math.log2(row.codebook_size) if row.codebook_size else None
+    if bits and row.tokens_per_image and row.resolution:
+        bits *= row.tokens_per_image / row.resolution**2
+    elif bits and row.downsample:
+        bits *= row.codes_per_position / row.downsample**2
+    return {
+        "family": row.family,
+        "f": row.downsample,
+        "c": row.channels,
+        "codes": row.codebook_size,
+        "tokens": row.tokens_per_image,
+        "bpp": bits,
+        "px": row.resolution,
+        "licence": row.licence,
+        "verified": row.name in VERIFIED,
+        "source": row.repo or row.file,
+    }
 
 
 def _train(options: TrainOptions) -> Path:

@@ -326,15 +326,25 @@ def weights_export(
 
 
 @app.command(name="list")
-def list_known(what: Annotated[str, typer.Argument(help="models, metrics or protocols")] = "models") -> None:
-    """Show what can be named: models with their options, metrics, protocols."""
+def list_known(
+    what: Annotated[str, typer.Argument(help="models, metrics or protocols")] = "models",
+    family: Annotated[str, typer.Option(help="Models of one family.")] = "",
+    columns: Annotated[str, typer.Option(help="Columns of the table of models, comma-separated.")] = "",
+    sort: Annotated[str, typer.Option(help="The column that models are sorted by.")] = "",
+    form: Annotated[str, typer.Option("--format", help="Of models: table, markdown, csv or json.")] = "table",
+) -> None:
+    """Show what can be named: models with their facts, metrics, protocols."""
     from tokbench import registry
     from tokbench.metrics import METRICS
     from tokbench.protocols import PROTOCOLS
+    from tokbench.report.tables import written
 
     if what == "models":
-        rows = [(entry.name, entry.described()) for entry in registry.entries()]
-    elif what == "metrics":
+        chosen = [name.strip() for name in columns.split(",") if name.strip()]
+        if text := written(registry.catalogue(family, chosen, sort), form):
+            typer.echo(text)
+        return
+    if what == "metrics":
         rows = [(m.name, m.description + (f" [{m.unit}]" if m.unit else "")) for m in METRICS.values()]
     elif what == "protocols":
         rows = [(protocol.name, f"v{protocol.version} {protocol.summary}") for protocol in PROTOCOLS.values()]

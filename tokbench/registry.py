@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("tokbench")
 
 PLUGINS = "tokbench.plugins"
+# What is known of a model before it is loaded: `facts` of an entry, columns of `tokbench list models`.
+FACTS = ("family", "f", "c", "codes", "tokens", "bpp", "px", "licence", "verified", "source", "options", "about")
+SHOWN = ("family", "f", "c", "codes", "tokens", "bpp", "licence", "verified")
 ROW_NAME = re.compile(r"[a-z0-9._-]+")
 LOAD_ERRORS = (SafetensorError, *MODEL_ERRORS)
 
@@ -45,6 +48,7 @@ class Entry:
     factory: Callable[..., Any]
     summary: str
     accepts: Callable[[Path], bool] | None = None  # which bare files and folders this entry opens as `file=`
+    facts: Mapping[str, Any] = field(default_factory=dict)  # for `tokbench list models`, by its columns
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
@@ -56,11 +60,6 @@ class Entry:
             for p in parameters
             if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         }
-
-    def described(self) -> str:
-        """The summary, and the options that are not part of the name."""
-        options = [key for key in self.options if f"{{{key}}}" not in self.name]
-        return self.summary + (f"  [{', '.join(options)}]" if options else "")
 
     def match(self, head: str) -> dict[str, str] | None:
         """The placeholders' texts if `head` is one of this entry's names."""
@@ -92,15 +91,20 @@ _entries: dict[str, Entry] = {}
 
 
 def register(
-    name: str, factory: Callable[..., Any], *, summary: str, accepts: Callable[[Path], bool] | None = None
+    name: str,
+    factory: Callable[..., Any],
+    *,
+    summary: str,
+    accepts: Callable[[Path], bool] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Make `factory(**options) -> Tokenizer` known as `name`; its annotated keywords are the options of the spec.
 
     The parameter `file` takes the rest of `NAME:REST`; a parameter `random_weights: bool = False` says that the model
-    can be built without its checkpoint. Heavy imports belong inside the factory. Raises ValueError for a second use
-    of a name or a placeholder that is no option.
+    can be built without its checkpoint. `facts` are shown by `tokbench list models`. Heavy imports belong inside the
+    factory. Raises ValueError for a second use of a name or a placeholder that is no option.
     """
-    entry = Entry(name, factory, summary, accepts)
+    entry = Entry(name, factory, summary, accepts, facts or {})
     missing = set(re.findall(r"\{(\w+)\}", name)) - set(entry.options)
     if name in _entries or missing:
         raise ValueError(f"{name}: already registered" if name in _entries else f"{name}: no option {sorted(missing)}")
@@ -137,6 +141,26 @@ def entries() -> list[Entry]:
     """Every registered entry, plugins included, by name."""
     load_plugins()
     return sorted(_entries.values(), key=lambda entry: entry.name)
+
+
+def catalogue(family: str = "", columns: Sequence[str] = (), sort: str = "") -> list[dict[str, Any]]:
+    """Every entry of a family ("": all) by name or by a column: {"model": name, column: value or None}.
+
+    Raises InputError for a family or a column that there is not.
+    """
+    rows: list[dict[str, Any]] = [
+        {"model": e.name, "about": e.summary, "options": " ".join(e.options), **e.facts} for e in entries()
+    ]
+    families = sorted({row["family"] for row in rows if "family" in row})
+    for what, given, known in [("column", name, ["model", *FACTS]) for name in (*columns, sort)] + [
+        ("family", family, families)
+    ]:
+        if given and given not in known:
+            raise InputError(f'list models: unknown {what} "{given}"; {suggest(given, known)}')
+    rows = [row for row in rows if not family or row.get("family") == family]
+    if sort:
+        rows.sort(key=lambda row: (row.get(sort) is None, row.get(sort)))
+    return [{name: row.get(name) for name in ("model", *(columns or SHOWN))} for row in rows]
 
 
 def packages() -> set[str]:

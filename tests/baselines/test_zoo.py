@@ -2,6 +2,8 @@
 
 import csv
 import importlib.metadata
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from baselines.published import PUBLISHED
 from tests import ROOT, TESTS
 from tests.baselines.test_classic import crops, psnr, reconstruct
+from tests.conftest import Ran
 from tokbench.errors import CellError
 from tokbench.evaluation.evaluate import evaluate
 from tokbench.records.result import EvalResult
@@ -39,9 +42,23 @@ def both_ways(tokenizer: Tokenizer, images: Tensor, seeds: Tensor = SEEDS) -> tu
 def test_every_published_row_has_a_name_and_a_licence_in_the_list() -> None:
     known = {entry.name: entry for entry in entries()}
     for name, row in PUBLISHED.items():
-        assert f"licence: {row.licence}" in known[name].summary
+        assert known[name].facts["licence"] == row.licence
         assert {"file", "random_weights"} <= set(known[name].options)
     assert {"identity", "klvae", "hf", "jpeg-q{quality}", "avif-q{quality}", "jxl-q{quality}"} <= set(known)
+
+
+def test_models_are_listed_by_family_with_chosen_columns_in_four_forms(tokbench: Callable[..., Ran]) -> None:
+    ask = ("list", "models", "--family", "lfq", "--columns", "codes,bpp,verified", "--sort", "bpp")
+    rows = json.loads(tokbench(*ask, "--format", "json").out)
+    assert [row["model"] for row in rows[:2]] == ["wetok-f32-general", "open-magvit2-f16-14bit-pretrain"]
+    assert rows[1] == {"model": rows[1]["model"], "codes": 16384, "bpp": 14 / 256, "verified": False}
+    assert {row["model"] for row in rows} == {row.name for row in PUBLISHED.values() if row.family == "lfq"}
+    lines = tokbench(*ask, "--format", "csv").out.splitlines()
+    assert lines[:2] == ["model,codes,bpp,verified", "wetok-f32-general,256,0.03125,no"]
+    assert "| wetok-f32-general | 256 | 0.03125 | no |" in tokbench(*ask, "--format", "markdown").out
+    assert "wetok-f32-general" in tokbench(*ask).out
+    for wrong in (("--family", "nix"), ("--columns", "nix"), ("--sort", "nix"), ("--format", "nix")):
+        assert tokbench("list", "models", *wrong).status == 2
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -1,5 +1,8 @@
 """The one table of tokbench, and its writers: terminal, Markdown, LaTeX, the page's JSON."""
 
+import csv
+import io
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from tokbench.errors import InputError
 from tokbench.runtime.terminal import stdout_console
 
 WIDTH = 100  # characters of a table that does not go to a terminal
@@ -79,6 +83,33 @@ def plain(
         for i, row in enumerate(rows)
     ]
     return Table(title=title, names=headings[0].key, columns=headings[1:], groups=[("", made)], notes=notes)
+
+
+def written(rows: Sequence[Mapping[str, Any]], form: str) -> str | None:
+    """Rows of one set of keys as markdown, csv or json; as a "table" they are printed. InputError for another form."""
+    if form == "json":
+        return json.dumps(rows, indent=1)
+    texts = [[_plain_text(value) for value in row.values()] for row in rows]
+    keys = list(rows[0]) if rows else []
+    if form == "csv":
+        stream = io.StringIO()
+        csv.writer(stream, lineterminator="\n").writerows([keys, *texts])
+        return stream.getvalue().rstrip("\n")
+    words = [any(isinstance(row[key], str) for row in rows) for key in keys]
+    table = plain("", [Heading(key=key, words=is_words) for key, is_words in zip(keys, words, strict=True)], texts)
+    if form == "markdown":
+        return markdown(table).rstrip("\n")
+    if form != "table":
+        raise InputError(f'--format "{form}": choose table, markdown, csv or json')
+    show([table])
+    return None
+
+
+def _plain_text(value: Any) -> str:
+    """Nothing for None, yes or no, at most four digits."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def shortened(name: str, limit: int = 32) -> str:
