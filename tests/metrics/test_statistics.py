@@ -14,11 +14,36 @@ def test_t_quantiles_equal_scipys() -> None:
             assert statistics.t_quantile(probability, freedom) == pytest.approx(expected, rel=2e-3)
 
 
-def test_intervals_of_a_mean_cover_the_truth_95_times_in_100() -> None:
+@pytest.mark.parametrize("num", [24, 29, 100])
+@pytest.mark.parametrize(("kind", "truth"), [("normal", 0.0), ("gamma", 9.0), ("lognormal", np.exp(0.32))])
+def test_intervals_of_a_mean_cover_the_truth_95_times_in_100(kind: str, truth: float, num: int) -> None:
+    generator = np.random.default_rng(num)
+    draw = {"normal": lambda: generator.standard_normal(num), "gamma": lambda: generator.gamma(9, 1, num),
+            "lognormal": lambda: generator.lognormal(0, 0.8, num)}[kind]  # fmt: skip
+    values = [statistics.mean_and_error(draw()) for _ in range(2000)]
+    covered = np.mean([(v.low or 0) <= truth <= (v.high or 0) for v in values])
+    assert 0.92 < covered < 0.97
+
+
+@pytest.mark.parametrize(("share", "num"), [(0.95, 24), (0.99, 100), (0.04, 24), (0.5, 29)])
+def test_intervals_of_a_share_cover_the_truth_95_times_in_100(share: float, num: int) -> None:
     generator = np.random.default_rng(0)
-    values = [statistics.mean_and_error(generator.standard_normal(12) + 3) for _ in range(2000)]
-    covered = np.mean([(v.low or 0) <= 3 <= (v.high or 0) for v in values])
-    assert covered == pytest.approx(0.95, abs=0.015)
+    values = [statistics.share_and_error(generator.random(num) < share) for _ in range(3000)]
+    assert 0.91 < np.mean([(v.low or 0) <= share <= (v.high or 0) for v in values]) < 0.99  # it is discrete
+    assert all(v.stderr for v in values)
+
+
+def test_intervals_of_paired_shares_cover_the_truth() -> None:
+    generator = np.random.default_rng(0)
+    hits = []
+    for _ in range(3000):
+        first = generator.random(29) < 0.9
+        second = np.where(generator.random(29) < 0.8, first, generator.random(29) < 0.9)
+        low, high = statistics.paired_interval(first, second)
+        hits.append(low <= 0 <= high)
+    assert np.mean(hits) > 0.94  # more where few images change
+    low, high = statistics.paired_interval(np.ones(24), np.ones(24))
+    assert low < 0 < high  # equal on 24 images is not equal on all
 
 
 def test_one_image_has_a_mean_and_no_error() -> None:

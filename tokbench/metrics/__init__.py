@@ -4,6 +4,7 @@ A metric is a pure function over what was stored per sample: columns of scores a
 What fills them runs in torch: `metrics.suite` (columns) and `metrics.extractors` (features).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
@@ -14,11 +15,13 @@ import numpy as np
 from tokbench import registry
 from tokbench.errors import InputError
 from tokbench.metrics import distribution, frechet
-from tokbench.metrics.statistics import mean_and_error
+from tokbench.metrics.statistics import CONFIDENCE, mean_and_error, share_and_error, t_quantile
 from tokbench.records.result import Value
 
 INCEPTION_TENTHS = 10  # parts of the Inception score
 IDENTICAL = 100.0  # dB of images that do not differ, whose PSNR would be infinite; also the cap
+MANIFOLD_NOTE = "error of the images counted, the manifold taken as it is"
+HALVES = 8  # pairs of half-samples behind the error of a Fréchet distance: its degrees of freedom
 # Images: below it the covariance of 2048 features is singular, and the bias is most of the value.
 FRECHET_MINIMUM = 2048
 
@@ -85,14 +88,18 @@ def mean_psnr(samples: Samples) -> Value:
 
 
 def global_psnr(samples: Samples) -> Value:
-    """-10 log10 of the squared error over all images; its error by the delta method."""
+    """-10 log10 of the squared error over all images; its error by the delta method, its interval that of the error."""
     errors = mean_and_error(samples.column("mse"))
     assert errors.value is not None
     if errors.value == 0:
         return Value(IDENTICAL, 0.0, n=errors.n, note="all images identical")
     decibel = min(IDENTICAL, -10 * float(np.log10(errors.value)))
     stderr = None if errors.stderr is None else 10 / float(np.log(10)) * errors.stderr / errors.value
-    return Value(decibel, stderr, n=errors.n)
+    # The end of the interval at small errors may lie at or below zero.
+    low, high = (
+        None if e is None else min(IDENTICAL, -10 * math.log10(max(e, 1e-30))) for e in (errors.high, errors.low)
+    )
+    return Value(decibel, stderr, low, high, errors.n)
 
 
 def frechet_of(extractor: str, samples: Samples) -> Value:
@@ -101,8 +108,9 @@ def frechet_of(extractor: str, samples: Samples) -> Value:
     if num_images < FRECHET_MINIMUM:
         return too_few(num_images, FRECHET_MINIMUM)
     real, fake = samples.features("real", extractor), samples.features("fake", extractor)
-    value = frechet.distance(frechet.moments(real), frechet.moments(fake))
-    return Value(value, frechet.half_sample_error(real, fake), n=num_images)
+    value, error = frechet.distance(frechet.moments(real), frechet.moments(fake)), frechet.half_sample_error(real, fake)
+    half = t_quantile((1 + CONFIDENCE) / 2, HALVES) * error  # of the distance that so many images have on average
+    return Value(value, error, max(0.0, value - half), value + half, num_images)
 
 
 def kernel_of(extractor: str, samples: Samples, *, subset: int = distribution.KID_SUBSET) -> Value:
@@ -112,7 +120,7 @@ def kernel_of(extractor: str, samples: Samples, *, subset: int = distribution.KI
     note = "" if spread else "one subset of all images"
     if min(len(real), len(fake)) < 4:
         return Value(value, n=len(fake), note=note)
-    error = np.hypot(distribution.kernel_error(real, fake, subset=subset), spread / distribution.KID_REPEATS**0.5)
+    error = np.hypot(distribution.kernel_error(real, fake), spread / distribution.KID_REPEATS**0.5)
     return Value(value, float(error), n=len(fake), note=note)
 
 
@@ -132,6 +140,11 @@ def mean_of_rows(rows: Callable[[Samples], np.ndarray], samples: Samples) -> Val
     return mean_and_error(rows(samples))
 
 
+def share_of_rows(rows: Callable[[Samples], np.ndarray], samples: Samples) -> Value:
+    """The mean of what is 0 or 1 per image, with its standard error."""
+    return share_and_error(rows(samples) == 1)
+
+
 def inception_score(samples: Samples) -> Value:
     """exp of the mean divergence of p(class | image) from p(class), over unshuffled tenths (ADM)."""
     value, spread = distribution.inception_score(samples.features("fake", "inception-logits"), INCEPTION_TENTHS)
@@ -143,13 +156,13 @@ def inception_score(samples: Samples) -> Value:
 def precision(samples: Samples) -> Value:
     """Share of fake images inside the manifold of the real ones."""
     real, fake = samples.features("real", "inception"), samples.features("fake", "inception")
-    return Value(distribution.coverage(fake, real), n=len(fake))
+    return share_and_error(distribution.covered(fake, real), MANIFOLD_NOTE)
 
 
 def recall(samples: Samples) -> Value:
     """Share of real images inside the manifold of the fake ones."""
     real, fake = samples.features("real", "inception"), samples.features("fake", "inception")
-    return Value(distribution.coverage(real, fake), n=len(fake))
+    return share_and_error(distribution.covered(real, fake), MANIFOLD_NOTE)
 
 
 def perplexity(samples: Samples) -> Value:
@@ -234,7 +247,8 @@ METRICS: dict[str, Metric] = {
         _paired("dinov2", "DINOv2 ViT-L/14 features"),
         _paired("inception", _INCEPTION),
         Metric("agreement", "higher", "share of images whose MobileNetV2 top-1 class survives",
-               extractor="mobilenet-class", networks=("mobilenet",), **_from_rows(agreement_rows), **_SHARE),
+               extractor="mobilenet-class", networks=("mobilenet",), rows=agreement_rows,
+               compute=partial(share_of_rows, agreement_rows), **_SHARE),
         _frechet("rfid", "inception", f"{_INCEPTION}, against the same crops", "inception"),
         _frechet("gfid", "inception", f"{_INCEPTION}, against the stated reference", "inception", "generation"),
         _frechet("fd-dinov2", "dinov2", "DINOv2 ViT-L/14 features", "dinov2"),

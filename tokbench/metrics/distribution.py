@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from tokbench.errors import InputError
-from tokbench.metrics.statistics import half_sample_error, half_samples
 
 KID_SUBSET = 1000  # torch-fidelity's defaults: 100 subsets of 1000, seed 2020
 KID_REPEATS = 100
+VARIANCE_ROWS = 2000  # pairs that the variance of a kernel distance is estimated from
 BLOCK = 1024  # rows of a matrix of distances held at a time
 
 
@@ -23,6 +23,8 @@ def kernel_distance(
     size = min(subset, len(real), len(fake))
     if size < 2:
         raise InputError("a kernel distance needs two samples a side")
+    if np.array_equal(real, fake):  # one set is no two samples of a distribution, of which unbiased means below zero
+        return 0.0, 0.0
     if len(real) == len(fake) == size:
         repeats = 1
     generator = np.random.RandomState(seed)
@@ -34,36 +36,38 @@ def kernel_distance(
     return float(np.mean(values)), float(np.std(values))
 
 
-def kernel_error(real: np.ndarray, fake: np.ndarray, *, subset: int = KID_SUBSET) -> float:
-    """Standard error of the kernel distance of features [N, D] and [M, D], from half-samples of both sides.
+def kernel_error(real: np.ndarray, fake: np.ndarray) -> float:
+    """Standard error of the kernel distance of features [N, D] and [M, D]: Hoeffding's variance of a U-statistic.
 
-    Sides of equal number are halved alike: the error of paired features then has the pairing in it. A half is taken in
-    disjoint blocks of at most `subset` samples. Raises InputError for fewer than four samples a side.
+    Pairs (real, fake) are its samples, which has the pairing of reconstructions in it; of sides of unequal number the
+    smaller counts. Its two parts are estimated on at most VARIANCE_ROWS pairs. InputError for fewer than four samples.
     """
-    if min(len(real), len(fake)) < 4:
+    count = min(len(real), len(fake))
+    if count < 4:
         raise InputError("the error of a kernel distance needs four samples a side")
-    values = []
-    for halves in zip(half_samples(len(real)), half_samples(len(fake)), strict=True):
-        # Shuffled, as samples come in the order of their classes, and alike on both sides.
-        shuffled = [np.random.default_rng(0).permutation(rows) for rows in halves]
-        first, second = (np.array_split(rows, -(-len(rows) // subset)) for rows in shuffled)
-        blocks = []
-        for index in range(max(len(first), len(second))):  # the side with fewer blocks begins anew
-            x, y = real[first[index % len(first)]], fake[second[index % len(second)]]
-            blocks.append(_mmd(np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)))
-        values.append(np.mean(blocks))
-    return half_sample_error(np.array(values))
+    rows = np.sort(np.random.default_rng(0).permutation(count)[:VARIANCE_ROWS])
+    x, y = (np.asarray(side[rows], dtype=np.float64) for side in (real, fake))
+    used, across = len(rows), _kernel(x, y)
+    terms = _kernel(x, x) + _kernel(y, y) - across - across.T
+    off_diagonal = terms[~np.eye(used, dtype=bool)]
+    both = float(off_diagonal.var())  # of one term
+    means = (terms.sum(1) - np.diag(terms)) / (used - 1)
+    one = max(0.0, (float(means.var(ddof=1)) * (used - 1) - both) / (used - 2))  # of a term given one of its pairs
+    return float(np.sqrt((4 * (count - 2) * one + 2 * both) / (count * (count - 1))))
+
+
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.asarray((x @ y.T / x.shape[1] + 1) ** 3)
 
 
 def _mmd(x: np.ndarray, y: np.ndarray) -> float:
     """Unbiased squared MMD of float64 [N, D] and [M, D]."""
 
     def within(side: np.ndarray) -> float:
-        kernel = (side @ side.T / side.shape[1] + 1) ** 3
+        kernel = _kernel(side, side)
         return (kernel.sum() - np.trace(kernel)) / (len(side) * (len(side) - 1))
 
-    across = ((x @ y.T / x.shape[1] + 1) ** 3).mean()
-    return float(within(x) + within(y) - 2 * across)
+    return float(within(x) + within(y) - 2 * _kernel(x, y).mean())
 
 
 def paired_distances(real: np.ndarray, fake: np.ndarray) -> np.ndarray:
@@ -92,20 +96,20 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def coverage(points: np.ndarray, manifold: np.ndarray, neighbours: int = 3) -> float:
-    """Share of points that lie within the k-th neighbour's distance of some sample of the manifold, k = 3.
+def covered(points: np.ndarray, manifold: np.ndarray, neighbours: int = 3) -> np.ndarray:
+    """Which points lie within the k-th neighbour's distance of some sample of the manifold, bool [N], k = 3.
 
-    Precision of Kynkäänniemi et al. 2019 is the coverage of fakes by the reals' manifold, recall that of reals by the
+    Precision of Kynkäänniemi et al. 2019 is the share of fakes by the reals' manifold, recall that of reals by the
     fakes'. Both [N, D] of any float type, turned to float64 block by block.
     """
     radii = _radii(manifold, neighbours)
-    covered = []
+    found = []
     for rows in _blocks(points):
         inside = np.zeros(len(rows), dtype=bool)
         for start, others in zip(range(0, len(manifold), BLOCK), _blocks(manifold), strict=True):
             inside |= (_squared_distances(rows, others) <= radii[start : start + BLOCK]).any(1)
-        covered.append(inside)
-    return float(np.concatenate(covered).mean())
+        found.append(inside)
+    return np.concatenate(found)
 
 
 def _blocks(features: np.ndarray) -> Iterator[np.ndarray]:

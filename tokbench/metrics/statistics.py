@@ -1,7 +1,8 @@
 """Error bars and verdicts. Pure numpy in float64, never imports torch.
 
-Means over images have a standard error and Student's t; models are compared image by image, which removes the spread
-between images. A Fréchet distance is no mean, and a bootstrap of it is biased upwards (duplicates look like a narrower
+Means over images have a standard error and Student's t, corrected for skewness; models are compared image by image,
+which removes the spread between images. Shares have Wilson's interval, since their error is not 0 when all images
+agree. A Fréchet distance is no mean, and a bootstrap of it is biased upwards (duplicates look like a narrower
 distribution): its error comes from half-samples without replacement, the same for both sides and for both models.
 """
 
@@ -37,19 +38,54 @@ def t_quantile(probability: float, freedom: int) -> float:
 
 
 def mean_and_error(values: np.ndarray, note: str = "") -> Value:
-    """Mean of float [N] with its standard error and 95 % interval; no error from a single image."""
+    """Mean of float [N] with its standard error and 95 % interval; no error from a single image.
+
+    The interval is Student's t through Hall's transformation (1992, eq. 3), which a skewed column moves towards its
+    long tail: of log-normal columns of shape 0.8 it covers 92 to 95 % from N = 24 on, where plain t has 90 %.
+    """
     values = np.asarray(values, dtype=np.float64)
-    mean = float(values.mean())
-    if len(values) < 2:
-        return Value(mean, n=len(values), note=note)
-    error = float(values.std(ddof=1)) / math.sqrt(len(values))
-    half = t_quantile((1 + CONFIDENCE) / 2, len(values) - 1) * error
-    return Value(mean, error, mean - half, mean + half, len(values), note)
+    count, mean = len(values), float(values.mean())
+    if count < 2:
+        return Value(mean, n=count, note=note)
+    error = float(values.std(ddof=1)) / math.sqrt(count)
+    quantile = t_quantile((1 + CONFIDENCE) / 2, count - 1)
+    low, high = (mean - _undo_skewness(values, side) * error for side in (quantile, -quantile))
+    return Value(mean, error, low, high, count, note)
+
+
+def _undo_skewness(values: np.ndarray, quantile: float) -> float:
+    """The studentised mean that Hall's transformation turns into this quantile."""
+    count, deviation = len(values), float(values.std())
+    if count < 3 or deviation == 0:
+        return quantile
+    skewness = (
+        float((((values - values.mean()) / deviation) ** 3).mean()) * math.sqrt(count * (count - 1)) / (count - 2)
+    )
+    ratio = skewness / math.sqrt(count)
+    return quantile if abs(ratio) < 1e-6 else 3 / ratio * (float(np.cbrt(1 + ratio * (quantile - ratio / 6))) - 1)
+
+
+def share_and_error(hits: np.ndarray, note: str = "") -> Value:
+    """Share of true entries of bool [N] with Wilson's 95 % interval; its error is that interval's half-width by z."""
+    count, share = len(hits), float(np.mean(hits))
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return Value(share, half / z, max(0.0, centre - half), min(1.0, centre + half), count, note)
 
 
 def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """95 % interval of mean(a - b) over the same images, [N] each, N at least 2."""
-    difference = mean_and_error(np.asarray(a, dtype=np.float64) - b)
+    """95 % interval of mean(a - b) over the same images, [N] each, N at least 2.
+
+    Of columns that hold only 0 and 1 it is Agresti and Min's (2005), who add half an image to each of the four cells.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
+        count, gains, losses = len(a) + 2, (a > b).sum() + 0.5, (a < b).sum() + 0.5
+        change = float(gains - losses) / count
+        half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt((gains + losses) / count - change**2) / count**0.5
+        return change - half, change + half
+    difference = mean_and_error(a - b)
     assert difference.low is not None
     assert difference.high is not None
     return difference.low, difference.high
