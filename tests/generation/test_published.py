@@ -55,8 +55,8 @@ def test_ddim_samples_are_the_pipelines_own(
     monkeypatch.setattr(pipeline_dit, "randn_tensor", lambda **_: normal(seeds, (4, 8, 8), device="cpu"))
     if guidance > 1:  # the pipeline's null class is 1000 whatever the model
         monkeypatch.setattr(pipeline_dit.torch, "tensor", null_class_is_8(torch.tensor))
-    theirs = pipeline(labels.tolist(), guidance, num_inference_steps=5, output_type="pt").images * 2 - 1
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    images = pipeline(labels.tolist(), guidance, num_inference_steps=5, output_type="np").images  # [2, H, W, 3], 0 to 1
+    torch.testing.assert_close(ours, torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1, atol=1e-5, rtol=1e-4)
 
 
 def null_class_is_8(tensor: object) -> object:

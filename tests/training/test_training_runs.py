@@ -195,7 +195,7 @@ def test_a_stage_without_what_it_starts_from_says_so(
     ("arguments", "said"),
     [
         (["klvae", "model.encoder.width=48"], "model.encoder.width: encoder channels 4, width 48: width must be"),
-        (["klvae", "model.encoder.groups=5"], "model.*: no network can be made of it: num_channels (32) must"),
+        (["klvae", "model.encoder.groups=5"], "model.*: no network can be made of it: num_channels"),
         (["klvae", "model.decoder.groups=0"], "model.*: no network"),
         (["klvae", "gan.width=5"], "gan.*: no network"),
         (["klvae", "model.encoder.downsample=16"], "channel_mult has 3 numbers, the encoder f16c4 needs 5"),
