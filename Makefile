@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-weights format lint check bench gpu-check study leaderboard verify
+.PHONY: help demo test test-compiled test-weights format lint check bench gpu-check study leaderboard verify
 
 demo: $(VENV)/.installed  ## measure the two bundled tokenizers on the bundled photographs
 	$(BIN)/tokbench run --models ssdd,klvae --res 256
@@ -12,8 +12,11 @@ demo: $(VENV)/.installed  ## measure the two bundled tokenizers on the bundled p
 help:  ## what can be made
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-test: $(VENV)/.installed  ## all tests that need neither network nor GPU
-	$(BIN)/python -m pytest -n 2
+test: $(VENV)/.installed  ## all tests that need neither network nor GPU nor minutes of torch.compile
+	$(BIN)/python -m pytest -n 2 -m "not compiled"
+
+test-compiled: $(VENV)/.installed  ## tests that wait for torch.compile
+	$(BIN)/python -m pytest -m compiled
 
 test-weights: $(VENV)/.installed  ## tests with published weights; needs the network
 	$(BIN)/python -m pytest -m weights

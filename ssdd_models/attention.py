@@ -1,13 +1,13 @@
 """Self-attention on a grid, limited to a 15 x 15 window, with a learned bias per offset: exact, and linear in the grid.
 
-No mask over all pairs is ever built. Queries are taken in square blocks, each with the keys its windows can reach: at
-most 22 x 22 positions, so that time and memory per position are bounded. On CUDA the same thing is a FlexAttention.
+Three forms of the same sum. `blocked`: queries are taken in square blocks, each with the keys its windows can reach,
+at most 22 x 22 positions, so that time and memory per position are bounded. `dense`: the grid is one block, with a bias
+for every pair. `flex`: a FlexAttention, which wants torch.compile. `choose_form` says which is used where.
 The bias is looked up from the table in every call; a cached one would be frozen while the table is trained.
 """
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,20 @@ RADIUS = 7  # a query sees keys up to this many rows and columns away
 SIDE = 2 * RADIUS + 1
 BLOCK = 8  # queries are taken in blocks of at most 8 x 8
 MASKED = -1e7
+Form = Literal["dense", "blocked", "flex"]
+
+
+def choose_form(height: int, width: int, device: torch.device) -> Form:
+    """The fastest form by the table of `python -m tests.bench_attention`.
+
+    For CUDA by arithmetic so far: up to 32 x 32 tokens (256 px) one kernel over all pairs costs less than gathering
+    blocks; FlexAttention saves nothing below 64 x 64, and without a compiler it would build all pairs.
+    """
+    if device.type != "cuda":
+        return "blocked"
+    if max(height, width) <= 32:
+        return "dense"
+    return "flex" if height * width > 64 * 64 and torch.compiler.is_compiling() else "blocked"
 
 
 @dataclass(frozen=True)
@@ -43,9 +57,9 @@ class Axis:
         return (blocks * self.block).clamp(max=self.size - self.block)
 
 
-def cut(size: int) -> Axis:
-    """Cut an axis; up to 22 positions stay in one piece."""
-    if size <= BLOCK + 2 * RADIUS:
+def cut(size: int, whole: int = BLOCK + 2 * RADIUS) -> Axis:
+    """Cut an axis; up to `whole` positions stay in one piece."""
+    if size <= whole:
         return Axis(size, size, size, (Run(0, 1, 0),))
     # Blocks as equal as can be, so that only the last overlaps its neighbour, and by less than there are blocks.
     block = -(-size // -(-size // BLOCK))
@@ -107,11 +121,12 @@ def tokens(rows: Tensor, columns: Tensor, width: int) -> Tensor:
     return (rows[:, None, :, None] * width + columns[None, :, None, :]).flatten()
 
 
-def make_layout(height: int, width: int, device: torch.device, flex: bool | None = None) -> Layout:
-    """Cut a grid. `flex` None: FlexAttention on CUDA where the grid is more than one block."""
-    vertical, horizontal = cut(height), cut(width)
-    if flex or (flex is None and device.type == "cuda" and len(vertical.runs) * len(horizontal.runs) > 1):
+def make_layout(height: int, width: int, device: torch.device, form: Form | None = None) -> Layout:
+    """Cut a grid for a form; None: the one that `choose_form` says."""
+    form = form or choose_form(height, width, device)
+    if form == "flex":
         return Layout(height, width, (), torch.empty(0), flex_layout(height, width, device))
+    vertical, horizontal = (cut(size, size) if form == "dense" else cut(size) for size in (height, width))
     pieces, order = [], []
     for down in vertical.runs:
         for right in horizontal.runs:
@@ -197,15 +212,8 @@ def flex_layout(height: int, width: int, device: torch.device) -> tuple[Tensor, 
     return order, inverse, BlockMask.from_kv_blocks(number, which, BLOCK_SIZE=128, mask_mod=inside), across
 
 
-@cache
-def compiled_flex_attention() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention as kernel
-
-    return torch.compile(kernel, dynamic=False)
-
-
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: Layout) -> Tensor:
-    """The FlexAttention form of `windowed_attention`; compiled, except on a CPU, where it serves the tests alone."""
+    """The FlexAttention form of `windowed_attention`, to be called under torch.compile."""
     from torch.nn.attention.flex_attention import flex_attention as kernel
 
     order, inverse, mask, across = layout.flex
@@ -217,7 +225,9 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: Layou
         down, right = ((d + RADIUS).clamp(0, SIDE - 1) for d in (y - key_y, x - key_x))
         return score + table[down, right, head]
 
-    # On a CPU compiling takes longer than the tests that need it; inside a compiled model it is compiled already.
-    run = kernel if torch.compiler.is_compiling() or q.device.type == "cpu" else compiled_flex_attention()
-    h = run(q.contiguous(), k.contiguous(), v.contiguous(), score_mod=biased, block_mask=mask)
+    # The bias is loaded tile by tile with K and V: a pipeline of several tiles exceeds the shared memory of most cards.
+    options: Any = {"num_stages": 1} if q.device.type == "cuda" else None
+    h = kernel(
+        q.contiguous(), k.contiguous(), v.contiguous(), score_mod=biased, block_mask=mask, kernel_options=options
+    )
     return h.transpose(1, 2).flatten(2).index_select(1, inverse)

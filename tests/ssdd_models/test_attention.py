@@ -1,11 +1,11 @@
-"""Windowed attention: every form equals the dense one, and none grows faster than the grid."""
+"""Windowed attention: every form equals the definition, and the blocked one grows no faster than the grid."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from ssdd_models.attention import BLOCK, RADIUS, cut, make_layout, relative_bias, windowed_attention
+from ssdd_models.attention import BLOCK, RADIUS, Form, choose_form, cut, make_layout, relative_bias, windowed_attention
 from tests.reference import GOLDEN, fill
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ def offsets(size: int) -> Tensor:
     return torch.arange(size)[:, None] - torch.arange(size)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
+def defined(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:
     """The definition: a bias for every pair of positions."""
     bias = relative_bias(table, offsets(height), offsets(width))
     q, k, v = (x.unflatten(2, (table.shape[-1], -1)).transpose(1, 2) for x in (q, k, v))
@@ -37,46 +37,67 @@ def test_relative_bias_equals_the_golden_values() -> None:
         torch.testing.assert_close(bias, torch.from_numpy(units[f"relbias_grid{grid}"]))
 
 
+@pytest.mark.parametrize("form", ["dense", "blocked"])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_blocked_attention_and_its_gradients_equal_the_dense_form(grid: tuple[int, int]) -> None:
+def test_forms_and_their_gradients_equal_the_definition(grid: tuple[int, int], form: Form) -> None:
     given = drawn(*grid)
-    expected = dense(*given, *grid)
-    blocked = windowed_attention(*given, make_layout(*grid, CPU))
-    torch.testing.assert_close(blocked, expected, rtol=0, atol=1e-5)
+    expected = defined(*given, *grid)
+    layout = make_layout(*grid, CPU, form)
+    ours = windowed_attention(*given, layout)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     with torch.no_grad():  # another kernel
-        torch.testing.assert_close(windowed_attention(*given, make_layout(*grid, CPU)), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(windowed_attention(*given, layout), expected, rtol=0, atol=1e-5)
     weight = torch.randn_like(expected)
-    for ours, theirs in zip(
-        torch.autograd.grad(blocked, given, weight), torch.autograd.grad(expected, given, weight), strict=True
+    for one, other in zip(
+        torch.autograd.grad(ours, given, weight), torch.autograd.grad(expected, given, weight), strict=True
     ):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * max(1, theirs.abs().max().item()))
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * max(1, other.abs().max().item()))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("grid", [(8, 8), (12, 40), (23, 24), (33, 29)])
 @torch.no_grad()
-def test_flex_attention_equals_the_dense_form(grid: tuple[int, int]) -> None:
+def test_flex_attention_equals_the_definition(grid: tuple[int, int]) -> None:
     given = drawn(*grid)
-    ours = windowed_attention(*given, make_layout(*grid, CPU, flex=True))
-    torch.testing.assert_close(ours, dense(*given, *grid), rtol=0, atol=1e-5)
+    ours = windowed_attention(*given, make_layout(*grid, CPU, "flex"))
+    torch.testing.assert_close(ours, defined(*given, *grid), rtol=0, atol=1e-5)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("width", [24, 36, 48, 64, 72])  # of a head: those of XS, ..., and no power of two
+@torch.no_grad()  # FlexAttention has no backward on a CPU
+def test_compiled_flex_attention_equals_the_definition(width: int) -> None:
+    given = drawn(23, 24, dim=2 * width)
+    compiled = torch.compile(windowed_attention, dynamic=False, fullgraph=True)
+    ours = compiled(*given, make_layout(23, 24, CPU, "flex"))
+    torch.testing.assert_close(ours, defined(*given, 23, 24), rtol=0, atol=1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dim", [48, 80, 128])
-def test_flex_attention_on_cuda_and_its_gradients_equal_the_dense_form(dim: int) -> None:
+@pytest.mark.parametrize("form", ["dense", "blocked", "flex"])
+def test_forms_on_cuda_and_their_gradients_equal_the_definition(dim: int, form: Form) -> None:
     device = torch.device("cuda")
     given = drawn(33, 40, device, dim)
-    layout = make_layout(33, 40, device)
-    assert layout.flex is not None
-    ours = windowed_attention(*given, layout)
+    attention = torch.compile(windowed_attention, dynamic=False) if form == "flex" else windowed_attention
+    ours = attention(*given, make_layout(33, 40, device, form))
     cpu = [x.detach().cpu().requires_grad_() for x in given]
-    expected = dense(*cpu, 33, 40)
+    expected = defined(*cpu, 33, 40)
     torch.testing.assert_close(ours.cpu(), expected, rtol=0, atol=1e-4)
     weight = torch.randn_like(expected)
     grads = torch.autograd.grad(ours, given, weight.to(device)), torch.autograd.grad(expected, cpu, weight)
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("grid", "device", "form"),
+    [((16, 16), "cpu", "blocked"), ((32, 32), "cuda", "dense"), ((33, 16), "cuda", "blocked"),
+     ((128, 128), "cuda", "blocked")],
+)  # fmt: skip
+def test_no_form_needs_a_compiler_where_there_is_none(grid: tuple[int, int], device: str, form: Form) -> None:
+    assert choose_form(*grid, torch.device(device)) == form
 
 
 def test_every_window_lies_in_its_region_and_every_query_in_a_block() -> None:
@@ -97,7 +118,7 @@ def test_every_window_lies_in_its_region_and_every_query_in_a_block() -> None:
 
 @pytest.mark.parametrize("grid", [(64, 64), (128, 128), (16, 512)])
 def test_pairs_computed_per_position_are_bounded(grid: tuple[int, int]) -> None:
-    layout = make_layout(*grid, CPU, flex=False)
+    layout = make_layout(*grid, CPU, "blocked")
     pairs = sum(len(piece.queries) * len(piece.keys) // piece.num for piece in layout.pieces)
     assert pairs <= grid[0] * grid[1] * (BLOCK + 2 * RADIUS) ** 2
 

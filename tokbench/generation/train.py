@@ -150,7 +150,7 @@ def train(config: DiTTraining, data: str, out: Path) -> Path:
         # Model. All processes start from the same weights.
         torch.manual_seed(run.seed)
         dit = make_dit(config, latents.shape[0], len(images.classes)).to(session.device)
-        model = torch.compile(dit) if run.compile else dit
+        model = torch.compile(dit, dynamic=False) if run.compile else dit
         session.start(dit, dit.named_parameters())
         info = {
             "space": to_record(space),

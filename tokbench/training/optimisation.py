@@ -211,12 +211,14 @@ def place(
     networks: Iterable[nn.Module], run: RunConfig, device: torch.device, recomputed: tuple[type[nn.Module], ...]
 ) -> None:
     """Move networks to the device and change how they are run as the settings want."""
+    if run.compile:
+        torch._functorch.config.donated_buffer = False  # an adversarial weight goes backward through a graph twice
     for network in networks:
         network.to(device).to(memory_format=torch.channels_last)
         if run.checkpoint_activations:
             recompute(network, recomputed)
         if run.compile:
-            network.compile()
+            network.compile(dynamic=False)  # sizes are those of the crops; symbolic ones take minutes to trace
 
 
 # ---- losses -------------------------------------------------------------------------------------------------------

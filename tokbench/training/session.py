@@ -155,7 +155,9 @@ class Session:
     def score(self, tokenizer: Tokenizer, held_out: Tensor, step: int) -> bool:
         """Log the means over held-out images, uint8 [N, 3, R, R]; whether they are the best so far."""
         run = self.config.run
-        self.log.write(step=step, **score(tokenizer, held_out, run.eval_metrics, self.device))
+        with torch.compiler.set_stance("force_eager"):  # of another size than crops: not worth a graph of its own
+            scores = score(tokenizer, held_out, run.eval_metrics, self.device)
+        self.log.write(step=step, **scores)
         return is_best(self.log.records(), run.best_by)
 
 
