@@ -212,7 +212,9 @@ def place(
 ) -> None:
     """Move networks to the device and change how they are run as the settings want."""
     if run.compile:
-        torch._functorch.config.donated_buffer = False  # an adversarial weight goes backward through a graph twice
+        from torch._functorch import config
+
+        config.donated_buffer = False  # an adversarial weight goes backward through a graph twice
     for network in networks:
         network.to(device).to(memory_format=torch.channels_last)
         if run.checkpoint_activations:
