@@ -2,11 +2,13 @@
 
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.conftest import TINY, Ran
 from tokbench.data.sources import FileSource
@@ -14,6 +16,7 @@ from tokbench.errors import InputError
 from tokbench.records import samples
 from tokbench.records.files import write_whole
 from tokbench.records.result import EvalResult, read_result
+from tokbench.records.samples import SampleStore
 from tokbench.training.log import Log
 
 Command = Callable[..., Ran]
@@ -28,7 +31,7 @@ def run(tokbench: Command, data: Path, out: Path, *more: object) -> Ran:
 
 
 def result(out: Path) -> EvalResult:
-    (path,) = out.glob("adm/*/tiny.json")
+    (path,) = out.glob("adm/*/*.json")
     return read_result(path)
 
 
@@ -54,26 +57,46 @@ def files_no_larger_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def score(tokbench: Command, data: Path, out: Path) -> Ran:
+    """The photographs in `data` against themselves, squeezed to 32 pixels."""
+    fakes = data.with_name("tiny")
+    fakes.mkdir(exist_ok=True)
+    for path in data.iterdir():
+        Image.open(path).convert("RGB").resize((32, 32)).save(fakes / f"{path.stem}.png")
+    return tokbench("score", data, fakes, "--out", out, "--workers", 0, "--metrics", "psnr,ssim")
+
+
+@pytest.mark.parametrize("command", [run, score])
 def test_a_full_disk_ends_the_run_and_the_next_goes_on(
-    tokbench: Command, data: Path, tmp_path: Path, undisturbed: EvalResult
+    command: Callable[[Command, Path, Path], Ran], tokbench: Command, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     left = iter(range(5))
+    seen: list[str] = []
 
     def write_while_there_is_room(path: Path, data: bytes) -> None:
         with files_no_larger_than(100 if next(left, None) is None else 1 << 20):
             write_whole(path, data)
 
+    def append(self: SampleStore, ids: Sequence[str], *arrays: Any) -> None:
+        seen.extend(ids)
+        return appended(self, ids, *arrays)
+
+    appended = SampleStore.append
+    assert command(tokbench, data, tmp_path / "undisturbed").status == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(samples, "FLUSH_SECONDS", 0)
         patch.setattr(samples, "write_whole", write_while_there_is_room)
-        ran = run(tokbench, data, out)
+        ran = command(tokbench, data, out)
     assert ran.status == 2
     assert "cannot be written" in ran.reason
     assert not list(out.glob("adm/*/*.json"))
     assert len(list(out.glob("adm/*/.tiny-*/*.npz"))) == 5
-    assert run(tokbench, data, out).status == 0
-    assert result(out).metrics == undisturbed.metrics
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SampleStore, "append", append)
+        assert command(tokbench, data, out).status == 0
+    assert len(seen) == 12 - 5
+    assert result(out).metrics == result(tmp_path / "undisturbed").metrics
 
 
 def test_a_full_disk_ends_a_training_log_in_one_line(tmp_path: Path) -> None:
@@ -147,9 +170,9 @@ def test_a_file_that_vanishes_during_a_run_is_named(
     last = sorted(data.iterdir())[-1]
     kept = last.read_bytes()
 
-    def vanish(self: FileSource, index: int) -> object:
+    def vanish(self: FileSource, index: int, **how: bool) -> object:
         last.unlink(missing_ok=True)
-        return load(self, index)
+        return load(self, index, **how)
 
     load = FileSource.load
     monkeypatch.setattr(FileSource, "load", vanish)

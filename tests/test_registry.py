@@ -31,9 +31,8 @@ def factory(
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.entries()
     entry = Entry("toy-q{quality}", factory, "for tests")
-    monkeypatch.setattr(registry, "_entries", {**registry._entries, entry.name: entry})
+    monkeypatch.setattr(registry.TOKENIZERS, "_known", {**registry.TOKENIZERS.all(), entry.name: entry})
 
 
 def test_options_get_the_types_that_the_factory_declares() -> None:
@@ -137,7 +136,7 @@ def test_a_checkpoint_says_which_model_it_is(tmp_path: Path) -> None:
 
 
 def test_naming_models_does_not_import_torch() -> None:
-    code = "import sys, tokbench.registry as r; r.entries(); sys.exit('torch' in sys.modules)"
+    code = "import sys, tokbench.registry as r; r.TOKENIZERS.all(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

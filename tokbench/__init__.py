@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tokbench.records.files import results
     from tokbench.records.result import EvalResult, TokenizerInfo, Value
     from tokbench.registry import create as load
-    from tokbench.registry import register, register_source
+    from tokbench.registry import register, register_probe, register_source, register_trainer
     from tokbench.tokenizer import Tokenizer
 
 _HOMES = {
@@ -37,13 +37,15 @@ _HOMES = {
     "load": "tokbench.registry:create",
     "register": "tokbench.registry:register",
     "register_metric": "tokbench.metrics:register_metric",
+    "register_probe": "tokbench.registry:register_probe",
     "register_source": "tokbench.registry:register_source",
+    "register_trainer": "tokbench.registry:register_trainer",
     "results": "tokbench.records.files:results",
 }
 
 __all__ = [
     "CellError", "EvalResult", "InputError", "Metric", "Source", "Tokenizer", "TokenizerInfo", "Value", "evaluate",
-    "load", "register", "register_metric", "register_source", "results",
+    "load", "register", "register_metric", "register_probe", "register_source", "register_trainer", "results",
 ]  # fmt: skip
 
 

@@ -24,6 +24,10 @@ app = typer.Typer(
 
 Models = Annotated[str, typer.Option(help="Model specs, comma-separated; see `tokbench list models`.")]
 Resolutions = Annotated[str, typer.Option("--res", help="Resolutions in pixels, comma-separated.")]
+Data = Annotated[str, typer.Option(help="samples, kodak, a folder, an archive, or hf:NAME.")]
+Split = Annotated[str | None, typer.Option(help="Split of the data set.")]
+Limit = Annotated[int | None, typer.Option(help="Take only N images, chosen by hash of their id.")]
+Out = Annotated[Path, typer.Option(help="Folder for results.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DataType = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 BatchSize = Annotated[str, typer.Option(help="auto or a number of images; a CPU computes one at a time.")]
@@ -77,10 +81,10 @@ def run(
     models: Models,
     measurement: Measurement,
     res: Resolutions = "256",
-    data: Annotated[str, typer.Option(help="samples, kodak, a folder, an archive, or hf:NAME.")] = "samples",
-    split: Annotated[str | None, typer.Option(help="Split of the data set.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Take only N images, chosen by hash of their id.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs"),
+    data: Data = "samples",
+    split: Split = None,
+    limit: Limit = None,
+    out: Out = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard what --out holds of these cells.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="An unavailable metric is a failure.")] = False,
 ) -> None:
@@ -127,8 +131,8 @@ app.add_typer(data_app, name="data")
 @data_app.command(name="info")
 def data_info(
     data: Annotated[str, typer.Argument(help="samples, a folder, an archive, imagenet:ROOT or hf:NAME.")],
-    split: Annotated[str | None, typer.Option(help="Split of the data set.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Take only N images, chosen by hash of their id.")] = None,
+    split: Split = None,
+    limit: Limit = None,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every image to its end.")] = False,
 ) -> None:
     """Show count, sizes, formats, problems and fingerprint of a data set."""
@@ -242,7 +246,7 @@ def train(
 def generate(
     generation: Generation,
     measurement: Measurement,
-    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs"),
+    out: Out = Path("runs"),
     results: Annotated[Path, typer.Option(help="Where else to look rfid up for the table.")] = Path("results"),
 ) -> None:
     """Sample a generator, decode by tokenizers, and score the images against a reference (gFID)."""
@@ -259,12 +263,31 @@ def score(
     measurement: Measurement,
     name: Annotated[str | None, typer.Option(help="Name of the row; default: the folder's.")] = None,
     allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Take images compressed with loss.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs"),
+    out: Out = Path("runs"),
 ) -> None:
     """Measure images made elsewhere, matched to real ones by name and cropped to their size."""
     from tokbench.evaluation.score import run_score
 
     raise typer.Exit(run_score(real, fake, measurement, name=name, allow_lossy=allow_lossy, out=out))
+
+
+@app.command()
+@with_options(Measurement, "protocol", "seeds", "dtype", "device", "batch_size", "workers", "small", "skip_bad")
+def probe(
+    name: Annotated[str, typer.Argument(help="Probe; see `tokbench list probes`.")],
+    models: Models,
+    measurement: Measurement,
+    res: Annotated[str, typer.Option(help="Resolution in pixels: 256, 768x512 or native.")] = "256",
+    data: Data = "samples",
+    split: Split = None,
+    limit: Limit = None,
+) -> None:
+    """Look at models in ways that a metric's one number hides."""
+    from tokbench.evaluation.probe import run_probe
+    from tokbench.protocols import parse_resolution
+
+    asked = dataclasses.replace(measurement, resolution=parse_resolution(res))
+    raise typer.Exit(run_probe(name, models, asked, data=data, split=split, limit=limit))
 
 
 @app.command()
@@ -327,13 +350,13 @@ def weights_export(
 
 @app.command(name="list")
 def list_known(
-    what: Annotated[str, typer.Argument(help="models, metrics or protocols")] = "models",
+    what: Annotated[str, typer.Argument(help="models, metrics, protocols or probes")] = "models",
     family: Annotated[str, typer.Option(help="Models of one family.")] = "",
     columns: Annotated[str, typer.Option(help="Columns of the table of models, comma-separated.")] = "",
     sort: Annotated[str, typer.Option(help="The column that models are sorted by.")] = "",
     form: Annotated[str, typer.Option("--format", help="Of models: table, markdown, csv or json.")] = "table",
 ) -> None:
-    """Show what can be named: models with their facts, metrics, protocols."""
+    """Show what can be named: models with their facts, metrics, protocols, probes."""
     from tokbench import registry
     from tokbench.metrics import METRICS
     from tokbench.protocols import PROTOCOLS
@@ -344,13 +367,16 @@ def list_known(
         if text := written(registry.catalogue(family, chosen, sort), form):
             typer.echo(text)
         return
-    if what == "metrics":
-        rows = [(m.name, m.description + (f" [{m.unit}]" if m.unit else "")) for m in METRICS.values()]
-    elif what == "protocols":
-        rows = [(protocol.name, f"v{protocol.version} {protocol.summary}") for protocol in PROTOCOLS.values()]
-    else:
-        raise InputError(f'list "{what}": choose models, metrics or protocols')
-    for name, text in rows:
+    if what == "probes":  # whose own ones need torch
+        import tokbench.evaluation.probe  # noqa: F401
+    known = {
+        "metrics": {name: m.description + (f" [{m.unit}]" if m.unit else "") for name, m in METRICS.items()},
+        "protocols": {name: f"v{protocol.version} {protocol.summary}" for name, protocol in PROTOCOLS.items()},
+        "probes": {name: probe.summary for name, probe in registry.PROBES.all().items()},
+    }
+    if what not in known:
+        raise InputError(f'list "{what}": choose one of models, {", ".join(known)}')
+    for name, text in known[what].items():
         typer.echo(f"{name:<28} {text}")
 
 

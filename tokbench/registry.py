@@ -1,7 +1,8 @@
-"""Names of tokenizers: what `--models` accepts, typed options, and how a spec becomes a Tokenizer.
+"""Everything that plugins make known by name: tokenizers, trainers, data sources and probes; metrics have their table.
 
-A spec is `NAME`, `NAME@key=value@key=value`, `NAME:FILE`, a file or folder, `file.py:factory`, or two of them joined by
-`+` (encoder of the first, decoder of the second); `alias=SPEC` names the row. Never imports torch by itself.
+A tokenizer's spec is `NAME`, `NAME@key=value@key=value`, `NAME:FILE`, a file or folder, `file.py:factory`, or two of
+them joined by `+` (encoder of the first, decoder of the second); `alias=SPEC` names the row. Never imports torch by
+itself.
 """
 
 import difflib
@@ -18,7 +19,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from safetensors import SafetensorError
 
@@ -26,11 +27,13 @@ from tokbench.checkpoints import read_header
 from tokbench.config import parse_value
 from tokbench.errors import MODEL_ERRORS, CellError, InputError, first_line
 from tokbench.records.files import writable
+from tokbench.records.result import Value
 
 if TYPE_CHECKING:
     from tokbench.tokenizer import Tokenizer
 
 log = logging.getLogger("tokbench")
+T = TypeVar("T")
 
 PLUGINS = "tokbench.plugins"
 # What is known of a model before it is loaded: `facts` of an entry, columns of `tokbench list models`.
@@ -40,75 +43,7 @@ ROW_NAME = re.compile(r"[a-z0-9._-]+")
 LOAD_ERRORS = (SafetensorError, *MODEL_ERRORS)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A registered tokenizer. `name` may hold placeholders ("jpeg-q{quality}") that are options of the factory."""
-
-    name: str
-    factory: Callable[..., Any]
-    summary: str
-    accepts: Callable[[Path], bool] | None = None  # which bare files and folders this entry opens as `file=`
-    facts: Mapping[str, Any] = field(default_factory=dict)  # for `tokbench list models`, by its columns
-
-    @property
-    def options(self) -> dict[str, tuple[Any, Any]]:
-        """Keyword -> (annotation, default or `inspect.Parameter.empty`), in the factory's order."""
-        hints = typing.get_type_hints(self.factory)
-        parameters = inspect.signature(self.factory).parameters.values()
-        return {
-            p.name: (hints.get(p.name, str), p.default)
-            for p in parameters
-            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-        }
-
-    def match(self, head: str) -> dict[str, str] | None:
-        """The placeholders' texts if `head` is one of this entry's names."""
-        pieces = re.split(r"\{(\w+)\}", self.name)
-        pattern = "".join(f"(?P<{p}>[^-:@+]+)" if i % 2 else re.escape(p) for i, p in enumerate(pieces))
-        found = re.fullmatch(pattern, head, re.IGNORECASE)
-        return found.groupdict() if found else None
-
-
-@dataclass(frozen=True)
-class Part:
-    """One tokenizer of a spec: the entry and its options, already typed."""
-
-    text: str
-    entry: Entry
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A parsed spec: `row` names the row, `text` is the spec without its alias, `parts` are one or two."""
-
-    row: str
-    text: str
-    parts: tuple[Part, ...]
-
-
-_entries: dict[str, Entry] = {}
-
-
-def register(
-    name: str,
-    factory: Callable[..., Any],
-    *,
-    summary: str,
-    accepts: Callable[[Path], bool] | None = None,
-    facts: Mapping[str, Any] | None = None,
-) -> None:
-    """Make `factory(**options) -> Tokenizer` known as `name`; its annotated keywords are the options of the spec.
-
-    The parameter `file` takes the rest of `NAME:REST`; a parameter `random_weights: bool = False` says that the model
-    can be built without its checkpoint. `facts` are shown by `tokbench list models`. Heavy imports belong inside the
-    factory. Raises ValueError for a second use of a name or a placeholder that is no option.
-    """
-    entry = Entry(name, factory, summary, accepts, facts or {})
-    missing = set(re.findall(r"\{(\w+)\}", name)) - set(entry.options)
-    if name in _entries or missing:
-        raise ValueError(f"{name}: already registered" if name in _entries else f"{name}: no option {sorted(missing)}")
-    _entries[name] = entry
+# ---- plugins ------------------------------------------------------------------------------------------------------
 
 
 def _plugins() -> list[importlib.metadata.EntryPoint]:
@@ -137,10 +72,108 @@ def load_plugins() -> None:
             log.warning("plugin %s (%s) does not load: %s; reinstall or remove it", point.name, point.value, error)
 
 
-def entries() -> list[Entry]:
-    """Every registered entry, plugins included, by name."""
-    load_plugins()
-    return sorted(_entries.values(), key=lambda entry: entry.name)
+class Names(Generic[T]):
+    """Things of one kind by name."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self._known = kind, dict[str, T]()
+
+    def add(self, name: str, thing: T) -> None:
+        """ValueError for a second use of a name."""
+        if name in self._known:
+            raise ValueError(f"{self.kind} {name!r}: taken already")
+        self._known[name] = thing
+
+    def all(self) -> dict[str, T]:
+        """All of them, plugins' included, by name."""
+        load_plugins()
+        return dict(sorted(self._known.items()))
+
+    def find(self, name: str) -> T:
+        """InputError with close matches for a name that is not known."""
+        known = self.all()
+        if name not in known:
+            raise InputError(f'unknown {self.kind} "{name}"; {suggest(name, list(known))}')
+        return known[name]
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """'did you mean X? known: ...' for a name that is none of `known`; a number stands for any other, or an option."""
+    alike = {re.sub(r"\{\w+\}|\d+", "0", one): one for one in reversed(known)}
+    close = [alike[one] for one in difflib.get_close_matches(re.sub(r"\d+", "0", name.lower()), alike)]
+    return (f"did you mean {' or '.join(close)}? " if close else "") + f"known: {', '.join(known) or 'none'}"
+
+
+# ---- tokenizers ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered tokenizer. `name` may hold placeholders ("jpeg-q{quality}") that are options of the factory."""
+
+    name: str
+    factory: Callable[..., Any]
+    summary: str
+    accepts: Callable[[Path], bool] | None = None  # which bare files and folders this entry opens as `file=`
+    facts: Mapping[str, Any] = field(default_factory=dict)  # for `tokbench list models`, by its columns
+
+    @property
+    def options(self) -> dict[str, tuple[Any, Any]]:
+        """Keyword -> (annotation, default or `inspect.Parameter.empty`), in the factory's order."""
+        hints = typing.get_type_hints(self.factory)
+        parameters = inspect.signature(self.factory).parameters.values()
+        return {
+            p.name: (hints.get(p.name, str), p.default)
+            for p in parameters
+            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        }
+
+    def match(self, head: str) -> dict[str, str] | None:
+        """The placeholders' texts if `head` is one of this entry's names."""
+        pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^-:@+]+)", re.escape(self.name))
+        found = re.fullmatch(pattern, head, re.IGNORECASE)
+        return found.groupdict() if found else None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tokenizer of a spec: the entry and its options, already typed."""
+
+    text: str
+    entry: Entry
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed spec: `row` names the row, `text` is the spec without its alias, `parts` are one or two."""
+
+    row: str
+    text: str
+    parts: tuple[Part, ...]
+
+
+TOKENIZERS: Names[Entry] = Names("model")
+
+
+def register(
+    name: str,
+    factory: Callable[..., Any],
+    *,
+    summary: str,
+    accepts: Callable[[Path], bool] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Make `factory(**options) -> Tokenizer` known as `name`; its annotated keywords are the options of the spec.
+
+    The parameter `file` takes the rest of `NAME:REST`; a parameter `random_weights: bool = False` says that the model
+    can be built without its checkpoint. `facts` are shown by `tokbench list models`. Heavy imports belong inside the
+    factory. Raises ValueError for a second use of a name or a placeholder that is no option.
+    """
+    entry = Entry(name, factory, summary, accepts, facts or {})
+    if missing := set(re.findall(r"\{(\w+)\}", name)) - set(entry.options):
+        raise ValueError(f"{name}: no option {sorted(missing)}")
+    TOKENIZERS.add(name, entry)
 
 
 def catalogue(family: str = "", columns: Sequence[str] = (), sort: str = "") -> list[dict[str, Any]]:
@@ -149,7 +182,8 @@ def catalogue(family: str = "", columns: Sequence[str] = (), sort: str = "") -> 
     Raises InputError for a family or a column that there is not.
     """
     rows: list[dict[str, Any]] = [
-        {"model": e.name, "about": e.summary, "options": " ".join(e.options), **e.facts} for e in entries()
+        {"model": e.name, "about": e.summary, "options": " ".join(e.options), **e.facts}
+        for e in TOKENIZERS.all().values()
     ]
     families = sorted({row["family"] for row in rows if "family" in row})
     for what, given, known in [("column", name, ["model", *FACTS]) for name in (*columns, sort)] + [
@@ -165,7 +199,7 @@ def catalogue(family: str = "", columns: Sequence[str] = (), sort: str = "") -> 
 
 def packages() -> set[str]:
     """Top-level packages that registered tokenizers come from: whose code a model's numbers depend on."""
-    return {entry.factory.__module__.partition(".")[0] for entry in entries()}
+    return {entry.factory.__module__.partition(".")[0] for entry in TOKENIZERS.all().values()}
 
 
 def parse(spec: str) -> Spec:
@@ -253,34 +287,23 @@ def _parse_part(text: str) -> Part:
 
 def _find_entry(head: str, text: str) -> tuple[Entry, dict[str, str]]:
     """The entry that a spec's head means, and the options that the head itself gives."""
-    known = entries()
+    known = TOKENIZERS.all()
     # Fewest placeholders first: an exact name wins over a pattern that happens to fit.
-    for entry in sorted(known, key=lambda entry: entry.name.count("{")):
+    for entry in sorted(known.values(), key=lambda entry: entry.name.count("{")):
         if (found := entry.match(head)) is not None:
             return entry, found
-    name, colon, rest = head.partition(":")
-    if head.partition(".py:")[1]:
+    name, _, rest = head.partition(":")
+    if ".py:" in head:
         return _entry_from_source(head, text), {}
-    if colon and (named := _entries.get(name)) and rest:
-        if "file" not in named.options:
+    if rest and name in known:
+        if "file" not in known[name].options:
             raise InputError(f'model "{text}": {name} takes no file')
-        return named, {"file": rest}
+        return known[name], {"file": rest}
     if Path(head).exists():
         return _entry_for_file(Path(head), text), {"file": head}
     if "/" in head or "\\" in head or head.endswith(".safetensors"):
         raise InputError(f'model "{text}": no such file or folder: {head}')
-    raise InputError(f'unknown model "{name}"; {suggest(name, [entry.name for entry in known])}')
-
-
-def suggest(name: str, known: list[str]) -> str:
-    """'did you mean X? known: ...' for a name that is none of `known`."""
-    alike = {re.sub(r"\{\w+\}|\d+", "0", one): one for one in reversed(known)}  # a number stands for a placeholder
-    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
-    close += [
-        alike[one] for one in difflib.get_close_matches(re.sub(r"\d+", "0", name.lower()), alike, n=3, cutoff=0.6)
-    ]
-    close = list(dict.fromkeys(close))[:3]
-    return (f"did you mean {' or '.join(close)}? " if close else "") + f"known: {', '.join(known) or 'none'}"
+    return TOKENIZERS.find(head), {}  # which says what is alike
 
 
 def _entry_from_source(head: str, text: str) -> Entry:
@@ -308,11 +331,12 @@ def _entry_from_source(head: str, text: str) -> Entry:
 
 def _entry_for_file(path: Path, text: str) -> Entry:
     """The entry that opens a bare file or folder: its own metadata names it, or an entry accepts it."""
+    known = TOKENIZERS.all()
     if path.suffix == ".safetensors":
-        model = read_header(path)[1].get("model")
-        if model in _entries and "file" in _entries[model].options:
-            return _entries[model]
-    for entry in entries():
+        entry = known.get(str(read_header(path)[1].get("model")))
+        if entry is not None and "file" in entry.options:
+            return entry
+    for entry in known.values():
         if entry.accepts is not None and entry.accepts(path):
             return entry
     raise InputError(f'model "{text}": {path} says nowhere which model it is; write NAME:{path}')
@@ -331,6 +355,9 @@ def _typed(entry: Entry, texts: Mapping[str, str], text: str) -> dict[str, Any]:
         if default is inspect.Parameter.empty and key not in values:
             raise InputError(f'model "{text}": option {key} is needed: {entry.name}@{key}=...')
     return values
+
+
+# ---- trainers -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -358,33 +385,18 @@ class Trainer:
     summary: str
 
 
-_trainers: dict[str, Trainer] = {}
+TRAINERS: Names[Trainer] = Names("model to train")
 
 
 def register_trainer(name: str, trainer: Trainer) -> None:
     """Make `tokbench train NAME` known; a plugin's `register` calls it. ValueError for a second use of a name."""
-    if name in _trainers:
-        raise ValueError(f"{name}: a trainer of this name is registered already")
-    _trainers[name] = trainer
-
-
-def trainers() -> dict[str, Trainer]:
-    """All of them, plugins included, by name."""
-    load_plugins()
-    return dict(sorted(_trainers.items()))
-
-
-def find_trainer(name: str) -> Trainer:
-    known = trainers()
-    if name not in known:
-        raise InputError(f'unknown model to train "{name}"; {suggest(name, list(known))}')
-    return known[name]
+    TRAINERS.add(name, trainer)
 
 
 def train_model(name: str, options: TrainOptions) -> Path:
     """Train and return the finished file. Raises InputError for a missing --data or for an --out that is missing or
     cannot be written, before anything is fetched or built."""
-    trainer = find_trainer(name)
+    trainer = TRAINERS.find(name)
     if not options.data or options.out == Path():
         raise InputError(f"train {name}: --data DIR and --out DIR are needed")
     existing = next(place for place in (options.out, *options.out.absolute().parents) if place.exists())
@@ -396,9 +408,19 @@ def train_model(name: str, options: TrainOptions) -> Path:
 def train_help(name: str | None, stage: str | None, preset: str | None) -> str:
     """What can be trained, or every setting of one of them as key=value."""
     if name is None:
-        return "\n".join(["Models:", *(f"  {known:<8} {trainer.summary}" for known, trainer in trainers().items())])
+        return "\n".join(["Models:", *(f"  {known:<8} {trainer.summary}" for known, trainer in TRAINERS.all().items())])
     which = " ".join(f"{what} {given}" for what, given in (("stage", stage), ("preset", preset)) if given)
-    return "\n  ".join([f"Settings of {name} {which}".rstrip() + ":", *find_trainer(name).settings(stage, preset)])
+    return "\n  ".join([f"Settings of {name} {which}".rstrip() + ":", *TRAINERS.find(name).settings(stage, preset)])
+
+
+def choose(known: Sequence[str], name: str | None, what: str, default: str) -> str:
+    """`name`, or the default for None; InputError naming all choices if it is not known."""
+    if name is not None and name not in known:
+        raise InputError(f'unknown {what} "{name}"; known: {", ".join(known)}')
+    return name or default
+
+
+# ---- data sources and probes --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -412,24 +434,26 @@ class DataSource:
     summary: str
 
 
-_sources: dict[str, DataSource] = {}
+@dataclass(frozen=True)
+class Probe:
+    """`measure` takes a tokenizer that is ready on a device, a `Source`, a `Measurement` and the device.
+
+    It gives values by column, whose names may be those of metrics, or others.
+    """
+
+    measure: Callable[..., Mapping[str, Value]]
+    summary: str
+
+
+SOURCES: Names[DataSource] = Names("data source")
+PROBES: Names[Probe] = Names("probe")
 
 
 def register_source(name: str, open: Callable[[str, str | None], Any], *, summary: str) -> None:
     """Make `--data NAME` and `--data NAME:REST` known; a plugin's `register` calls it. ValueError for a taken name."""
-    if name in _sources or not ROW_NAME.fullmatch(name):
-        raise ValueError(f"{name}: a data source of this name is registered already, or not of a-z 0-9 . _ -")
-    _sources[name] = DataSource(open, summary)
+    SOURCES.add(name, DataSource(open, summary))
 
 
-def sources() -> dict[str, DataSource]:
-    """All that plugins registered, by name."""
-    load_plugins()
-    return dict(sorted(_sources.items()))
-
-
-def choose(known: Sequence[str], name: str | None, what: str, default: str) -> str:
-    """`name`, or the default for None; InputError naming all choices if it is not known."""
-    if name is not None and name not in known:
-        raise InputError(f'unknown {what} "{name}"; known: {", ".join(known)}')
-    return name or default
+def register_probe(name: str, measure: Callable[..., Mapping[str, Value]], *, summary: str) -> None:
+    """Make `tokbench probe NAME` known; a plugin's `register` calls it. ValueError for a taken name."""
+    PROBES.add(name, Probe(measure, summary))

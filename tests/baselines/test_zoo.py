@@ -18,7 +18,7 @@ from tests.conftest import Ran
 from tokbench.errors import CellError
 from tokbench.evaluation.evaluate import evaluate
 from tokbench.records.result import EvalResult
-from tokbench.registry import create, entries
+from tokbench.registry import TOKENIZERS, create
 from tokbench.tokenizer import Tokenizer
 
 EXAMPLE = TESTS / "example_tokenizer.py"
@@ -40,7 +40,7 @@ def both_ways(tokenizer: Tokenizer, images: Tensor, seeds: Tensor = SEEDS) -> tu
 
 
 def test_every_published_row_has_a_name_and_a_licence_in_the_list() -> None:
-    known = {entry.name: entry for entry in entries()}
+    known = TOKENIZERS.all()
     for name, row in PUBLISHED.items():
         assert known[name].facts["licence"] == row.licence
         assert {"file", "random_weights"} <= set(known[name].options)

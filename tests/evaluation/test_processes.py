@@ -4,6 +4,8 @@ import gzip
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -156,6 +158,19 @@ def test_a_damaged_row_of_a_killed_run_is_named_and_measured_again(
     assert tokbench(*command(photographs, tmp_path)).status == 0
     assert all(f"{path.name}: damaged" in caplog.text for path in (first, second))
     assert numbers(tmp_path) == uninterrupted
+
+
+def test_processes_meet_again_after_they_have_parted(tmp_path: Path) -> None:
+    """torchrun's store keeps the addresses of the first meeting: the one that is early must not find them."""
+    script = tmp_path / "meet.py"
+    script.write_text(
+        "import time\nfrom tokbench.runtime.processes import join\n"
+        "for number in range(2):\n    with join() as processes:\n"
+        "        assert processes.all_gather(processes.rank) == [0, 1]\n    time.sleep(processes.rank)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_an_incomplete_environment_of_torchrun_is_named(

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from tests.conftest import Ran
+from tests.forked import start
 from tokbench import registry
 from tokbench.data.crops import crop
 from tokbench.data.open import open_source
@@ -128,6 +129,38 @@ def test_fakes_of_unequal_sizes_are_scored_against_whole_originals(
     assert ran.status == 0
     result = read_result(tmp_path / "runs" / "adm-native" / "reals-native" / "fakes.json")
     assert result.metrics["psnr"].value == pytest.approx(np.mean(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("metrics", ["psnr", "ssim,psnr", "ssim-gauss,psnr-global", "ms-ssim,ssim-gauss", "bpp,psnr"])
+def test_what_one_scoring_has_measured_the_next_still_prints(
+    metrics: str, tokbench: Callable[..., Ran], photographs: Path, copies: Path, tmp_path: Path
+) -> None:
+    command = ("score", photographs, copies, "--out", tmp_path / "runs", "--metrics")
+    path = tmp_path / "runs" / "adm" / "photographs-32" / "copies.json"
+    assert tokbench(*command, "ssim,psnr").status == 0
+    before, (_, rows_before) = read_result(path), read_per_image(per_image_path(path))
+    assert tokbench(*command, metrics).status == 0
+    after, (_, rows_after) = read_result(path), read_per_image(per_image_path(path))
+    assert {name: after.metrics[name] for name in before.metrics} == before.metrics
+    assert all(np.array_equal(rows_after[name], column) for name, column in rows_before.items())
+    assert set(metrics.split(",")) <= after.metrics.keys() | after.unavailable.keys() | {"bpp"}
+    text = path.read_text()
+    assert tokbench(*command, metrics).status == 0
+    assert path.read_text() == text  # not measured again
+
+
+def test_two_processes_score_what_one_does(
+    tokbench: Callable[..., Ran], photographs: Path, copies: Path, tmp_path: Path
+) -> None:
+    command = ["score", str(photographs), str(copies), "--metrics", METRICS, "--out"]
+    assert tokbench(*command, tmp_path / "one").status == 0
+    for process in start([*command, str(tmp_path / "two")], tmp_path, world=2):
+        status, error = process.finish()
+        assert status == 0, error
+    one, two = (tmp_path / name / "adm" / "photographs-32" / "copies.json" for name in ("one", "two"))
+    assert read_result(two).metrics == read_result(one).metrics
+    assert read_result(two).provenance.world_size == 2
+    assert per_image_path(two).read_bytes() == per_image_path(one).read_bytes()
 
 
 def test_wrong_folders_are_refused_by_name(

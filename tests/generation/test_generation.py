@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokbench.config import override
 from tokbench.errors import InputError
-from tokbench.evaluation.cell import model_key
+from tokbench.evaluation.model import model_key
 from tokbench.generation import Generation
 from tokbench.generation.compatibility import check_fits, latent_space
 from tokbench.generation.generate import open_generator, parse_labels, run_generate

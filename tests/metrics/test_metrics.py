@@ -368,7 +368,7 @@ def plugin() -> Iterator[None]:
     """The README's, registered for one test."""
     example_plugin.register()
     yield
-    del METRICS["mae"], METRICS["below-30-db"], registry._sources["grays"]
+    del METRICS["mae"], METRICS["below-30-db"], registry.SOURCES._known["grays"]
 
 
 @pytest.mark.usefixtures("plugin")

@@ -48,7 +48,7 @@ def open_source(spec: str | Path, split: str | None = None, limit: int | None = 
         source = _guess(Path(text), split)
     elif text in SETS:
         source = _named(text, split)
-    elif kind in (registered := registry.sources()):
+    elif kind in (registered := registry.SOURCES.all()):
         source = registered[kind].open(rest, split)
     else:
         raise InputError(f"{text}: no such file or folder; --data takes a path or one of {', '.join(_names())}")
@@ -79,7 +79,7 @@ def _no_split(name: str, split: str | None) -> None:
 
 
 def _names() -> list[str]:
-    return [*OPENERS, *SETS, *registry.sources()]
+    return [*OPENERS, *SETS, *registry.SOURCES.all()]
 
 
 def _named(name: str, split: str | None) -> Source:

@@ -1,25 +1,34 @@
-"""What a notebook or a training loop calls: one tokenizer, measured."""
+"""One tokenizer, measured: what `tokbench run` does with each, and what a notebook or a training loop calls."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from tokbench import registry
-from tokbench.data.loader import refuse_unusable
+from tokbench.data.loader import CropCache, Loader, refuse_unusable
 from tokbench.data.open import open_source
 from tokbench.data.sources import Source
 from tokbench.errors import InputError
-from tokbench.evaluation.cell import ADVICE, check_size, evaluate_cell
+from tokbench.evaluation.cell import Cell, measure_cell
+from tokbench.evaluation.model import applies, check_size, model_key, with_facts
+from tokbench.evaluation.reconstruct import Fakes, Timer, autocast_dtype, first_batch_size, latent_columns, round_trip
 from tokbench.metrics import DEFAULT, find_metrics
-from tokbench.metrics.suite import MetricSuite
-from tokbench.protocols import NATIVE, Resolution, parse_resolution, sides_of
+from tokbench.protocols import Resolution, parse_resolution
 from tokbench.records.measurement import Measurement
-from tokbench.records.result import EvalResult
-from tokbench.runtime.device import find_dtype, select_device
+from tokbench.records.result import EvalResult, Settings
+from tokbench.runtime.device import find_dtype, prepare, select_device
+from tokbench.runtime.processes import Processes
+from tokbench.runtime.terminal import say
 from tokbench.tokenizer import Tokenizer
+
+# What a user can do about an image; training and scoring read images too, but have no such options.
+ADVICE = "; --skip-bad leaves such images out, --small skip those that are too small"
 
 
 def checked(measurement: Measurement) -> Measurement:
@@ -32,8 +41,7 @@ def checked(measurement: Measurement) -> Measurement:
     if not measurement.seeds:
         raise InputError("--seeds: at least one is needed")
     find_dtype(measurement.dtype)
-    protocol = measurement.rules
-    names = measurement.metrics or protocol.metrics or DEFAULT
+    names = measurement.metrics or measurement.rules.metrics or DEFAULT
     find_metrics(names, "reconstruction")
     return replace(measurement, metrics=names)
 
@@ -44,17 +52,84 @@ def check_images(source: Source, measurement: Measurement) -> None:
         refuse_unusable(source, measurement.resolution, measurement.rules, ADVICE)
 
 
-def shorter_side(source: Source, measurement: Measurement) -> int:
-    """Of the smallest image that is measured, in pixels."""
-    sides = sides_of(measurement.resolution)
-    sizes = [sides] if sides else [size for size in source.sizes(measurement.rules) if min(size)]
-    return min(map(min, sizes), default=0)
+@dataclass
+class Reconstructions:
+    """The `Pairs` of images and of what a tokenizer makes of them."""
+
+    tokenizer: Tokenizer
+    source: Source
+    measurement: Measurement
+    timer: Timer
+    crops: CropCache | None = None
+    loaders: list[Loader] = field(default_factory=list)
+
+    def batches(self, indices: Sequence[int]) -> Iterator[tuple[Sequence[str], Tensor, Tensor]]:
+        """Ids, images uint8 [B, 3, H, W] and their seeds int64 [B, S]."""
+        asked, device = self.measurement, self.timer.device
+        prepare(self.tokenizer, device)
+        loader = Loader(
+            self.source,
+            asked.resolution,
+            asked.rules,
+            batch_size=first_batch_size(asked, device),
+            indices=indices,
+            workers=asked.workers,
+            pin_memory=device.type == "cuda",
+            skip_bad=asked.skip_bad,
+            cache=self.crops,
+            advice=ADVICE,
+        )
+        self.loaders.append(loader)
+        yield from loader.seeded(asked.seeds)
+
+    def fakes(self, ids: Sequence[str], real: Tensor, beside: Tensor) -> tuple[Fakes, Mapping[str, Tensor], Tensor]:
+        """The reconstructions by seed, the columns of the latents, and the latents."""
+        fakes, latents = round_trip(self.tokenizer, (ids, real, beside), self.measurement, self.timer)
+        with torch.inference_mode():
+            return fakes, latent_columns(self.tokenizer, latents, real.shape[2] * real.shape[3]), latents
+
+    def facts(self, processes: Processes) -> dict[str, Any]:
+        """Seconds an image, and what was done to images; those left out are named."""
+        for reason in (reason for loader in self.loaders for reason in loader.skipped.values()):
+            say(f"left out: {reason}")
+        rates = [rate for rate in processes.all_gather(self.timer.per_image()) if rate]
+        seconds = {part: float(np.mean([rate[part] for rate in rates])) for part in (rates[0] if rates else {})}
+        notes = processes.all_gather([loader.notes for loader in self.loaders])
+        return {"seconds": seconds, "image_notes": dict(sum((own for part in notes for own in part), Counter()))}
 
 
-def suite_for(source: Source, measurement: Measurement, device: torch.device) -> MetricSuite:
-    """What measures these images."""
-    side, one_size = shorter_side(source, measurement), measurement.resolution != NATIVE
-    return MetricSuite(measurement.metrics, len(source), side, device, one_size=one_size)
+def settings_of(tokenizer: Tokenizer, spec: str, source: Source, measurement: Measurement) -> Settings:
+    """The choices that can change a number, as they take effect. One seed is enough where nothing is drawn."""
+    protocol = measurement.rules
+    drawn = not tokenizer.info.deterministic or protocol.posterior == "sample"
+    seeds = tuple(dict.fromkeys(measurement.seeds))
+    return Settings(
+        spec=spec,
+        dtype=str(autocast_dtype(measurement)).removeprefix("torch."),
+        seeds=seeds if drawn else seeds[:1],
+        upscaled=len(source.below(measurement.resolution, protocol)) or None if protocol.small == "enlarge" else None,
+    )
+
+
+def evaluate_cell(
+    tokenizer: Tokenizer,
+    spec: str,
+    source: Source,
+    measurement: Measurement,
+    device: torch.device,
+    *,
+    processes: Processes | None = None,
+    out: Path | None = None,
+    fresh: bool = False,
+    crops: CropCache | None = None,
+) -> tuple[EvalResult, bool]:
+    """Measure a tokenizer at one resolution; the result and the errors of `measure_cell`."""
+    info, settings = with_facts(tokenizer), settings_of(tokenizer, spec, source, measurement)
+    names = [m.name for m in find_metrics(measurement.metrics, "reconstruction") if applies(m, tokenizer)]
+    own = replace(measurement, metrics=tuple(names), seeds=settings.seeds)
+    model = model_key(info, tokenizer)
+    cell = Cell(info, source, own, settings, model, device, out, processes or Processes())
+    return measure_cell(cell, Reconstructions(tokenizer, source, own, Timer(device), crops), fresh=fresh)
 
 
 def evaluate(
@@ -90,11 +165,11 @@ def evaluate(
     placed = next((p.device for module in modules for p in module.parameters(recurse=False)), None)
     stays = measurement.device == "auto" and placed is not None and tokenizer is model
     device = placed if stays and placed is not None else select_device(measurement.device)
-    suite = suite_for(source, measurement, device)
     training = [module.training for module in modules]
     try:
         with torch.random.fork_rng(devices=[]):  # building networks and loaders draws from the caller's generator
-            return evaluate_cell(model, spec, source, measurement, suite, out=None if out is None else Path(out))[0]
+            folder = None if out is None else Path(out)
+            return evaluate_cell(model, spec, source, measurement, device, out=folder)[0]
     finally:
         for module, mode in zip(modules, training, strict=True):
             module.training = mode

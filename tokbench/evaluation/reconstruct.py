@@ -30,6 +30,7 @@ CODES = "codes"  # the feature that holds a discrete tokenizer's codes
 LATENT_COLUMNS = frozenset(("bpp", "latent-mean", "latent-square"))  # of the latents, so the same for all seeds
 
 Batch = tuple[Sequence[str], Tensor, Tensor]  # ids, uint8 [B, 3, H, W], int64 [B, S] with the image's seeds
+Fakes = Mapping[int, tuple[Tensor, Tensor | None]]  # by seed: uint8 [B, 3, H, W], and the decoder's float output
 
 
 def first_batch_size(measurement: Measurement, device: torch.device) -> int:
@@ -151,7 +152,7 @@ def append_scores(
     suite: MetricSuite,
     ids: Sequence[str],
     real: Tensor,
-    fakes: Mapping[int, tuple[Tensor, Tensor | None]],
+    fakes: Fakes,
     known: Mapping[str, set[str]],
     columns: Mapping[str, Tensor],
     features: Mapping[tuple[str, str], Tensor],
@@ -239,9 +240,7 @@ def _fits(call: Callable[[], None]) -> bool:
     return True
 
 
-def round_trip(
-    tokenizer: Tokenizer, batch: Batch, measurement: Measurement, timer: Timer
-) -> tuple[dict[int, tuple[Tensor, Tensor | None]], Tensor]:
+def round_trip(tokenizer: Tokenizer, batch: Batch, measurement: Measurement, timer: Timer) -> tuple[Fakes, Tensor]:
     """The `fakes` of `append_scores`, by the measurement's seeds and the protocol's rounding, and the latents."""
     protocol = measurement.rules
     decoded, latents = reconstruct(tokenizer, batch, protocol, autocast_dtype(measurement), timer)

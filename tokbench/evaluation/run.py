@@ -2,9 +2,10 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,11 +13,11 @@ import torch
 from tokbench import registry, weights
 from tokbench.data.loader import CropCache
 from tokbench.data.open import open_source
-from tokbench.data.sources import Source
+from tokbench.data.sources import Facts, Source
 from tokbench.errors import CellError, InputError
-from tokbench.evaluation.cell import check_size, evaluate_cell
-from tokbench.evaluation.evaluate import check_images, checked, suite_for
-from tokbench.metrics.suite import MetricSuite
+from tokbench.evaluation.cell import suite_for
+from tokbench.evaluation.evaluate import check_images, checked, evaluate_cell
+from tokbench.evaluation.model import check_size
 from tokbench.protocols import Resolution, size_text
 from tokbench.records.files import hold, result_path, write_whole
 from tokbench.records.measurement import Measurement
@@ -24,7 +25,6 @@ from tokbench.records.result import EvalResult
 from tokbench.runtime.device import describe_device, release, select_device
 from tokbench.runtime.processes import Processes, join
 from tokbench.runtime.terminal import say
-from tokbench.tokenizer import Tokenizer
 
 
 @dataclass
@@ -39,15 +39,6 @@ class RunSummary:
     def fail(self, cell: str, error: CellError | InputError) -> None:
         self.failed.append(f"{cell}: {error}")
         self.status = max(self.status, 2 if isinstance(error, InputError) else 1)
-
-
-@dataclass(frozen=True)
-class SharedParts:
-    """What the cells of one resolution share."""
-
-    measurement: Measurement
-    suite: MetricSuite
-    crops: CropCache | None
 
 
 def run(
@@ -74,12 +65,14 @@ def run(
         share_facts(source, out, processes)
         summary = RunSummary()
         with crop_folder(out, processes) if len(specs) > 1 else ExitStack() as folder:
-            sizes = [prepare_resolution(one, source, device, folder) for one in measurements]
+            for measurement in measurements:
+                check_images(source, measurement)
+            crops = keep_crops(folder, source, measurements) if isinstance(folder, Path) else {}
             if processes.main:
-                announce(source, sizes, len(specs), out)
+                announce(source, measurements, device, len(specs), out)
             try:
                 for spec in specs:
-                    run_model(spec, source, sizes, summary, processes, out, fresh)
+                    run_model(spec, source, measurements, device, crops, summary, processes, out, fresh)
             finally:
                 if processes.main:
                     report(summary, out)
@@ -90,70 +83,52 @@ def run(
 
 def share_facts(source: Source, out: Path, processes: Processes) -> None:
     """Rank 0 alone tries `out` and reads every file; its facts, or its InputError, are everybody's."""
-    failure = None
-    if processes.main:
-        try:
-            check_writable(out)
-            source.facts()
-        except InputError as error:
-            failure = error
-    processes.raise_first_error(failure)
-    source.adopt(processes.broadcast(source.facts() if processes.main else None))
+
+    def read() -> list[Facts]:
+        check_writable(out)
+        return source.facts()
+
+    source.adopt(processes.by_main(read))
 
 
-def prepare_resolution(
-    measurement: Measurement, source: Source, device: torch.device, folder: Path | ExitStack
-) -> SharedParts:
-    """A resolution's suite, and room for the crops that the next model will want again."""
-    check_images(source, measurement)
-    kept = None
-    if isinstance(folder, Path) and CropCache.fits(folder, source, measurement.resolution, measurement.rules):
-        kept = CropCache(folder, source, measurement.resolution, measurement.rules)
-    suite = suite_for(source, measurement, device)
-    return SharedParts(measurement, suite, kept)
+def keep_crops(folder: Path, source: Source, measurements: Sequence[Measurement]) -> dict[Resolution, CropCache]:
+    """By resolution: room for the crops that the next model will want again, where the disk has it."""
+    return {
+        one.resolution: CropCache(folder, source, one.resolution, one.rules)
+        for one in measurements
+        if CropCache.fits(folder, source, one.resolution, one.rules)
+    }
 
 
 def run_model(
     spec: registry.Spec,
     source: Source,
-    sizes: Sequence[SharedParts],
+    measurements: Sequence[Measurement],
+    device: torch.device,
+    crops: Mapping[Resolution, CropCache],
     summary: RunSummary,
     processes: Processes,
     out: Path,
     fresh: bool,
 ) -> None:
     """All resolutions of one model, loaded once. A model that fails to load fails its own cells only."""
-    cells = [f"{spec.row} at {size_text(size.measurement.resolution)}" for size in sizes]
-    failure: CellError | InputError | None = None
-    tokenizer: Tokenizer | None = None
+    cells = {f"{spec.row} at {size_text(one.resolution)}": one for one in measurements}
     try:
-        tokenizer = registry.create(spec)
-    except (CellError, InputError) as error:
-        failure = error
-    try:
-        processes.raise_first_error(failure)
+        tokenizer = processes.together(partial(registry.create, spec))
     except (CellError, InputError) as error:
         for cell in cells:
             summary.fail(cell, error)
         return
-    assert tokenizer is not None
-    for cell, size in zip(cells, sizes, strict=True):
+    for cell, one in cells.items():
         try:
-            check_size(tokenizer, size.measurement.resolution)
+            check_size(tokenizer, one.resolution)
         except InputError as error:
             summary.fail(cell, error)
             continue
+        kept = crops.get(one.resolution)
         try:
             result, cached = evaluate_cell(
-                tokenizer,
-                spec.text,
-                source,
-                size.measurement,
-                size.suite,
-                processes=processes,
-                out=out,
-                fresh=fresh,
-                kept_crops=size.crops,
+                tokenizer, spec.text, source, one, device, processes=processes, out=out, fresh=fresh, crops=kept
             )
         except CellError as error:
             summary.fail(cell, error)
@@ -161,19 +136,20 @@ def run_model(
         summary.results.append((result_path(out, result), result))
         if cached:
             summary.cached.append(cell)
-    release(sizes[0].suite.device)
+    release(device)
 
 
-def announce(source: Source, sizes: Sequence[SharedParts], num_models: int, out: Path) -> None:
+def announce(
+    source: Source, measurements: Sequence[Measurement], device: torch.device, num_models: int, out: Path
+) -> None:
     """Before a run: how many images, and what will be downloaded."""
     images = f"{len(source)} images of {source.name}"
-    resolutions = ", ".join(size_text(size.measurement.resolution) for size in sizes)
+    resolutions = ", ".join(size_text(one.resolution) for one in measurements)
     models = f"{num_models} model{'s' if num_models > 1 else ''}"
-    device = describe_device(sizes[0].suite.device)
-    say(f"{images} at {resolutions}, {models}, on {device}; results in {out}/")
+    say(f"{images} at {resolutions}, {models}, on {describe_device(device)}; results in {out}/")
     for problem in source.problems:
         say(f"note: {problem}")
-    for line in weights.downloads(sizes[0].suite.networks):
+    for line in weights.downloads(suite_for(source, measurements[0], device).networks):
         say(line)
 
 

@@ -1,14 +1,12 @@
 """`tokbench score`: images made elsewhere, matched to real ones by id, measured and recorded like any model's."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tokbench.data.decode import open_header
@@ -16,30 +14,19 @@ from tokbench.data.loader import Loader, refuse_unusable
 from tokbench.data.open import open_source
 from tokbench.data.sources import Source
 from tokbench.errors import InputError, preview
-from tokbench.evaluation.cell import (
-    clear_up,
-    fill_store,
-    find_earlier,
-    joined,
-    lacks,
-    new_record,
-    shared_stores,
-    write_rows,
-)
-from tokbench.evaluation.evaluate import checked, shorter_side
-from tokbench.evaluation.reconstruct import append_scores, images_at_once
+from tokbench.evaluation.cell import Cell, measure_cell
+from tokbench.evaluation.evaluate import checked
+from tokbench.evaluation.reconstruct import Fakes, images_at_once
 from tokbench.evaluation.run import share_facts
-from tokbench.evaluation.summary import table
-from tokbench.metrics import Metric
-from tokbench.metrics.suite import UNCLAMPED, MetricSuite
+from tokbench.metrics import Metric, find_metrics
+from tokbench.metrics.suite import UNCLAMPED
 from tokbench.protocols import NATIVE, Resolution, find_protocol, parse_resolution
 from tokbench.records import provenance
-from tokbench.records.files import cell_path, hold, result_path, write_whole
+from tokbench.records.files import result_path
 from tokbench.records.measurement import Measurement
-from tokbench.records.result import EvalResult, Settings, TokenizerInfo, to_json
-from tokbench.records.samples import SampleStore
+from tokbench.records.result import EvalResult, Settings, TokenizerInfo
 from tokbench.registry import ROW_NAME
-from tokbench.runtime.device import release, select_device
+from tokbench.runtime.device import select_device
 from tokbench.runtime.processes import Processes, join
 
 LOSSLESS = ("PNG", "WEBP", "BMP", "TIFF")
@@ -89,94 +76,55 @@ def score(
     match(real, fake)
     for source in (real, fake):
         share_facts(source, out, processes)
-    measurement = checked(replace(asked, resolution=common_size(real, fake), seeds=(0,)))
+    measurement = checked(replace(asked, resolution=common_size(real, fake), seeds=(0,), save_images=0))
     if not allow_lossy:
         refuse_lossy(fake)
     refuse_unusable(real, measurement.resolution, replace(measurement.rules, small="refuse"))
     row = name or fake.name
     if not ROW_NAME.fullmatch(row):
         raise InputError(f"--name {row}: use lower-case letters, digits, dot, underscore and hyphen")
-    path = cell_path(out, measurement.rules.name, real.name, measurement.resolution, row)
-    parts = [real.fingerprint(), fake.fingerprint(), measurement.rules.fingerprint()]
-    key = hashlib.sha256(json.dumps([*parts, provenance.source_hash([])]).encode()).hexdigest()
-    device, side = select_device(measurement.device, processes.local_rank), shorter_side(real, measurement)
-    suite = MetricSuite(measurement.metrics, len(real), side, device)
-    refused = {m.name: "needs the model, not only its images" for m in suite.metrics if needs_model(m)}
-    names = [metric.name for metric in suite.metrics if metric.name not in refused]
-    earlier = processes.broadcast(find_earlier(path, key, measurement) if processes.main else None)
-    names = [name for name in names if earlier is None or lacks(earlier, name, suite)]
-    if earlier is not None and not names:
-        return earlier
-    suite = MetricSuite(names, len(real), side, device)
-    scored = {"real": real_data, "fake": fake_data, "fake_fingerprint": fake.fingerprint()}
-    result = _measure(
-        real, fake, measurement, suite, path, key, processes, Settings(scored=scored), keep=earlier is not None
+    names = [metric for metric in find_metrics(measurement.metrics) if not needs_model(metric)]
+    refused = [name for name in asked.metrics if name not in {metric.name for metric in names}]
+    cell = Cell(
+        info=TokenizerInfo(row, family="images", note="images made elsewhere"),
+        source=real,
+        measurement=replace(measurement, metrics=tuple(metric.name for metric in names)),
+        settings=Settings(scored={"real": real_data, "fake": fake_data, "fake_fingerprint": fake.fingerprint()}),
+        model=provenance.key(fake.fingerprint(), provenance.source_hash([])),
+        device=select_device(measurement.device, processes.local_rank),
+        out=out,
+        processes=processes,
+        refused=dict.fromkeys(refused, "needs the model, not only its images"),
     )
-    result = replace(result, unavailable={**result.unavailable, **(refused if asked.metrics else {})})
-    result = joined(earlier, result) if earlier is not None else result
-    if processes.main:
-        write_whole(path, to_json(result))
-        clear_up(path, path, False, replaces=earlier is None)
-    return result
+    return measure_cell(cell, SavedPairs(real, fake, cell.measurement, cell.device))[0]
 
 
-def _measure(
-    real: Source,
-    fake: Source,
-    measurement: Measurement,
-    suite: MetricSuite,
-    path: Path,
-    key: str,
-    processes: Processes,
-    settings: Settings,
-    *,
-    keep: bool,
-) -> EvalResult:
-    """Measure the pairs that no earlier attempt has measured, and write the per-image table."""
-    work, row = path.with_name(f".{path.stem}-{key[:12]}"), path.stem
-    columns = {column for metric in suite.available for column in metric.columns}
-    features = {(side, name) for side in ("real", "fake") for name in suite.extractors}
-    load = partial(_pairs, real, fake, measurement, images_at_once(measurement, suite.device))
-    with hold(work) if processes.main else nullcontext():
-        step = partial(_score_pair, suite)
-        limit = fill_store(work, row, real, measurement, suite, processes, (columns, features), load, step)
-        release(suite.device)
-        store = SampleStore(work, real=shared_stores(real, measurement, suite))
-        info = TokenizerInfo(row, family="images", note="images made elsewhere")
-        result = new_record(
-            store, real, measurement, suite, processes, tokenizer=info, settings=settings, cell=key, batch_size=limit
+@dataclass(frozen=True)
+class SavedPairs:
+    """The `Pairs` of images and of files that somebody made of them."""
+
+    real: Source
+    fake: Source
+    measurement: Measurement
+    device: torch.device
+
+    def batches(self, indices: Sequence[int]) -> Iterator[tuple[Sequence[str], Tensor, Tensor]]:
+        """Ids and both sides, uint8 [B, 3, H, W]."""
+        asked, size = self.measurement, images_at_once(self.measurement, self.device)
+        real, fake = (
+            Loader(side, asked.resolution, asked.rules, batch_size=size, indices=indices, workers=asked.workers)
+            for side in (self.real, self.fake)
         )
-        if processes.main:
-            write_rows(path, store, table(list(result.metrics), store, (0,)), keep=keep)
-        processes.wait()
-    return result
+        for (ids, reals), (_, fakes) in zip(real, fake, strict=True):
+            yield ids, reals, fakes
 
+    def fakes(self, ids: Sequence[str], real: Tensor, beside: Tensor) -> tuple[Fakes, Mapping[str, Tensor], Tensor]:
+        """The fakes as they were read: no columns, no codes."""
+        return {0: (beside.to(self.device), None)}, {}, beside
 
-def _pairs(
-    real: Source, fake: Source, measurement: Measurement, batch_size: int, indices: list[int]
-) -> Iterator[tuple[Sequence[str], Tensor, Tensor]]:
-    """Batches of ids and both sides, uint8 [B, 3, H, W]."""
-    protocol = measurement.rules
-    loaders = [
-        Loader(
-            side, measurement.resolution, protocol, batch_size=batch_size, indices=indices, workers=measurement.workers
-        )
-        for side in (real, fake)
-    ]
-    for (ids, reals), (_, fakes) in zip(*loaders, strict=True):
-        yield ids, reals, fakes
-
-
-def _score_pair(
-    suite: MetricSuite,
-    store: SampleStore,
-    known: Mapping[str, set[str]],
-    ids: Sequence[str],
-    real: Tensor,
-    fake: Tensor,
-) -> None:
-    fakes = {0: (fake.to(suite.device), None)}
-    append_scores(store, suite, ids, real.to(suite.device), fakes, known, {}, {})
+    def facts(self, processes: Processes) -> dict[str, Any]:
+        """Nothing to say."""
+        return {}
 
 
 def needs_model(metric: Metric) -> bool:

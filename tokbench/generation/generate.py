@@ -1,10 +1,8 @@
 """`tokbench generate`: draw latents once a guidance scale, decode them by every tokenizer, score, write, tabulate."""
 
-import hashlib
-import json
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,7 @@ from PIL import Image
 from tokbench import registry
 from tokbench.data.pixels import to_float
 from tokbench.errors import CellError, InputError
-from tokbench.evaluation.cell import model_key, with_facts
+from tokbench.evaluation.model import model_key, with_facts
 from tokbench.generation import Generation
 from tokbench.generation.compatibility import check_fits
 from tokbench.generation.sample import (
@@ -117,7 +115,7 @@ def _generate(
         folder = work / f"{generator.name}-{latents_key(generator, how, asked, measurement)}"
         batch_size = measurement.batch_size or BATCH[device.type]
         draw = Draw(generator, how, labels, folder, device, dtype, batch_size, processes)
-        seconds = together(processes, partial(sample_latents, draw))
+        seconds = processes.together(partial(sample_latents, draw))
         for spec, tokenizer in models:
             info = with_facts(tokenizer)
             key = processes.broadcast(model_key(info, tokenizer) or secrets.token_hex(8))
@@ -127,7 +125,7 @@ def _generate(
                     save_all = asked.save != "none"
                     images = place / "images"
                     decode_all = partial(decode_latents, draw, tokenizer, measurement, suite, store, images, save_all)
-                    together(processes, decode_all)
+                    processes.together(decode_all)
             except CellError as error:
                 log.error("%s", error)
                 failures += 1
@@ -140,21 +138,10 @@ def _generate(
     return results, failures
 
 
-def together(processes: Processes, call: Callable[[], Any]) -> Any:
-    """The call's value, once all processes have finished theirs; if one fails, all raise the same CellError."""
-    value, failure = None, None
-    try:
-        value = call()
-    except CellError as error:
-        failure = error
-    processes.raise_first_error(failure)
-    return value
-
-
 def latents_key(generator: Generator, how: Sampling, asked: Generation, measurement: Measurement) -> str:
     """What decides the latents of a draw; an edit of the code draws them anew."""
     code = provenance.source_hash([type(generator).__module__])
-    return _key(generator.weights, asdict(how), asked.labels, measurement.dtype, code)
+    return provenance.key(generator.weights, asdict(how), asked.labels, measurement.dtype, code)[:16]
 
 
 def record(
@@ -176,7 +163,7 @@ def record(
     alike = [recipe(generator), generator.training, asdict(how), reference.fingerprint, asked.labels]
     return EvalResult(
         protocol=f"generate-{recipe(generator)}-g{how.guidance:g}",
-        protocol_fingerprint=_key(*alike),
+        protocol_fingerprint=provenance.key(*alike)[:16],
         tokenizer=info,
         dataset=Dataset(reference.name, None, measurement.resolution, len(draw.labels), reference.fingerprint),
         metrics=values,
@@ -250,7 +237,3 @@ def keep(result: EvalResult, asked: Generation, out: Path, images: Path, labels:
     if asked.save == "npz":
         pack_npz(images, labels, int(result.dataset.resolution), path.with_suffix(".npz"))
     log.info("%s%s", path, f"; images in {images}" if asked.save != "none" else "")
-
-
-def _key(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

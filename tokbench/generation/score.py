@@ -186,7 +186,7 @@ def open_reference(
     mine = range(processes.rank, len(ids), processes.size)
     with SampleStore(folder, rank=processes.rank) as store:
         measure_reference(store, [(i, ids[i]) for i in mine], read, extractors, device)
-    processes.all_gather(None)
+    processes.wait()
     return Reference(name, fingerprint, len(ids), SampleStore(folder), stored, identities)
 
 

@@ -6,11 +6,11 @@ so small messages over gloo serve. Training averages gradients, over NCCL where 
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tokbench.errors import CellError, InputError, LostPeerError, first_line
 
+T = TypeVar("T")
 GROUPS = itertools.count()  # joined by this process so far; the same in all of them
 TIMEOUT = timedelta(minutes=30)  # how long the others wait for a process that has stopped answering
 
@@ -48,11 +49,20 @@ class Processes:
         """Rank 0's value, in every process."""
         return self.all_gather(value if self.main else None)[0]
 
-    def raise_first_error(self, error: CellError | InputError | None) -> None:
-        """Raise the first process's error in all of them, so that none goes on alone."""
-        first = next((e for e in self.all_gather(error) if e is not None), None)
-        if first is not None:
+    def together(self, call: Callable[[], T]) -> T:
+        """The call's value, once all processes have made theirs; one's CellError or InputError is raised in all."""
+        error: CellError | InputError | None = None
+        try:
+            value = call()
+        except (CellError, InputError) as failure:
+            error = failure
+        if first := next((e for e in self.all_gather(error) if e is not None), None):
             raise first
+        return value
+
+    def by_main(self, call: Callable[[], T]) -> T:
+        """What rank 0 gets from a call that no other process makes, in every process; or its error."""
+        return self.broadcast(self.together(lambda: call() if self.main else None))
 
     def wait(self) -> None:
         """Until all processes are here."""

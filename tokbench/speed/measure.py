@@ -29,7 +29,7 @@ from tokbench.data.crops import crop
 from tokbench.data.open import open_source
 from tokbench.data.pixels import quantise, to_float
 from tokbench.errors import CellError, InputError, first_line
-from tokbench.evaluation.cell import with_facts
+from tokbench.evaluation.model import with_facts
 from tokbench.metrics.perceptual import lpips_network
 from tokbench.metrics.pixel import psnr, squared_error
 from tokbench.protocols import find_protocol
