@@ -203,6 +203,8 @@ def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
 
     One image at a time: the distances of a 256 px image at f4 to 16,384 codes are 268 MB already.
     """
+    if not torch.isfinite(z).all():  # whose nearest code would be some code
+        raise ValueError("NaN or infinity in the encoder's output, before the codebook")
     halved = codebook.square().sum(1) / 2
     return torch.stack([(halved - image.permute(1, 2, 0) @ codebook.T).argmin(-1) for image in z])
 

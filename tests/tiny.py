@@ -32,6 +32,8 @@ class Tiny:
         if self.fault == "memory" and len(images) > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
         latents = self.networks["encoder"](images.float() / 127.5 - 1)
+        if self.fault == "overwrite":
+            images.zero_()
         if self.fault == "latents":
             return (latents,)  # type: ignore[return-value]
         return latents.abs().sum(1).mul(4).long().clamp(max=7) if self.codes else latents
@@ -49,7 +51,7 @@ class Tiny:
             images[-1, 0, 0, 0] = float("nan")
         if self.fault == "shape":
             images = images[:, :, 1:]
-        return images
+        return images.byte() if self.fault == "uint8" else images
 
 
 def tiny(

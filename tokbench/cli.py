@@ -29,7 +29,7 @@ Split = Annotated[str | None, typer.Option(help="Split of the data set.")]
 Limit = Annotated[int | None, typer.Option(help="Take only N images, chosen by hash of their id.")]
 Out = Annotated[Path, typer.Option(help="Folder for results.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-DataType = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+DataType = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 BatchSize = Annotated[str, typer.Option(help="auto or a number of images; a CPU computes one at a time.")]
 
 

@@ -197,10 +197,26 @@ def test_an_image_that_is_not_kept_is_not_copied() -> None:
 @pytest.mark.parametrize(
     ("model", "resolution", "metrics", "error"),
     [("identity", 32, ["nothing"], InputError), ("bicubic-f8", 36, ["psnr"], InputError),
-     (f"{TINY}@fault=nan", 32, ["psnr"], CellError), (f"{TINY}@fault=latents", 32, ["psnr"], CellError)],
+     (f"{TINY}@fault=nan", 32, ["psnr"], CellError), (f"{TINY}@fault=latents", 32, ["psnr"], CellError),
+     (f"{TINY}@fault=uint8", 32, ["psnr"], CellError)],
 )  # fmt: skip
 def test_errors_are_of_the_two_kinds(
     model: str, resolution: int, metrics: list[str], error: type[Exception], photographs: Path
 ) -> None:
     with pytest.raises(error):
         evaluate(registry.create(model), photographs, resolution, metrics)
+
+
+def test_an_encoder_that_writes_into_its_input_leaves_the_real_image_alone(photographs: Path) -> None:
+    first, second = (
+        evaluate(f"{TINY}@fault={fault}", photographs, 32, ("psnr", "ssim")) for fault in ("", "overwrite")
+    )
+    assert first.metrics == second.metrics
+
+
+def test_float16_is_a_dtype(photographs: Path) -> None:
+    half = evaluate(TINY, photographs, 32, ("psnr",), dtype="float16", limit=3)
+    whole = evaluate(TINY, photographs, 32, ("psnr",), limit=3)
+    assert half.settings.dtype == "float16"
+    assert half.metrics["psnr"].value == pytest.approx(whole.metrics["psnr"].value, abs=0.05)
+    assert half.metrics["psnr"].value != whole.metrics["psnr"].value

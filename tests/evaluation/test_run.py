@@ -460,3 +460,15 @@ def test_known_models_metrics_and_protocols_are_listed(tokbench: Command) -> Non
     assert "lpips-vgg" in tokbench("list", "metrics").out
     assert "adm" in tokbench("list", "protocols").out
     assert tokbench("list", "colours").status == 2
+
+
+def test_two_data_sets_of_one_name_have_two_results(tokbench: Command, photographs: Path, tmp_path: Path) -> None:
+    for index, parent in enumerate(("coco", "imagenet")):
+        shutil.copytree(photographs, tmp_path / parent / "val")
+        (tmp_path / parent / "val" / sorted(path.name for path in photographs.iterdir())[index]).unlink()
+    command = ("run", "--models", "identity", "--out", tmp_path / "runs", *FAST, "--data")
+    for _ in range(2):
+        for parent in ("coco", "imagenet"):
+            assert tokbench(*command, tmp_path / parent / "val").status == 0
+    assert len(read_results(tmp_path / "runs")[0]) == 2
+    assert "1 cached" in tokbench(*command, tmp_path / "coco" / "val").err

@@ -40,9 +40,8 @@ def test_scores_read_both_sides_of_different_number(labelled: Path, tmp_path: Pa
     assert values["gfid"].value is None
     assert "needs 2,048 images" in values["gfid"].note
     assert not unavailable
-    assert values["precision"].stderr == pytest.approx((0.8 * 0.2 / 10) ** 0.5)  # 8 of 10, plus four
-    assert values["recall"].stderr is None
-    assert "no error known" in values["recall"].note
+    assert values["precision"].low == pytest.approx(0.61, abs=0.01)  # Wilson's of 6 out of 6
+    assert values["recall"].stderr is None  # of six images
 
 
 def test_features_are_kept_by_weights_and_resize_and_by_the_code(
@@ -101,6 +100,29 @@ def test_statistics_that_are_not_finite_are_refused(tmp_path: Path, name: str, n
     arrays[name].flat[7] = number
     np.savez(tmp_path / "ref.npz", **arrays)
     with pytest.raises(InputError, match=f"{name} holds NaN or infinity"):
+        read_statistics(tmp_path / "ref.npz")
+
+
+@pytest.mark.parametrize(
+    ("sigma", "reason"),
+    [
+        (np.diag(np.append(np.ones(2047), -1.0)), "eigenvalue -1"),
+        (np.tri(2048), "not symmetric"),
+        (np.eye(2048) * 1j, "complex"),
+        (np.zeros((2048, 2048)), "eigenvalue 0"),
+    ],
+)
+def test_a_sigma_of_no_features_is_refused_and_never_a_perfect_score(
+    tmp_path: Path, sigma: np.ndarray, reason: str
+) -> None:
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(2048), sigma=sigma)
+    with pytest.raises(InputError, match=rf"ref\.npz: .*{reason}"):
+        read_statistics(tmp_path / "ref.npz")
+
+
+def test_a_reference_without_images_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "ref.npz", arr_0=np.zeros((0, 8, 8, 3), np.uint8))
+    with pytest.raises(InputError, match="arr_0 holds no images"):
         read_statistics(tmp_path / "ref.npz")
 
 

@@ -146,6 +146,18 @@ def test_error_of_kid_is_the_spread_over_fresh_samples(num: int, paired: bool) -
     assert 0.75 < np.median(errors) / np.std(values) < 1.35
 
 
+def test_the_error_of_recall_is_its_spread_over_fresh_samples() -> None:
+    values = []
+    for seed in range(30):
+        sides = {
+            ("real", "inception"): features(200, 4, seed),
+            ("fake", "inception"): 0.8 * features(200, 4, 99 + seed),
+        }
+        values.append(METRICS["recall"].value(Stored({}, sides)))
+    ratio = np.median([value.stderr for value in values]) / np.std([value.value for value in values])
+    assert 0.6 < ratio < 1.6
+
+
 def test_kid_of_identical_sets_is_zero() -> None:
     real = features(60, 16, 0)
     value = kernel_of("x", Stored({}, {("real", "x"): real, ("fake", "x"): real.copy()}))

@@ -102,6 +102,8 @@ def decode(
     images = timer.time("decode", len(ids), partial(tokenizer.decode, latents, seeds=seeds, size=size))
     if images.shape != (len(ids), 3, *size):
         raise CellError(f"{tokenizer.info.name}: decode gave {tuple(images.shape)}, expected {(len(ids), 3, *size)}")
+    if not images.is_floating_point():
+        raise CellError(f"{tokenizer.info.name}: decode gave {images.dtype}, expected floats, nominally from -1 to 1")
     finite = torch.isfinite(images).flatten(1).all(1).tolist()
     if not all(finite):
         bad = [sample for sample, good in zip(ids, finite, strict=True) if not good]
@@ -126,7 +128,8 @@ def reconstruct(
     with model_errors_as_cell_errors(tokenizer.info.name), precision(real.device, dtype):
         for own in seeds.unbind(1):
             if sample or not latents:
-                encode = partial(tokenizer.encode, real, sample=sample, seeds=own)
+                # A copy: what an encoder writes into its input must not change the image that it is measured against.
+                encode = partial(tokenizer.encode, real.clone(), sample=sample, seeds=own)
                 latents.append(timer.time("encode", len(ids), encode))
             decoded.append(decode(tokenizer, latents[-1], own, size, ids, timer)[..., :height, :width])
     return decoded, latents[0]

@@ -1,5 +1,6 @@
 """`tokbench run`: every model at every resolution, one cell after the other; table, plot and summary at the end."""
 
+import glob
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from tokbench.evaluation.model import check_size
 from tokbench.protocols import Resolution, size_text
 from tokbench.records.files import hold, result_path, write_whole
 from tokbench.records.measurement import Measurement
-from tokbench.records.result import EvalResult
+from tokbench.records.result import EvalResult, read_result
 from tokbench.runtime.device import describe_device, release, select_device
 from tokbench.runtime.processes import Processes, join
 from tokbench.runtime.terminal import say
@@ -81,6 +82,16 @@ def run(
     return summary.status
 
 
+def tell_apart(source: Source, out: Path) -> None:
+    """Another name for images whose name `out` holds results of other images under: coco/val is not imagenet/val."""
+    for path in sorted(out.glob(f"*/{glob.escape(source.name)}-*/*.json")):
+        with suppress(InputError):
+            other = read_result(path).dataset
+            if other.name == source.name and other.fingerprint != source.fingerprint():
+                source.name = f"{source.name}.{source.fingerprint()[:8]}"
+                return
+
+
 def share_facts(source: Source, out: Path, processes: Processes) -> None:
     """Rank 0 alone tries `out` and reads every file; its facts, or its InputError, are everybody's."""
 
@@ -89,6 +100,9 @@ def share_facts(source: Source, out: Path, processes: Processes) -> None:
         return source.facts()
 
     source.adopt(processes.by_main(read))
+    if processes.main:
+        tell_apart(source, out)
+    source.name = processes.broadcast(source.name)
 
 
 def keep_crops(folder: Path, source: Source, measurements: Sequence[Measurement]) -> dict[Resolution, CropCache]:

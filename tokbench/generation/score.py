@@ -5,7 +5,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -113,6 +113,8 @@ def _stored_images(path: Path) -> StoredImages | None:
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
         order = " in Fortran order" if fortran else ""
         raise InputError(f"{path}: arr_0 is {dtype} {shape}{order}, expected uint8 [N, H, W, 3]")
+    if not shape[0]:
+        raise InputError(f"{path}: arr_0 holds no images")
     return StoredImages(path, shape)
 
 
@@ -126,6 +128,8 @@ def read_statistics(path: Path) -> tuple[frechet.Moments | None, StoredImages | 
         with np.load(path, allow_pickle=False) as file:
             if not {"mu", "sigma"} <= set(file.files) and images is None:
                 raise InputError(f"{path}: holds {', '.join(file.files) or 'nothing'}; expected mu and sigma, or arr_0")
+            if any(np.iscomplexobj(file[key]) for key in ("mu", "sigma") if key in file.files):
+                raise InputError(f"{path}: mu or sigma is complex; make the statistics again")
             mean, cov = (np.asarray(file[k], np.float64) if k in file.files else None for k in ("mu", "sigma"))
     except UNREADABLE as error:
         raise InputError(f"{path}: not a readable statistics file ({error})") from error
@@ -139,7 +143,7 @@ def read_statistics(path: Path) -> tuple[frechet.Moments | None, StoredImages | 
     for name, array in (("mu", mean), ("sigma", cov)):
         if not np.isfinite(array).all():
             raise InputError(f"{path}: {name} holds NaN or infinity")
-    return frechet.Moments(0, mean, cov), images
+    return frechet.check_moments(frechet.Moments(0, mean, cov), str(path)), images
 
 
 def open_reference(
@@ -244,7 +248,7 @@ def score(
                 assert metric.extractor is not None
                 values[name] = frechet_value(reference, both.features("fake", metric.extractor), metric.extractor)
             else:
-                values[name] = against_reference(metric.value(both), name)
+                values[name] = metric.value(both)
         except LookupError as error:
             unavailable[name] = str(error.args[0])
     return values, unavailable
@@ -262,14 +266,3 @@ def frechet_value(reference: Reference, fake: np.ndarray, extractor: str) -> Val
     halves = [frechet.distance(real, frechet.moments(fake, rows)) for rows in half_samples(len(fake))]
     note = f"against {reference.name}; error: over the generated images, the reference taken as it is"
     return Value(value, half_sample_error(np.array(halves)), n=len(fake), note=note)
-
-
-def against_reference(value: Value, name: str) -> Value:
-    """Precision with its standard error over the generated images, recall with the reason why it has none."""
-    if name == "precision" and value.value is not None:
-        # A share of independent images, by the plus-four rule (Agresti and Coull 1998): not 0 where all or none are in.
-        n, share = value.n + 4, (value.value * value.n + 2) / (value.n + 4)
-        return replace(value, stderr=math.sqrt(share * (1 - share) / n))
-    if name == "recall":
-        return replace(value, note="no error known: all reference images share the generated ones as neighbours")
-    return value

@@ -46,6 +46,20 @@ def moments(features: np.ndarray, rows: np.ndarray | None = None) -> Moments:
     return Moments(count, mean + shift, cov)
 
 
+def check_moments(found: Moments, where: str) -> Moments:
+    """The moments, if they can be those of any features; InputError naming `where` if not.
+
+    Of a covariance with negative eigenvalues, or with one triangle alone, the distance could be a perfect 0.
+    """
+    largest = float(np.abs(found.cov).max())
+    if np.abs(found.cov - found.cov.T).max() > 1e-6 * largest:
+        raise InputError(f"{where}: its covariance is not symmetric")
+    least = float(np.linalg.eigvalsh(found.cov)[0])
+    if least < -1e-6 * float(np.trace(found.cov)) or largest == 0:
+        raise InputError(f"{where}: its covariance has the eigenvalue {least:.3g}, which no features have")
+    return found
+
+
 def _check_finite(*arrays: np.ndarray) -> None:
     """InputError for NaN, which max(0.0, ...) would otherwise make a perfect distance of."""
     if not all(np.isfinite(array).all() for array in arrays):

@@ -24,7 +24,7 @@ class Measurement:
     protocol: str = option("adm", "Evaluation protocol; see `tokbench list protocols`.")
     metrics: tuple[str, ...] = option((), "Metrics, comma-separated; see `tokbench list metrics`. Default: its set.")
     seeds: tuple[int, ...] = option((0,), "Seeds of a stochastic decoder, comma-separated.")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "float32 or bfloat16.")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "float32, bfloat16 or float16.")
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     batch_size: int | None = option(None, "auto or a number of images; a CPU computes one at a time.")
     workers: int | None = option(None, "Processes that load images; auto: by their number.")

@@ -139,8 +139,9 @@ def from_json(text: str, where: str = "result") -> EvalResult:
     except InputError as error:
         raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from error
     for name, value in result.metrics.items():
-        if value.value is not None and not math.isfinite(value.value):
-            raise InputError(f"{where}: metric {name} is {value.value}")
+        for number in (value.value, value.stderr, value.low, value.high):
+            if number is not None and not (isinstance(number, int | float) and math.isfinite(number)):
+                raise InputError(f"{where}: metric {name} holds {number!r}, which is no finite number")
     return result
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from tokbench.errors import CellError, InputError
 from tokbench.tokenizer import Tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUT_OF_MEMORY = ("out of memory", "unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
@@ -53,7 +53,7 @@ def describe_device(device: torch.device) -> str:
 
 def find_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
-        raise InputError(f'unknown dtype "{name}": {" or ".join(DTYPES)}')
+        raise InputError(f'unknown dtype "{name}": {", ".join(DTYPES)}')
     return DTYPES[name]
 
 
