@@ -13,7 +13,7 @@ help:  ## what can be made
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 test: $(VENV)/.installed  ## all tests that need neither network nor GPU nor minutes of torch.compile
-	$(BIN)/python -m pytest -n 2 -m "not compiled"
+	$(BIN)/python -m pytest -n 2
 
 test-compiled: $(VENV)/.installed  ## tests that wait for torch.compile
 	$(BIN)/python -m pytest -m compiled
