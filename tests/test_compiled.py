@@ -18,6 +18,11 @@ SMALL = EncoderConfig.parse("f8c4")
 SIZES = [(64, 64), (64, 96)]
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> None:
+    torch._dynamo.reset()
+
+
 def ssdd() -> tuple[nn.Module, Callable[[int, int], tuple[Tensor, ...]]]:
     """A small decoder and its inputs for images of a size."""
     model = SSDD(SMALL, DecoderConfig((32, 32, 32, 32), 1, 2), external_encoder=True)
@@ -32,7 +37,6 @@ def kl_vae() -> tuple[nn.Module, Callable[[int, int], tuple[Tensor, ...]]]:
 
 @pytest.mark.parametrize("make", [ssdd, kl_vae])
 def test_a_decoder_is_one_graph_and_another_only_for_another_size(make: Callable[..., object]) -> None:
-    torch._dynamo.reset()
     counter = CompileCounter()
     decoder, inputs = make()  # type: ignore[misc]
     compiled = torch.compile(decoder, backend=counter, fullgraph=True, dynamic=False)

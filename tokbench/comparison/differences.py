@@ -195,7 +195,9 @@ def _half_sample_distances(store: SampleStore, extractor: str, seeds: Sequence[i
     are missing."""
     names = [extractor] if len(seeds) == 1 else [f"{extractor}.seed{seed}" for seed in seeds]  # reconstruct.seeded
     real = store.features("real", extractor)
-    return np.mean([frechet.half_sample_distances(real, store.features("fake", name)) for name in names], axis=0)
+    distances = [frechet.half_sample_distances(real, store.features("fake", name)) for name in names]
+    mean: np.ndarray = np.mean(distances, axis=0)
+    return mean
 
 
 def difference_table(title: str, found: Sequence[Difference], names: tuple[str, str] = ("baseline", "new")) -> Table:

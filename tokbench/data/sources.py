@@ -135,7 +135,7 @@ class FileSource(Source):
     """Files on disk; an entry is a path below the root, or an absolute one."""
 
     def read_bytes(self, index: int) -> bytes:
-        return (self.root / self.entries[index]).read_bytes()
+        return self.root.joinpath(self.entries[index]).read_bytes()
 
     def where(self, index: int) -> str:
         return printable(str(self.root / self.entries[index]))

@@ -87,4 +87,5 @@ def save_pairs(result: Path, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None
 
 def error_map(real: np.ndarray, fake: np.ndarray) -> np.ndarray:
     """uint8 [3, H, W], twice -> uint8 [3, H, W]: absolute difference per channel times GAIN, clipped at white."""
-    return np.minimum(np.abs(real.astype(np.int16) - fake) * GAIN, 255).astype(np.uint8)
+    difference: np.ndarray = np.abs(real.astype(np.int16) - fake) * GAIN
+    return difference.clip(max=255).astype(np.uint8)

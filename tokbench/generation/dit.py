@@ -74,7 +74,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, N, d] each
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, N, D]
         x = x + gate1[:, None] * self.out(mixed)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        out: Tensor = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return out
 
 
 class DiT(nn.Module):
@@ -134,6 +135,6 @@ class DiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, condition)
         shift, scale = self.last_modulation(F.silu(condition)).chunk(2, dim=1)
-        pixels = self.patch_out(modulate(self.last_norm(tokens), shift, scale))  # [B, N, patch * patch * C]
+        pixels: Tensor = self.patch_out(modulate(self.last_norm(tokens), shift, scale))  # [B, N, patch * patch * C]
         pixels = pixels.unflatten(1, (rows, columns)).unflatten(3, (patch, patch, -1))  # [B, r, c, p, p, C]
         return pixels.permute(0, 5, 1, 3, 2, 4).reshape(len(x_t), -1, height, width)

@@ -68,7 +68,8 @@ class PublishedDiT:
         images = to_float(probe_images(resolution).to(self.device))
 
         def encode() -> Tensor:
-            return vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
+            mode: Tensor = vae.encode(images).latent_dist.mode()
+            return mode * float(vae.config.scaling_factor)
 
         return measure(encode, f"the VAE of {repository}", None, resolution, self.device)
 
@@ -85,7 +86,7 @@ class PublishedDiT:
         scheduler = self.scheduler(how.sampler)
         scheduler.set_timesteps(how.steps, device=self.device)
         labels, null = labels.to(self.device), torch.full_like(labels, self.null).to(self.device)
-        x = normal(seeds, self.space.shape, device=self.device) * scheduler.init_noise_sigma
+        x: Tensor = normal(seeds, self.space.shape, device=self.device) * scheduler.init_noise_sigma
         noise = [torch.Generator().manual_seed(int(seed)) for seed in seeds.tolist()]
         channels = x.shape[1]
         for step, t in enumerate(scheduler.timesteps):
@@ -104,4 +105,5 @@ class PublishedDiT:
         return x
 
     def _predict(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return self.transformer(x, timestep=t.expand(len(x)), class_labels=labels).sample.float()
+        out: Tensor = self.transformer(x, timestep=t.expand(len(x)), class_labels=labels).sample
+        return out.float()

@@ -117,7 +117,8 @@ def flow_loss(
     numbers = normal(seeds[1], (2,), device=x.device)
     t = draw_times(numbers[:, 0], times)
     labels = dit.drop_labels(labels, torch.special.ndtr(numbers[:, 1]))
-    return (model(noised(x, noise, t), t, labels).float() - velocity(x, noise)).square().mean()
+    v: Tensor = model(noised(x, noise, t), t, labels)
+    return (v.float() - velocity(x, noise)).square().mean()
 
 
 def train(config: DiTTraining, data: str, out: Path) -> Path:

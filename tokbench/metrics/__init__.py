@@ -139,7 +139,8 @@ def paired_rows(extractor: str, samples: Samples) -> np.ndarray:
 def agreement_rows(samples: Samples) -> np.ndarray:
     """1 where an image's top-1 class survives, else 0."""
     real, fake = samples.features("real", "mobilenet-class"), samples.features("fake", "mobilenet-class")
-    return (real == fake).all(axis=1).astype(np.float64)
+    same: np.ndarray = (real == fake).all(axis=1)
+    return same.astype(np.float64)
 
 
 def mean_of_rows(rows: Callable[[Samples], np.ndarray], samples: Samples) -> Value:

@@ -65,7 +65,7 @@ def _mmd(x: np.ndarray, y: np.ndarray) -> float:
 
     def within(side: np.ndarray) -> float:
         kernel = _kernel(side, side)
-        return (kernel.sum() - np.trace(kernel)) / (len(side) * (len(side) - 1))
+        return float((kernel.sum() - np.trace(kernel)) / (len(side) * (len(side) - 1)))
 
     return float(within(x) + within(y) - 2 * _kernel(x, y).mean())
 
@@ -119,8 +119,8 @@ def _blocks(features: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _squared_distances(points: np.ndarray, others: np.ndarray) -> np.ndarray:
-    squares = (points**2).sum(1)[:, None] + (others**2).sum(1)[None] - 2 * points @ others.T
-    return np.maximum(squares, 0)
+    squares: np.ndarray = (points**2).sum(1)[:, None] + (others**2).sum(1)[None] - 2 * points @ others.T
+    return squares.clip(min=0)
 
 
 def _radii(points: np.ndarray, neighbours: int) -> np.ndarray:

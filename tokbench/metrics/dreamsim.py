@@ -83,7 +83,7 @@ class DreamSim(nn.Module):
         return self.distance(self.features(real), self.features(fake))
 
 
-def _transformer(tensors: Mapping[str, Tensor], part: str) -> nn.Module:
+def _transformer(tensors: Mapping[str, Tensor], part: str) -> Any:
     """A ViT of the sizes that the tensors have."""
     from timm.models.vision_transformer import VisionTransformer
 

@@ -94,7 +94,8 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and width == out
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self.residual else self.conv(x)
+        out: Tensor = self.conv(x)
+        return x + out if self.residual else out
 
 
 class MobileNet(nn.Module):
@@ -221,7 +222,7 @@ class Extractor:
     dim: int
     sha256: str  # of the weights
     identity: str  # equal identities give equal features of equal images
-    shared: Any
+    shared: Shared
 
     def __call__(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:

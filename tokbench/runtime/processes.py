@@ -62,7 +62,8 @@ class Processes:
 
     def by_main(self, call: Callable[[], T]) -> T:
         """What rank 0 gets from a call that no other process makes, in every process; or its error."""
-        return self.broadcast(self.together(lambda: call() if self.main else None))
+        made: T = self.broadcast(self.together(lambda: call() if self.main else None))
+        return made
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -117,9 +118,9 @@ def join() -> Iterator[Processes]:
     # Objects go by the CPU's backend, tensors by their device's; NCCL connects at its first tensor, or never.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))  # type: ignore[attr-defined]
         # Under keys of its own: those that an earlier group of these processes left would be taken for this one's.
-        store = dist.PrefixStore(f"tokbench-{next(GROUPS)}", store)
+        store = dist.PrefixStore(f"tokbench-{next(GROUPS)}", store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except RuntimeError as error:
         raise InputError(f"cannot reach the other {size - 1} processes: {first_line(error)}") from error

@@ -111,7 +111,7 @@ class SpeedCase:
 
 
 # Beyond the limit of graphs, for each model, resolution and batch size one, a model would silently run eagerly.
-@torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
+@torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)  # type: ignore[untyped-decorator]
 def measure(
     models: str,
     resolutions: Sequence[int],

@@ -117,9 +117,9 @@ def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfi
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
     from schedulefree import RAdamScheduleFree
 
-    optimizer = RAdamScheduleFree(groups, lr=config.learning_rate, betas=betas)
-    optimizer.train()
-    return optimizer
+    averaging: torch.optim.Optimizer = RAdamScheduleFree(groups, lr=config.learning_rate, betas=betas)
+    averaging.train()  # type: ignore[attr-defined]
+    return averaging
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:

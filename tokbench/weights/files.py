@@ -51,8 +51,11 @@ def load(path: Path) -> Mapping[str, Any]:
     from safetensors.torch import load_file
 
     try:
+        state: Mapping[str, Any]
         if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        return state
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError, SafetensorError) as error:
         raise WeightsError(f"{path}: not a readable file of weights ({error})") from None
