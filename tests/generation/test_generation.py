@@ -86,7 +86,7 @@ def test_presets_are_the_recipes_they_name() -> None:
     paper, proxy = find_preset("dit"), find_preset("proxy")
     assert (paper.size, paper.optim.learning_rate, paper.ema.decay, paper.run.batch_size) == ("XL", 1e-4, 0.9999, 256)
     assert (proxy.size, proxy.run.steps) == ("B", 100_000)
-    with pytest.raises(InputError, match="choose one of dit, proxy, tiny"):
+    with pytest.raises(InputError, match="known: dit, proxy, tiny"):
         find_preset("large")
 
 

@@ -149,7 +149,7 @@ def test_a_damaged_file_of_images_is_named(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(InputError, match=r"ref.npz: image \d+ of arr_0 cannot be read \(Bad CRC"):
+    with pytest.raises(InputError, match=r"ref.npz: images \d+ to \d+ of arr_0 cannot be read \(Bad CRC"):
         reference_of(path, tmp_path)
 
 

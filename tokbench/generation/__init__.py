@@ -35,14 +35,14 @@ def _run_dit(options: TrainOptions) -> Path:
 
     if options.stage or options.start or options.encoder_from or options.encoder or options.decoder:
         raise InputError("dit has no --stage, --from, --encoder-from, --encoder or --decoder; set tokenizer=SPEC")
-    return train(override(find_preset(options.preset or "dit"), options.settings), options.data, options.out)
+    return train(override(find_preset(options.preset), options.settings), options.data, options.out)
 
 
 def _dit_settings(stage: str | None, preset: str | None) -> list[str]:
     from tokbench.config import describe
     from tokbench.generation.train import find_preset
 
-    return describe(find_preset(preset or "dit"))
+    return describe(find_preset(preset))
 
 
 def register() -> None:

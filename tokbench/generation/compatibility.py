@@ -4,10 +4,8 @@ Two latent spaces can agree in shape and still differ in scale, shift or meaning
 ruins every image. So a generator records what the encoder it was trained with makes of a few bundled photographs.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -98,11 +96,3 @@ def check_fits(recorded: LatentSpace, tokenizer: Tokenizer, device: torch.device
             f"deviation {s1:.3f}, those of {recorded.tokenizer}, which the generator was trained on, {m2:.3f} and "
             f"{s2:.3f}; {distance:.0%} apart, so another latent space or normalisation"
         )
-
-
-def to_record(space: LatentSpace) -> dict[str, Any]:
-    return dataclasses.asdict(space)
-
-
-def from_record(record: dict[str, Any]) -> LatentSpace:
-    return LatentSpace(**{**record, "shape": tuple(record["shape"]), "probe": tuple(record["probe"])})

@@ -139,12 +139,11 @@ def encode(
     check_same(folder / "latents.json", made_from)
     if processes.main:
         write_whole(folder / "latents.json", json.dumps(made_from, indent=1))
-    mine = range(processes.rank, num_shards(images.num_images), processes.size)
-    missing = [k for k in mine if not shard_path(folder, k).exists()]
-    share = [range(k * SHARD, min((k + 1) * SHARD, images.num_images)) for k in missing]
-    items = images.stream([number for numbers in share for number in numbers])
-    with bar("encode", sum(map(len, share))) as advance:
-        for k, numbers in zip(missing, share, strict=True):
+    mine = shards(images.num_images, SHARD, processes)
+    missing = [(k, numbers) for k, numbers in mine if not shard_path(folder, k).exists()]
+    items = images.stream([number for _, numbers in missing for number in numbers])
+    with bar("encode", sum(len(numbers) for _, numbers in missing)) as advance:
+        for k, numbers in missing:
             rows = []
             for i in range(0, len(numbers), config.batch_size):
                 batch = list(islice(items, len(numbers[i : i + config.batch_size])))
@@ -197,8 +196,10 @@ def check_same(path: Path, made_from: dict[str, Any]) -> None:
             raise InputError(f"{path.parent} was made with {key} {then.get(key)}, asked is {value}; use another --out")
 
 
-def num_shards(num_images: int) -> int:
-    return -(-num_images // SHARD)
+def shards(num_samples: int, size: int, processes: Processes) -> list[tuple[int, range]]:
+    """The files of `size` samples that are this process's to write: number and samples."""
+    mine = range(processes.rank, -(-num_samples // size), processes.size)
+    return [(k, range(k * size, min((k + 1) * size, num_samples))) for k in mine]
 
 
 def shard_path(folder: Path, k: int) -> Path:
@@ -210,8 +211,8 @@ class Latents:
 
     def __init__(self, folder: Path) -> None:
         self.made_from: dict[str, Any] = json.loads((folder / "latents.json").read_text(encoding="utf-8"))
-        paths = [shard_path(folder, k) for k in range(num_shards(self.made_from["num_images"]))]
-        self._shards = [safe_open(path, framework="pt") for path in paths]
+        numbers = [k for k, _ in shards(self.made_from["num_images"], SHARD, Processes())]
+        self._shards = [safe_open(shard_path(folder, k), framework="pt") for k in numbers]
         self._rows = [shard.get_slice("latents") for shard in self._shards]
         self.labels = torch.cat([shard.get_tensor("labels") for shard in self._shards])
         self.shape: tuple[int, int, int] = tuple(self._rows[0].get_shape()[1:])

@@ -32,10 +32,10 @@ from tokbench.evaluation.reconstruct import (
     measure,
     model_errors_as_cell_errors,
 )
-from tokbench.generation.compatibility import LatentSpace, from_record
+from tokbench.generation.compatibility import LatentSpace
 from tokbench.generation.dit import DiT, DiTConfig
 from tokbench.generation.flow import SAMPLERS, guided, integrate
-from tokbench.generation.latents import Normaliser
+from tokbench.generation.latents import Normaliser, shard_path, shards
 from tokbench.metrics.suite import MetricSuite
 from tokbench.records.files import writable, write_whole
 from tokbench.records.measurement import Measurement
@@ -92,8 +92,8 @@ class FlowGenerator:
         load_strictly(self.model, tensors, file)
         self.model.to(device).eval().requires_grad_(False)
         info = metadata["info"]
-        self.space: LatentSpace = from_record(info["space"])
-        self.normaliser = Normaliser(tuple(info["normaliser"]["mean"]), tuple(info["normaliser"]["std"]))
+        self.space = from_dict(LatentSpace, info["space"])
+        self.normaliser = from_dict(Normaliser, info["normaliser"])
         self.classes: Sequence[str] = info["classes"]
         self.steps_trained: int | None = metadata["training"]["step"]
         alike = ("size", "times", "label_dropout", "optim", "ema")
@@ -151,24 +151,17 @@ class Draw:
 
     def chunks(self) -> list[tuple[int, range]]:
         """This process's files of latents: number and samples."""
-        count = len(self.labels)
-        mine = range(self.processes.rank, -(-count // CHUNK), self.processes.size)
-        return [(k, range(k * CHUNK, min((k + 1) * CHUNK, count))) for k in mine]
+        return shards(len(self.labels), CHUNK, self.processes)
 
     def read(self, k: int) -> tuple[Tensor, float]:
         """Latents of a file and the seconds one took."""
-        with safe_open(self.path(k), framework="pt") as file:
+        with safe_open(shard_path(self.folder, k), framework="pt") as file:
             return file.get_tensor("latents"), float(json.loads(file.metadata()["tokbench"])["seconds"])
 
-    def path(self, k: int) -> Path:
-        return self.folder / f"latents-{k:06d}.safetensors"
-
-
-def _rows_in(path: Path) -> int:
-    if not path.exists():
-        return 0
-    with safe_open(path, framework="pt") as file:
-        return int(file.get_slice("latents").get_shape()[0])
+    def has(self, k: int, numbers: range) -> bool:
+        """Whether a file holds all of these samples: that of a shorter draw may not."""
+        path = shard_path(self.folder, k)
+        return path.exists() and len(self.read(k)[0]) >= len(numbers)
 
 
 def sample_latents(draw: Draw) -> float:
@@ -177,7 +170,7 @@ def sample_latents(draw: Draw) -> float:
     Raises CellError when memory runs out or a latent is not finite.
     """
     generator, device = draw.generator, draw.device
-    missing = [(k, numbers) for k, numbers in draw.chunks() if _rows_in(draw.path(k)) < len(numbers)]
+    missing = [(k, numbers) for k, numbers in draw.chunks() if not draw.has(k, numbers)]
     with bar(f"sample {generator.name}", sum(len(numbers) for _, numbers in missing)) as advance:
         for k, numbers in missing:
             parts, start = [], _now(device)
@@ -194,7 +187,9 @@ def sample_latents(draw: Draw) -> float:
             latents = torch.cat(parts)
             if not latents.isfinite().all():
                 raise CellError(f"{generator.name}: NaN or infinity in latents {numbers.start}..{numbers.stop - 1}")
-            write_whole(draw.path(k), save({"latents": latents}, {"tokbench": json.dumps({"seconds": seconds})}))
+            write_whole(
+                shard_path(draw.folder, k), save({"latents": latents}, {"tokbench": json.dumps({"seconds": seconds})})
+            )
     return float(np.median([draw.read(k)[1] for k, _ in draw.chunks()] or [np.nan]))
 
 

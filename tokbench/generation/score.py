@@ -80,21 +80,18 @@ class StoredImages:
 
     def batches(self, wanted: Sequence[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Numbers, in order, and images uint8 [B, 3, H, W]. InputError where the file is damaged."""
-        left, last, numbers, images = set(wanted), max(wanted, default=-1), [], []
+        image = self.shape[1:]
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
             _read_header(file)
-            for number in range(last + 1):
+            for start in range(0, max(wanted, default=-1) + 1, BATCH):
+                count = min(BATCH, self.shape[0] - start)
                 try:
-                    raw = file.read(math.prod(self.shape[1:]))
-                    image = np.frombuffer(raw, np.uint8).reshape(self.shape[1:])
+                    block = np.frombuffer(file.read(count * math.prod(image)), np.uint8).reshape(count, *image)
                 except UNREADABLE as error:
-                    raise InputError(f"{self.path}: image {number} of arr_0 cannot be read ({error})") from error
-                if number in left:
-                    numbers.append(number)
-                    images.append(image)
-                if len(images) == BATCH or (images and number == last):
-                    yield numbers, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-                    numbers, images = [], []
+                    where = f"images {start} to {start + count - 1} of arr_0"
+                    raise InputError(f"{self.path}: {where} cannot be read ({error})") from error
+                if numbers := sorted(set(range(start, start + count)).intersection(wanted)):
+                    yield numbers, torch.from_numpy(block[np.array(numbers) - start]).permute(0, 3, 1, 2).contiguous()
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -13,11 +13,11 @@ from tokbench.checkpoints import write_checkpoint
 from tokbench.config import to_dict
 from tokbench.data.training_crops import CropConfig
 from tokbench.errors import InputError
-from tokbench.generation.compatibility import latent_space, to_record
+from tokbench.generation.compatibility import latent_space
 from tokbench.generation.dit import Block, DiT, dit_config
 from tokbench.generation.flow import draw_times, guided, integrate, noised, velocity
 from tokbench.generation.latents import Images, LatentConfig, Latents, Normaliser, encode
-from tokbench.registry import create, row_name
+from tokbench.registry import choose, create, row_name
 from tokbench.runtime.device import prepare
 from tokbench.runtime.processes import Processes
 from tokbench.runtime.seeding import normal, sample_seeds
@@ -78,10 +78,9 @@ PRESETS: dict[str, DiTTraining] = {
 }
 
 
-def find_preset(name: str) -> DiTTraining:
-    if name not in PRESETS:
-        raise InputError(f"unknown preset {name!r} of dit: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+def find_preset(name: str | None) -> DiTTraining:
+    """The preset of that name, or dit's own; InputError for another."""
+    return PRESETS[choose(list(PRESETS), name, "preset of dit", "dit")]
 
 
 def row_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
@@ -154,8 +153,8 @@ def train(config: DiTTraining, data: str, out: Path) -> Path:
         model = torch.compile(dit, dynamic=False) if run.compile else dit
         session.start(dit, dit.named_parameters())
         info = {
-            "space": to_record(space),
-            "normaliser": {"mean": normaliser.mean, "std": normaliser.std},
+            "space": to_dict(space),
+            "normaliser": to_dict(normaliser),
             "classes": images.classes,
             "trained_on": f"{images.source.name}, {len(latents)} latents",
         }

@@ -1,9 +1,4 @@
-"""Files of a run: whole writes, per-sample rows and features, per-image tables, folders of results. No torch here.
-
-Every process appends to files of its own and never touches another's, so any number of ranks and of runs may share a
-folder. Each record carries a checksum: one torn by a kill, or changed by a disk, is skipped, named in a warning, and
-its sample counts as not yet measured.
-"""
+"""Files of a run: whole writes, locks, names, per-image tables, folders of results. No torch here."""
 
 import contextlib
 import csv
