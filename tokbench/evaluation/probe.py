@@ -95,7 +95,7 @@ def run_probe(
     title = f"{name} · {source.name} · {size_text(measurement.resolution)} · {measurement.rules.name}"
     note = f"N = {len(source)} · {describe_device(device)} · {ERRORS}"
     if rows:
-        show([table_of(title, rows, [probe.summary, note])])
+        show([table_of(title, rows, [probe.summary, note])], 130)
     return int(len(rows) < len(specs))
 
 
