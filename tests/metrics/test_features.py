@@ -163,9 +163,9 @@ def test_dinov2s_position_table_is_stretched_as_its_authors_do(tmp_path: Path) -
     difference = (ours - theirs.pooler_output).abs().max()
     assert 0 < difference < 0.1 * theirs.pooler_output.abs().max()
     table = torch.randn(1, 1 + 37 * 37, 8)
-    assert resize_positions(table, 37) is table
-    assert resize_positions(table, 16).shape == (1, 257, 8)
-    assert torch.equal(resize_positions(table, 16)[:, 0], table[:, 0])
+    assert resize_positions(table, 37, 37) is table
+    assert resize_positions(table, 16, 16).shape == (1, 257, 8)
+    assert torch.equal(resize_positions(table, 16, 16)[:, 0], table[:, 0])
 
 
 def test_one_pass_serves_two_extractors() -> None:

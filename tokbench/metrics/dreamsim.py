@@ -53,7 +53,7 @@ class DreamSim(nn.Module):
             )
         parts = []
         for name, part in self.parts.items():
-            part = self._fitted(part, images.shape[-1])
+            part = self._fitted(part, *images.shape[-2:])
             tokens = (images - getattr(self, f"means_{name}")) / getattr(self, f"stds_{name}")
             tokens = part.patch_embed(tokens)
             tokens = part.norm_pre(
@@ -67,11 +67,12 @@ class DreamSim(nn.Module):
         embedding = embedding - embedding.mean(1, keepdim=True)
         return [embedding / embedding.norm(dim=1, keepdim=True)]
 
-    def _fitted(self, part: Any, side: int) -> Any:
-        """The transformer with its position table for square images of this side."""
-        patches = side // part.patch_embed.proj.kernel_size[0]
-        if part.table is None or part.table.shape[1] != 1 + patches**2:
-            part.table = resize_positions(part.pos_embed, patches)
+    def _fitted(self, part: Any, height: int, width: int) -> Any:
+        """The transformer with its position table for images of this size."""
+        patch = part.patch_embed.proj.kernel_size[0]
+        grid = height // patch, width // patch
+        if part.grid != grid:
+            part.table, part.grid = resize_positions(part.pos_embed, *grid), grid
         return part
 
     def distance(self, real: list[Tensor], fake: list[Tensor]) -> Tensor:
@@ -79,7 +80,7 @@ class DreamSim(nn.Module):
         return (real[0] - fake[0]).square().sum(1) / 2
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
-        """float [B, 3, H, H] in [-1, 1], twice -> [B]."""
+        """float [B, 3, H, W] in [-1, 1], twice -> [B]."""
         return self.distance(self.features(real), self.features(fake))
 
 
@@ -102,7 +103,7 @@ def _transformer(tensors: Mapping[str, Tensor], part: str) -> Any:
         network.patch_embed.proj = nn.Conv2d(3, width, patch, patch)
     network.patch_embed.strict_img_size = False
     network.load_state_dict(own)
-    network.table = None
+    network.table, network.grid = None, None
     return network
 
 

@@ -155,7 +155,7 @@ class DINOv2(nn.Module):
         key = "embeddings.position_embeddings"
         width, patch = tensors[key].shape[-1], tensors["embeddings.patch_embeddings.projection.weight"].shape[-1]
         depth = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.layer."))
-        tensors[key] = resize_positions(tensors[key], 224 // patch)
+        tensors[key] = resize_positions(tensors[key], 224 // patch, 224 // patch)
         config = Dinov2Config(
             hidden_size=width, num_hidden_layers=depth, num_attention_heads=max(1, width // 64), image_size=224,
             patch_size=patch,
@@ -169,14 +169,15 @@ class DINOv2(nn.Module):
         return {"dinov2": self.network(pixel_values=normalised(images, 224, "bicubic")).pooler_output}
 
 
-def resize_positions(table: Tensor, side: int) -> Tensor:
-    """[1, 1 + s * s, C] -> [1, 1 + side * side, C], the class token's entry kept."""
+def resize_positions(table: Tensor, height: int, width: int) -> Tensor:
+    """[1, 1 + s * s, C] -> [1, 1 + height * width, C], the class token's entry kept."""
     start = round((table.shape[1] - 1) ** 0.5)
-    if start == side:
+    if start == height == width:
         return table
     grid = table[:, 1:].reshape(1, start, start, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, scale_factor=(side + 0.1) / start, mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).reshape(1, side * side, -1)], 1)
+    factors = ((height + 0.1) / start, (width + 0.1) / start)
+    grid = F.interpolate(grid, scale_factor=factors, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).reshape(1, height * width, -1)], 1)
 
 
 @dataclass(frozen=True)
