@@ -7,6 +7,7 @@ and "as good as jpeg q N" is a statement everybody understands.
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,12 +72,21 @@ class Resample:
         return F.interpolate(latents, size=size, mode="bicubic", align_corners=False)
 
 
+# Options of Pillow besides the quality, and what they are.
+CODECS: dict[str, tuple[dict[str, Any], str]] = {
+    "jpeg": ({"optimize": True}, "4:2:0, optimised Huffman tables"),
+    "webp": ({"method": 4}, "lossy, method 4"),
+    "avif": ({"speed": 6, "max_threads": 1}, "4:2:0, speed 6"),
+    "jxl": ({"effort": 7}, "effort 7"),
+}
+
+
 class Codec:
     """An image codec of Pillow; the latents are its files as uint8 [B, 8 + longest], each after its length."""
 
     networks: Mapping[str, nn.Module] = {}
 
-    def __init__(self, name: str, file_format: str, note: str, **options: int | bool | str) -> None:
+    def __init__(self, name: str, file_format: str, note: str, **options: Any) -> None:
         self.info = TokenizerInfo(name=name, family="codec", note=note)
         self.file_format = file_format
         self.options = options
@@ -118,19 +128,15 @@ def codec(file_format: str, quality: int) -> Codec:
     lowest = 1 if file_format == "jpeg" else 0
     if not lowest <= quality <= 100:
         raise InputError(f"{name}: quality must be from {lowest} to 100")
-    if file_format == "jpeg":
-        return Codec(name, "JPEG", "4:2:0, optimised Huffman tables; headers counted", quality=quality, optimize=True)
-    if file_format == "webp":
-        return Codec(name, "WEBP", "lossy, method 4; headers counted", quality=quality, method=4)
-    if file_format == "avif":
-        if not features.check("avif"):
-            raise InputError(f"{name}: this Pillow was built without AVIF; pip install --upgrade 'pillow>=11.3'")
-        return Codec(name, "AVIF", "4:2:0, speed 6; headers counted", quality=quality, speed=6, max_threads=1)
-    try:
-        import pillow_jxl  # noqa: F401  # registers the format with Pillow
-    except ImportError as error:
-        raise InputError(f"{name}: Pillow writes JPEG XL through a plugin; pip install pillow-jxl-plugin") from error
-    return Codec(name, "JXL", "effort 7; headers counted", quality=quality, effort=7)
+    if file_format == "avif" and not features.check("avif"):
+        raise InputError(f"{name}: this Pillow was built without AVIF; pip install --upgrade 'pillow>=11.3'")
+    if file_format == "jxl":
+        try:
+            import pillow_jxl  # noqa: F401  # registers the format with Pillow
+        except ImportError as error:
+            raise InputError(f"{name}: Pillow writes JPEG XL by a plugin; pip install pillow-jxl-plugin") from error
+    options, note = CODECS[file_format]
+    return Codec(name, file_format.upper(), f"{note}; headers counted", quality=quality, **options)
 
 
 class Linear:
@@ -169,6 +175,6 @@ def linear(name: str, file: Path | None = None) -> Linear:
     convolution = nn.Conv2d(CHANNELS, 3 * PATCH**2, size, padding=size // 2, padding_mode="replicate")
     decoder = nn.Sequential(convolution, nn.PixelShuffle(PATCH))
     for part, module in (("encoder.", encoder), (f"{name}.", decoder)):
-        load_strictly(module, {key.removeprefix(part): state[key] for key in state if key.startswith(part)}, path)
+        load_strictly(module, state, path, part)
     note = "8x8 block PCA" if name == "pca-f8c4" else "ridge decoder over 5x5 latents of an 8x8 block PCA"
     return Linear(name, encoder.requires_grad_(False), decoder.requires_grad_(False), note)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baselines.kl_vae import KLVAE, SMALL, ConvDecoderConfig, KLVAEConfig, KLVAETokenizer, PatchGAN, load
+from baselines.kl_vae import KLVAE, SMALL, ConvDecoderConfig, KLVAEConfig, KLVAETokenizer, PatchGAN
 from ssdd_models.encoder import EncoderConfig
 from ssdd_models.layers import AttentionBlock, ResBlock
-from tokbench.checkpoints import load_strictly, read_checkpoint, write_checkpoint
-from tokbench.config import describe, from_dict, override, to_dict
+from tokbench.checkpoints import read_header, write_checkpoint
+from tokbench.config import from_dict, to_dict
 from tokbench.data.pixels import to_float
 from tokbench.data.training_crops import CropConfig, PhotoCrops
 from tokbench.errors import InputError
@@ -38,10 +38,8 @@ from tokbench.training.optimisation import (
     place,
     size_errors_as_input_errors,
 )
-from tokbench.training.session import open_session
-from tokbench.weights.files import file_sha256
+from tokbench.training.session import open_session, start_from
 
-DEFAULT = "ldm-f8c4"  # preset
 POSTERIOR = 0  # stream of random numbers
 
 
@@ -100,20 +98,19 @@ PRESETS = {
 }  # fmt: skip
 
 
-def train_klvae(config: KLVAETraining, data: str, out: Path, start: Path | None, encoder_from: Path | None) -> Path:
-    """Train until config.run.steps, or go on from where `out` stopped; returns out/model.safetensors.
+def train(config: KLVAETraining, options: TrainOptions) -> Path:
+    """Train until config.run.steps, or go on from where options.out stopped; returns its model.safetensors.
 
-    Writes into `out`: model.safetensors, best.safetensors and what a Session writes. `start` gives all weights,
-    `encoder_from` (a KL-VAE or an SSDD) those of the encoder. Raises InputError for data or files that cannot be used,
-    CellError for a loss that is no number, KeyboardInterrupt after saving when asked to stop.
+    Writes there: model.safetensors, best.safetensors and what a Session writes. Raises InputError for data or files
+    that cannot be used, CellError for a loss that is no number, KeyboardInterrupt after saving when told to stop.
     """
-    run, gan = config.run, config.gan
+    run, gan, out = config.run, config.gan, options.out
     with open_session("klvae", config, out) as session:
         # Set up: model, data, what judges it.
         torch.manual_seed(run.seed)
-        model, origin = build(config, start, encoder_from)
-        source, train, held_out = open_images(data, run)
-        crops = PhotoCrops(source, train, config.crops, run.seed)
+        model, origin = build(config, options)
+        source, trained, held_out = open_images(options.data, run)
+        crops = PhotoCrops(source, trained, config.crops, run.seed)
         place([model.encoder, model.decoder], run, session.device, (ResBlock, AttentionBlock))
         losses = Losses(config, model, session.device)
         critic = make_critic(gan, session.device)
@@ -124,7 +121,7 @@ def train_klvae(config: KLVAETraining, data: str, out: Path, start: Path | None,
             logvar=losses.logvar, critic=critic, critic_optimizer=critic_optimizer,
         )  # fmt: skip
         networks = [config.perceptual] if config.perceptual_weight else []
-        info = {"losses": networks, "trained_on": f"{source.name}, {len(train)} images"}
+        info = {"losses": networks, "trained_on": f"{source.name}, {len(trained)} images"}
         normalised_on = crops if config.normalise_latents else None
         stage = "frozen" if config.freeze_encoder else "joint"
 
@@ -161,34 +158,24 @@ def train_klvae(config: KLVAETraining, data: str, out: Path, start: Path | None,
     return out / "model.safetensors"
 
 
-def run_command(options: TrainOptions) -> Path:
-    """`tokbench train klvae`."""
+def configure(options: TrainOptions) -> KLVAETraining:
+    """The preset that `tokbench train klvae` names. Sizes are those of the files it starts from, or of --encoder."""
     if options.stage or options.decoder:
         raise InputError("klvae has no --stage and no --decoder; see --preset, freeze_encoder and model.decoder.*")
-    config = PRESETS[choose(list(PRESETS), options.preset, "preset", DEFAULT)]
+    config = choose(PRESETS, options.preset, "preset", "ldm-f8c4")
+    model = config.model
     if options.encoder_from:
-        config = replace(config, model=replace(config.model, encoder=read_encoder(options.encoder_from)[0]))
+        _, metadata = read_header(options.encoder_from, "klvae", "ssdd")
+        model = replace(model, encoder=from_dict(EncoderConfig, metadata["config"]["encoder"]))
     if options.start:
-        config = replace(config, model=load(options.start)[0].config)
+        model = from_dict(KLVAEConfig, read_header(options.start, "klvae")[1]["config"])
     if options.encoder:
-        config = replace(config, model=replace(config.model, encoder=parse_encoder(options.encoder)))
-    config = override(config, options.settings)
-    return train_klvae(config, options.data, options.out, options.start, options.encoder_from)
+        with size_errors_as_input_errors("--encoder"):
+            model = replace(model, encoder=EncoderConfig.parse(options.encoder))
+    return replace(config, model=model)
 
 
-def settings(stage: str | None, preset: str | None) -> list[str]:
-    """The key=value lines of a preset."""
-    return describe(PRESETS[choose(list(PRESETS), preset, "preset", DEFAULT)])
-
-
-def parse_encoder(name: str) -> EncoderConfig:
-    try:
-        return EncoderConfig.parse(name)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
-def build(config: KLVAETraining, start: Path | None, encoder_from: Path | None) -> tuple[KLVAE, dict[str, str]]:
+def build(config: KLVAETraining, options: TrainOptions) -> tuple[KLVAE, dict[str, str]]:
     """The model to train and which files it was started from. Raises InputError for sizes or files that do not fit."""
     factor, levels = config.model.encoder.downsample, len(config.model.decoder.channel_mult)
     if factor != 2 ** (levels - 1):
@@ -197,24 +184,11 @@ def build(config: KLVAETraining, start: Path | None, encoder_from: Path | None) 
             f"{factor.bit_length()}: one more than it has halvings"
         )
     check_sides(factor, config.crops, config.run)
-    origin = {}
     with size_errors_as_input_errors("model.*"):
         model = KLVAE(config.model)
-    if start is not None:
-        load_strictly(model, load(start)[0].state_dict(), start)
-        origin["model"] = f"{start.name} {file_sha256(start)[:16]}"
-    if encoder_from is not None:
-        load_strictly(model.encoder, read_encoder(encoder_from)[1], encoder_from)
-        origin["encoder"] = f"{encoder_from.name} {file_sha256(encoder_from)[:16]}"
+    origin = start_from(model, options)
     model.encoder.requires_grad_(not config.freeze_encoder)
     return model, origin
-
-
-def read_encoder(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
-    """The encoder in a file of ours, KL-VAE or SSDD: its sizes and tensors. Raises InputError for another file."""
-    tensors, metadata = read_checkpoint(path, "klvae", "ssdd")
-    own = {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
-    return from_dict(EncoderConfig, metadata["config"]["encoder"]), own
 
 
 def make_critic(gan: GanConfig, device: torch.device) -> PatchGAN:
@@ -227,7 +201,7 @@ class Losses:
 
     def __init__(self, config: KLVAETraining, model: KLVAE, device: torch.device) -> None:
         self.config, self.model = config, model
-        self.perceptual = perceptual_loss(config.perceptual if config.perceptual_weight else "none", device)
+        self.perceptual = perceptual_loss(config.perceptual, device) if config.perceptual_weight else None
         self.logvar = nn.ParameterDict({"logvar": nn.Parameter(torch.zeros((), device=device))})
         self.logvar.requires_grad_(config.learn_logvar)
 
@@ -238,7 +212,7 @@ class Losses:
         noise = normal(seeds, posterior.mean.shape[1:], device=real.device)
         fake = self.model.decode(posterior.sample(noise)).float()
         terms = {"l1": (fake - real).abs().mean(), "kl": posterior.kl().mean()}
-        if self.config.perceptual_weight and step > self.config.perceptual_start:
+        if self.perceptual is not None and step > self.config.perceptual_start:
             terms["perceptual"] = self.perceptual(real, fake).mean()
         return fake, terms
 

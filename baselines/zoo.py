@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from baselines.published import PUBLISHED, VERIFIED, Published
-from tokbench.registry import Trainer, TrainOptions, register_trainer
+from tokbench.registry import Trainer, register_trainer
 from tokbench.registry import register as add
 
 
@@ -28,7 +28,7 @@ def register() -> None:
         summary="hf:OWNER/NAME[:FOLDER] or a folder: any diffusers autoencoder",
         accepts=_is_folder,
     )
-    register_trainer("klvae", Trainer(_train, _settings, "KL-VAE as latent diffusion trains it"))
+    register_trainer("klvae", _trainer, summary="KL-VAE as latent diffusion trains it")
 
 
 def _facts(row: Published) -> dict[str, Any]:
@@ -52,16 +52,10 @@ def _facts(row: Published) -> dict[str, Any]:
     }
 
 
-def _train(options: TrainOptions) -> Path:
-    from baselines.train import run_command
+def _trainer() -> Trainer:
+    from baselines import train
 
-    return run_command(options)
-
-
-def _settings(stage: str | None, preset: str | None) -> list[str]:
-    from baselines.train import settings
-
-    return settings(stage, preset)
+    return train
 
 
 def identity() -> Any:

@@ -2,7 +2,6 @@
 are handed in. All are float32 means over batch and elements; KL is the batch mean of each latent's sum.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,18 +100,6 @@ def flow_losses(
     if repa is not None:
         losses["repa"] = repa(tokens[0], real)
     return losses, clean, x_t
-
-
-def make_teacher(model: SSDD) -> SSDD:
-    """A frozen copy in eval mode of the checkpoint that the student starts from."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-def teacher_sample(teacher: SSDD, z: Tensor, noise: Tensor, steps: int) -> Tensor:
-    """What a distilled student learns at t = 1: the teacher's sample of `steps` steps, [B, 3, H, W], from the same
-    noise and the same latents. Not the one-shot prediction from a noised real image that circulates in a fork: see
-    the README."""
-    return teacher.decode(z, steps=steps, noise=noise).clone()
 
 
 def critic_loss(critic: Discriminator, real: Tensor, fake: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

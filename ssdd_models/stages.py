@@ -45,7 +45,7 @@ class SSDDTraining:
 
 EPOCH = 1_281_167 // 256  # steps of 256 images over ImageNet
 _JOINT = SSDDTraining(run=RunConfig(steps=300 * EPOCH))
-STAGES: dict[Stage, SSDDTraining] = {
+STAGES = {
     "joint": _JOINT,
     "pretrain": replace(_JOINT, stage="pretrain", optim=OptimConfig(learning_rate=3e-4)),
     "finetune": replace(
@@ -84,7 +84,7 @@ _SMALL_LAST = replace(
 # The demo weights began so: decoder XS with 4 groups in its norms, 128 photographs, half an hour on two cores. In one
 # step, on 14 held-out photographs at 256 px: 24.7 dB and lpips-alex .34 after pretrain, 25.0 and .31 after finetune;
 # finetuned again, after 41,520 crops in all, the bundled file has 25.3 and .263 (weights/ssdd.md).
-SMALL_STAGES: dict[Stage, SSDDTraining] = {
+SMALL_STAGES = {
     "joint": replace(_SMALL, stage="joint"),
     "pretrain": _SMALL,
     "finetune": replace(_SMALL_LAST, stage="finetune"),

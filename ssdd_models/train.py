@@ -1,30 +1,23 @@
 """Training of SSDD (arXiv 2510.04961): one visible loop for every stage."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssdd_models.encoder import EncoderConfig, Posterior
 from ssdd_models.layers import AttentionBlock, Discriminator, ResBlock
-from ssdd_models.losses import (
-    Repa,
-    critic_loss,
-    flow_losses,
-    generator_loss,
-    make_teacher,
-    teacher_sample,
-    training_times,
-)
+from ssdd_models.losses import Repa, critic_loss, flow_losses, generator_loss, training_times
 from ssdd_models.ssdd import SSDD, SSDDConfig
-from ssdd_models.stages import PRESETS, SSDDTraining, Stage
+from ssdd_models.stages import PRESETS, SSDDTraining
 from ssdd_models.tokenizer import SSDDTokenizer
 from ssdd_models.uvit import SIZES, DecoderConfig, ResidualBlock, TransformerBlock, UViT
-from tokbench.checkpoints import load_strictly, read_checkpoint, read_header
-from tokbench.config import describe, from_dict, override
+from tokbench.checkpoints import read_header
+from tokbench.config import from_dict
 from tokbench.data.training_crops import PhotoCrops
 from tokbench.errors import InputError, first_line
 from tokbench.registry import TrainOptions, choose
@@ -39,27 +32,25 @@ from tokbench.training.optimisation import (
     place,
     size_errors_as_input_errors,
 )
-from tokbench.training.session import open_session
-from tokbench.weights.files import file_sha256
+from tokbench.training.session import open_session, start_from
 
 RECOMPUTED = (ResBlock, AttentionBlock, ResidualBlock, TransformerBlock)
 POSTERIOR, TIME, NOISE = 0, 1, 2  # streams of random numbers
 
 
-def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, encoder_from: Path | None) -> Path:
-    """Train until config.run.steps, or go on from where `out` stopped; returns out/model.safetensors.
+def train(config: SSDDTraining, options: TrainOptions) -> Path:
+    """Train until config.run.steps, or go on from where options.out stopped; returns its model.safetensors.
 
-    Writes into `out`: model.safetensors, best.safetensors and what a Session writes. `start` is the previous stage's
-    file, `encoder_from` a file whose encoder is taken (SSDD or KL-VAE). Raises InputError for data or files that cannot
-    be used, CellError for a loss that is no number, KeyboardInterrupt after saving when told to stop.
+    Writes there: model.safetensors, best.safetensors and what a Session writes. Raises InputError for data or files
+    that cannot be used, CellError for a loss that is no number, KeyboardInterrupt after saving when told to stop.
     """
-    run = config.run
+    run, out = config.run, options.out
     with open_session("ssdd", config, out) as session:
         # Set up: model, data, what judges it.
         torch.manual_seed(run.seed)
-        model, origin = build(config, start, encoder_from)
-        source, train, held_out = open_images(data, run)
-        crops = PhotoCrops(source, train, config.crops, run.seed)
+        model, origin = build(config, options)
+        source, trained, held_out = open_images(options.data, run)
+        crops = PhotoCrops(source, trained, config.crops, run.seed)
         place([model.encoder, model.decoder], run, session.device, RECOMPUTED)
         losses = Losses(config, model, session.device)
         critic = Discriminator().to(session.device) if config.weights.gan else None
@@ -68,7 +59,7 @@ def train_ssdd(config: SSDDTraining, data: str, out: Path, start: Path | None, e
         session.start(
             model, named, repa=losses.repa, teacher=losses.teacher, critic=critic, critic_optimizer=critic_optimizer
         )
-        info = {"losses": losses.networks(), "trained_on": f"{source.name}, {len(train)} images"}
+        info = {"losses": losses.networks(), "trained_on": f"{source.name}, {len(trained)} images"}
 
         for step in session.steps(session.batches(crops)):
             numbers, images, ids = step.batch
@@ -106,7 +97,8 @@ class Losses:
 
     def __init__(self, config: SSDDTraining, model: SSDD, device: torch.device) -> None:
         self.config, self.model = config, model
-        self.teacher = make_teacher(model) if config.stage == "distill" else None
+        # A frozen copy of the checkpoint that the student starts from.
+        self.teacher = copy.deepcopy(model).eval().requires_grad_(False) if config.stage == "distill" else None
         self.perceptual = perceptual_loss(config.perceptual, device) if config.weights.perceptual else None
         self.repa = make_repa(model, device) if config.weights.repa else None
 
@@ -129,8 +121,10 @@ class Losses:
             t = training_times(normal(seeds[TIME], (2,), device=device), config.share_at_one)
             target = real
         else:
+            # The teacher's sample from the same noise and latents, not the one-shot prediction from a noised real
+            # image that circulates in a fork: see the README.
             z, t = posterior.mode(), torch.ones(len(real), device=device)
-            target = teacher_sample(self.teacher, z, noise, config.teacher_steps)
+            target = self.teacher.decode(z, config.teacher_steps, noise).clone()
         losses, clean, x_t = flow_losses(
             self.model, z, target, noise, t, real=real, perceptual=perceptual, repa=self.repa
         )
@@ -145,10 +139,12 @@ def export(path: Path, config: SSDDTraining, model: SSDD, info: Mapping[str, Any
     finished.save_pretrained(path, info=info, training=training)
 
 
-def run_command(options: TrainOptions) -> Path:
-    """`tokbench train ssdd`. Sizes come from the files it starts from, then from --encoder and --decoder."""
-    config = find_stage(options.stage, options.preset)
-    try:
+def configure(options: TrainOptions) -> SSDDTraining:
+    """The stage that `tokbench train ssdd` names. Sizes are those of the files it starts from, or of --encoder and
+    --decoder."""
+    stages = choose(PRESETS, options.preset, "preset", "paper")
+    config = choose(stages, options.stage, "stage", "joint")
+    with size_errors_as_input_errors("--encoder"):
         if options.encoder_from:
             config = replace(config, encoder=sizes(options.encoder_from)[0])
         if options.start:
@@ -157,21 +153,8 @@ def run_command(options: TrainOptions) -> Path:
         if options.encoder:
             config = replace(config, encoder=EncoderConfig.parse(options.encoder))
         if options.decoder:
-            config = replace(config, decoder=SIZES[choose(list(SIZES), options.decoder, "decoder", "M")])
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    config = override(config, options.settings)
-    return train_ssdd(config, options.data, options.out, options.start, options.encoder_from)
-
-
-def find_stage(stage: str | None, preset: str | None) -> SSDDTraining:
-    stages = PRESETS[choose(list(PRESETS), preset, "preset", "paper")]
-    return stages[cast(Stage, choose(list(stages), stage, "stage", "joint"))]
-
-
-def settings(stage: str | None, preset: str | None) -> list[str]:
-    """The key=value lines of a stage."""
-    return describe(find_stage(stage, preset))
+            config = replace(config, decoder=choose(SIZES, options.decoder, "decoder", "M"))
+    return config
 
 
 def sizes(path: Path) -> tuple[EncoderConfig, DecoderConfig | None]:
@@ -189,24 +172,18 @@ def sizes(path: Path) -> tuple[EncoderConfig, DecoderConfig | None]:
     return config.encoder, config.decoder
 
 
-def build(config: SSDDTraining, start: Path | None, encoder_from: Path | None) -> tuple[SSDD, dict[str, str]]:
+def build(config: SSDDTraining, options: TrainOptions) -> tuple[SSDD, dict[str, str]]:
     """The model to train and which files it was started from. Raises InputError for sizes or files that do not fit."""
-    if start is None and encoder_from is None and config.freeze_encoder:
+    if options.start is None and options.encoder_from is None and config.freeze_encoder:
         raise InputError(f"stage {config.stage} needs a trained encoder: give --from or --encoder-from")
-    if start is None and config.stage == "distill":
+    if options.start is None and config.stage == "distill":
         raise InputError("stage distill needs --from, the checkpoint that is both teacher and student")
-    origin = {}
     with size_errors_as_input_errors("encoder.*, decoder.*"):
         model = SSDD(config.encoder, config.decoder, init=config.init)
     check_sides(model.size_multiple, config.crops, config.run)
     if config.cancel_noise:
         cancel_noise(model.decoder)
-    for path, name, part in ((start, "model", model), (encoder_from, "encoder", model.encoder)):
-        if path is not None:
-            state, prefix = read_checkpoint(path)[0], "" if name == "model" else "encoder."
-            held = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            load_strictly(part, held, path)
-            origin[name] = f"{path.name} {file_sha256(path)[:16]}"
+    origin = start_from(model, options)
     model.encoder.requires_grad_(not config.freeze_encoder)
     return model, origin
 

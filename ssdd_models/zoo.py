@@ -5,7 +5,7 @@ from typing import Any
 
 from tokbench.checkpoints import read_header
 from tokbench.errors import CellError, InputError, first_line
-from tokbench.registry import Trainer, TrainOptions, register_trainer
+from tokbench.registry import Trainer, register_trainer
 from tokbench.registry import register as add
 
 BUNDLED = Path(__file__).parent / "weights" / "ssdd.safetensors"
@@ -28,19 +28,13 @@ def register() -> None:
         released,
         summary="SSDD as released, S B M L XL x f8c4 f16c4 f16c16 f32c64 or sdvae (for sd-vae-ft-mse+); CC-BY-NC 4.0",
     )
-    register_trainer("ssdd", Trainer(_train, _settings, "SSDD: stages joint, pretrain, finetune, distill"))
+    register_trainer("ssdd", _trainer, summary="SSDD: stages joint, pretrain, finetune, distill")
 
 
-def _train(options: TrainOptions) -> Path:
-    from ssdd_models.train import run_command
+def _trainer() -> Trainer:
+    from ssdd_models import train
 
-    return run_command(options)
-
-
-def _settings(stage: str | None, preset: str | None) -> list[str]:
-    from ssdd_models.train import settings
-
-    return settings(stage, preset)
+    return train
 
 
 def ssdd(

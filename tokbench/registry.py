@@ -19,12 +19,12 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from safetensors import SafetensorError
 
 from tokbench.checkpoints import read_header
-from tokbench.config import parse_value
+from tokbench.config import describe, override, parse_value
 from tokbench.errors import MODEL_ERRORS, CellError, InputError, first_line
 from tokbench.records.files import writable
 from tokbench.records.result import Value
@@ -375,49 +375,56 @@ class TrainOptions:
     settings: tuple[str, ...] = ()  # key=value
 
 
-@dataclass(frozen=True)
-class Trainer:
-    """`run` trains and returns the file of the finished model; `settings` gives the key=value lines of its defaults for
-    a stage and a preset (None: the default one). Both raise InputError for a stage or preset that is not known."""
+class Trainer(Protocol):
+    """What trains one kind of model; a module with these two functions is one. Both raise InputError for options that
+    they do not know."""
 
-    run: Callable[[TrainOptions], Path]
-    settings: Callable[[str | None, str | None], list[str]]
-    summary: str
+    def configure(self, options: TrainOptions) -> Any:
+        """The settings that options name, a frozen dataclass, before any key=value."""
 
-
-TRAINERS: Names[Trainer] = Names("model to train")
+    def train(self, config: Any, options: TrainOptions) -> Path:
+        """Train by these settings and return the file of the finished model."""
 
 
-def register_trainer(name: str, trainer: Trainer) -> None:
-    """Make `tokbench train NAME` known; a plugin's `register` calls it. ValueError for a second use of a name."""
-    TRAINERS.add(name, trainer)
+TRAINERS: Names[tuple[Callable[[], Trainer], str]] = Names("model to train")  # with a summary
+
+
+def register_trainer(name: str, load: Callable[[], Trainer], *, summary: str) -> None:
+    """Make `tokbench train NAME` known; a plugin's `register` calls it. Heavy imports belong inside `load`.
+
+    ValueError for a second use of a name.
+    """
+    TRAINERS.add(name, (load, summary))
 
 
 def train_model(name: str, options: TrainOptions) -> Path:
     """Train and return the finished file. Raises InputError for a missing --data or for an --out that is missing or
     cannot be written, before anything is fetched or built."""
-    trainer = TRAINERS.find(name)
+    load, _ = TRAINERS.find(name)
     if not options.data or options.out == Path():
         raise InputError(f"train {name}: --data DIR and --out DIR are needed")
     existing = next(place for place in (options.out, *options.out.absolute().parents) if place.exists())
     with writable(options.out):
         tempfile.TemporaryFile(dir=existing).close()
-    return trainer.run(options)
+    trainer = load()
+    return trainer.train(override(trainer.configure(options), options.settings), options)
 
 
 def train_help(name: str | None, stage: str | None, preset: str | None) -> str:
     """What can be trained, or every setting of one of them as key=value."""
     if name is None:
-        return "\n".join(["Models:", *(f"  {known:<8} {trainer.summary}" for known, trainer in TRAINERS.all().items())])
+        return "\n".join(["Models:", *(f"  {known:<8} {about}" for known, (_, about) in TRAINERS.all().items())])
+    load, _ = TRAINERS.find(name)
+    config = load().configure(TrainOptions("", Path(), stage, preset))
     which = " ".join(f"{what} {given}" for what, given in (("stage", stage), ("preset", preset)) if given)
-    return "\n  ".join([f"Settings of {name} {which}".rstrip() + ":", *TRAINERS.find(name).settings(stage, preset)])
+    return "\n  ".join([f"Settings of {name} {which}".rstrip() + ":", *describe(config)])
 
 
-def choose(known: Sequence[str], name: str | None, what: str, default: str) -> str:
-    """`name`, or the default for None; InputError naming all choices if it is not known."""
+def choose(known: Mapping[str, T], name: str | None, what: str, default: str) -> T:
+    """What is known by this name, or by the default for None; InputError naming all choices if nothing is."""
     if name is not None and name not in known:
         raise InputError(f'unknown {what} "{name}"; known: {", ".join(known)}')
-    return name or default
+    return known[name or default]
 
 
 # ---- data sources and probes --------------------------------------------------------------------------------------

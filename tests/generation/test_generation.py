@@ -23,10 +23,10 @@ from tokbench.generation.generate import open_generator, parse_labels, run_gener
 from tokbench.generation.latents import Latents, Normaliser
 from tokbench.generation.sample import Draw, Sampling, balanced_labels, pack_npz, sample_latents
 from tokbench.generation.score import read_statistics
-from tokbench.generation.train import find_preset, train
+from tokbench.generation.train import PRESETS, configure, train
 from tokbench.records.measurement import Measurement
 from tokbench.records.result import read_result
-from tokbench.registry import create
+from tokbench.registry import TrainOptions, create
 from tokbench.runtime.processes import Processes
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def trained(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_tiny(data: str, out: Path, settings: list[str]) -> Path:
-    return train(override(find_preset("tiny"), settings), data, out)
+    return train(override(PRESETS["tiny"], settings), TrainOptions(data, out))
 
 
 def generate(trained: Path, labelled: Path, out: Path, **more: Any) -> int:
@@ -82,12 +82,12 @@ def test_settings_without_meaning_for_a_generator_are_refused(labelled: Path, tm
         train_tiny(str(labelled), tmp_path, [*SETTINGS, "run.held_out=3"])
 
 
-def test_presets_are_the_recipes_they_name() -> None:
-    paper, proxy = find_preset("dit"), find_preset("proxy")
+def test_presets_are_the_recipes_they_name(tmp_path: Path) -> None:
+    paper, proxy = PRESETS["dit"], PRESETS["proxy"]
     assert (paper.size, paper.optim.learning_rate, paper.ema.decay, paper.run.batch_size) == ("XL", 1e-4, 0.9999, 256)
     assert (proxy.size, proxy.run.steps) == ("B", 100_000)
     with pytest.raises(InputError, match="known: dit, proxy, tiny"):
-        find_preset("large")
+        configure(TrainOptions("", tmp_path, preset="large"))
 
 
 # ---- sampling and scoring -----------------------------------------------------------------------------------------
@@ -173,10 +173,11 @@ from tokbench.generation import Generation
 from tokbench.generation.generate import run_generate
 from tokbench.records.measurement import Measurement
 from tokbench.config import override
-from tokbench.generation.train import find_preset, train
+from tokbench.generation.train import PRESETS, train
+from tokbench.registry import TrainOptions
 torch.set_num_threads(1)
 data, out, *settings = sys.argv[1:]
-train(override(find_preset("tiny"), settings), data, Path(out))
+train(override(PRESETS["tiny"], settings), TrainOptions(data, Path(out)))
 asked = Generation(generator=out, tokenizer="identity", num_images=130, reference=data, steps=2, save="png")
 sys.exit(run_generate(asked, Measurement(device="cpu", metrics=("gfid",)), out=Path(out) / "together"))
 """

@@ -12,21 +12,14 @@ from torch import Tensor
 
 from ssdd_models.encoder import EncoderConfig
 from ssdd_models.layers import Discriminator
-from ssdd_models.losses import (
-    DINO_DIM,
-    Repa,
-    critic_loss,
-    flow_losses,
-    generator_loss,
-    make_teacher,
-    teacher_sample,
-    training_times,
-)
+from ssdd_models.losses import DINO_DIM, LossWeights, Repa, critic_loss, flow_losses, generator_loss, training_times
 from ssdd_models.ssdd import SSDD
-from ssdd_models.train import cancel_noise, make_repa
+from ssdd_models.stages import SSDDTraining
+from ssdd_models.train import NOISE, Losses, cancel_noise, make_repa
 from ssdd_models.uvit import SIZES
 from tests.reference import CASES, GOLDEN, inputs, model
 from tokbench.errors import InputError
+from tokbench.runtime.seeding import normal
 from tokbench.training.optimisation import parameter_groups
 
 CASE = next(case for case in CASES if case["file"].startswith("train_"))
@@ -79,15 +72,18 @@ def test_a_share_of_the_times_is_one_and_the_others_are_logit_normal() -> None:
 
 
 def test_distillation_is_onto_the_teachers_sample_from_the_same_noise_and_latent(tiny: SSDD) -> None:
-    teacher = make_teacher(tiny)
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    x, noise, z = torch.rand(2, 3, 16, 16), torch.randn(2, 3, 16, 16), torch.randn(2, 4, 4, 4)
-    losses, clean, x_t = flow_losses(tiny, z, teacher_sample(teacher, z, noise, 3), noise, torch.ones(2), real=x)
+    weights = LossWeights(perceptual=0, repa=0)
+    learned = Losses(SSDDTraining(stage="distill", weights=weights, teacher_steps=3), tiny, torch.device("cpu"))
+    assert learned.teacher is not None
+    assert not any(parameter.requires_grad for parameter in learned.teacher.parameters())
+    real, seeds = torch.rand(2, 3, 16, 16), [torch.tensor([k, k + 1]) for k in range(3)]
+    losses, clean, x_t, t = learned.denoise(real, seeds, step=1)
+    noise, z = normal(seeds[NOISE], (3, 16, 16), device="cpu"), tiny.encode(real).mode().detach()
     assert torch.equal(x_t, noise)
-    sample = teacher.decode(z, steps=3, noise=noise)
+    assert (t == 1).all()
+    sample = learned.teacher.decode(z, steps=3, noise=noise)
     assert losses["flow"].item() == pytest.approx(F.mse_loss(clean, sample).item(), rel=1e-5)
-    one_step = tiny.decode(z, steps=1, noise=noise)
-    torch.testing.assert_close(clean.detach(), one_step, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(clean.detach(), tiny.decode(z, steps=1, noise=noise), atol=1e-5, rtol=1e-5)
 
 
 def test_repa_compares_the_fifth_block_with_features_of_the_real_image(tiny: SSDD) -> None:

@@ -23,7 +23,7 @@ from tokbench.training.session import open_session
 RUN = ["run.batch_size=4", "run.log_every=1", "run.save_every=2", "run.sample_every=0", "run.dtype=float32"]
 RUN += ["run.device=cpu", "ema.start_step=1"]
 CROPS = [*RUN, "run.eval_every=0", "run.held_out=0", "crops.size=16", "crops.short_side=24,32"]
-SSDD_TINY = [*CROPS, "perceptual=none", "weights.perceptual=0", "weights.repa=0", "encoder.downsample=4"]
+SSDD_TINY = [*CROPS, "weights.perceptual=0", "weights.repa=0", "encoder.downsample=4"]
 SSDD_TINY += ["encoder.width=32", "decoder.widths=32,32,32,32", "decoder.layers=1", "decoder.heads=2"]
 SSDD_TINY += ["encoder.groups=4", "decoder.groups=4", "init=fan-in"]
 KLVAE_TINY = [*CROPS, "crops.sample_by=shuffle", "perceptual_weight=0", "model.encoder.downsample=4"]

@@ -4,12 +4,10 @@ In: a tokenizer and labelled images, or a trained generator; out: records like t
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from tokbench.errors import InputError
 from tokbench.records.measurement import REQUIRED, option
-from tokbench.registry import Trainer, TrainOptions, register_trainer
+from tokbench.registry import Trainer, register_trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,24 +27,12 @@ class Generation:
     save: Literal["none", "png", "npz"] = option("none", "none, png, or npz as ADM's evaluator reads it.")
 
 
-def _run_dit(options: TrainOptions) -> Path:
-    from tokbench.config import override
-    from tokbench.generation.train import find_preset, train
+def _dit() -> Trainer:
+    from tokbench.generation import train
 
-    if options.stage or options.start or options.encoder_from or options.encoder or options.decoder:
-        raise InputError("dit has no --stage, --from, --encoder-from, --encoder or --decoder; set tokenizer=SPEC")
-    return train(override(find_preset(options.preset), options.settings), options.data, options.out)
-
-
-def _dit_settings(stage: str | None, preset: str | None) -> list[str]:
-    from tokbench.config import describe
-    from tokbench.generation.train import find_preset
-
-    return describe(find_preset(preset))
+    return train
 
 
 def register() -> None:
     """Make `tokbench train dit` known."""
-    register_trainer(
-        "dit", Trainer(_run_dit, _dit_settings, "diffusion transformer in a tokenizer's latents, for gFID")
-    )
+    register_trainer("dit", _dit, summary="diffusion transformer in a tokenizer's latents, for gFID")

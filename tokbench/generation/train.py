@@ -17,7 +17,7 @@ from tokbench.generation.compatibility import latent_space
 from tokbench.generation.dit import Block, DiT, dit_config
 from tokbench.generation.flow import draw_times, guided, integrate, noised, velocity
 from tokbench.generation.latents import Images, LatentConfig, Latents, Normaliser, encode
-from tokbench.registry import choose, create, row_name
+from tokbench.registry import TrainOptions, choose, create, row_name
 from tokbench.runtime.device import prepare
 from tokbench.runtime.processes import Processes
 from tokbench.runtime.seeding import normal, sample_seeds
@@ -78,9 +78,11 @@ PRESETS: dict[str, DiTTraining] = {
 }
 
 
-def find_preset(name: str | None) -> DiTTraining:
-    """The preset of that name, or dit's own; InputError for another."""
-    return PRESETS[choose(list(PRESETS), name, "preset of dit", "dit")]
+def configure(options: TrainOptions) -> DiTTraining:
+    """The preset that `tokbench train dit` names."""
+    if options.stage or options.start or options.encoder_from or options.encoder or options.decoder:
+        raise InputError("dit has no --stage, --from, --encoder-from, --encoder or --decoder; set tokenizer=SPEC")
+    return choose(PRESETS, options.preset, "preset", "dit")
 
 
 def row_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
@@ -120,13 +122,13 @@ def flow_loss(
     return (v.float() - velocity(x, noise)).square().mean()
 
 
-def train(config: DiTTraining, data: str, out: Path) -> Path:
-    """Encode `data` once, train on the latents, write `out`/generator.safetensors and return its path.
+def train(config: DiTTraining, options: TrainOptions) -> Path:
+    """Encode the data once, train on the latents, write generator.safetensors and return its path.
 
-    Continues from `out` where an interrupted run stopped. In several processes each encodes and trains its share.
+    Continues where an interrupted run stopped. In several processes each encodes and trains its share.
     Raises InputError for settings that do not fit and CellError when the loss is no number.
     """
-    run = config.run
+    run, out = config.run, options.out
     for name, default in vars(RunConfig()).items():
         if name.startswith(("eval_", "held_out", "best_by")) and getattr(run, name) != default:
             raise InputError(f"run.{name} is of tokenizers: a generator has no images held out")
@@ -135,7 +137,7 @@ def train(config: DiTTraining, data: str, out: Path) -> Path:
         tokenizer = create(config.tokenizer)
         prepare(tokenizer, session.device)
         space = latent_space(tokenizer, config.latents.resolution, session.device)
-        images = Images(data, config.latents, run.seed, run.workers or None)
+        images = Images(options.data, config.latents, run.seed, run.workers or None)
         encode(
             tokenizer, config.tokenizer, images, out / "latents",
             seed=run.seed, processes=session.processes, device=session.device,

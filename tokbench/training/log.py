@@ -1,11 +1,9 @@
-"""What a training run writes besides its weights: log lines, sample grids, curves, the record of how it was made."""
+"""What a training run writes and heeds besides its weights: log lines, sample grids, bad losses, interruptions."""
 
 import io
 import json
 import math
-import shlex
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,11 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tokbench.config import to_dict
 from tokbench.errors import CellError
 from tokbench.metrics import METRICS
 from tokbench.records.files import read_log, writable, write_whole
-from tokbench.runtime.device import describe_device
 
 
 class Log:
@@ -56,18 +52,20 @@ class Meter:
         for name, value in losses.items():
             self.values.setdefault(name, []).append(float(value))
 
+    def means(self) -> dict[str, float]:
+        return {name: sum(values) / len(values) for name, values in self.values.items()}
+
     def note(self) -> str:
         """For the progress bar: the rate of images and the losses so far, "45 images/s, loss 0.412, l1 0.11"."""
-        means = {name: sum(values) / len(values) for name, values in self.values.items()}
-        losses = sorted(means.items(), key=lambda item: item[0] != "loss")  # a narrow terminal cuts the others off
+        # The loss comes first: a narrow terminal cuts the others off.
+        losses = sorted(self.means().items(), key=lambda item: item[0] != "loss")
         rate = f"{self.images / (time.perf_counter() - self.since):.3g} images/s"
         return ", ".join([rate, *(f"{name} {value:.3g}" for name, value in losses)])
 
     def take(self) -> dict[str, float]:
         """The means since the last call, and start again."""
         seconds = time.perf_counter() - self.since
-        record = {name: sum(values) / len(values) for name, values in self.values.items()}
-        record |= {"seconds": round(seconds, 3), "images_per_second": round(self.images / seconds, 2)}
+        record = self.means() | {"seconds": round(seconds, 3), "images_per_second": round(self.images / seconds, 2)}
         self.values, self.images, self.since = {}, 0, time.perf_counter()
         return record
 
@@ -116,17 +114,3 @@ def save_image(image: Image.Image, path: Path) -> None:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     write_whole(path, buffer.getvalue())
-
-
-def training_record(config: Any, stage: str, origin: Mapping[str, str], log: Log) -> dict[str, Any]:
-    """What a model's file and card say about how it was made."""
-    records = [record for record in log.records() if "seconds" in record]
-    return {
-        "stage": stage,
-        "started_from": dict(origin),
-        "images_seen": (records[-1]["step"] if records else 0) * config.run.batch_size,
-        "seconds": round(sum(record["seconds"] for record in records), 1),
-        "machine": describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "command": shlex.join(["tokbench", *sys.argv[1:]]),
-        "settings": to_dict(config),
-    }

@@ -225,13 +225,11 @@ def place(
 
 # ---- losses -------------------------------------------------------------------------------------------------------
 
-Perceptual = Literal["lpips-vgg", "lpips-alex", "dists", "none"]
+Perceptual = Literal["lpips-vgg", "lpips-alex", "dists"]
 
 
 def perceptual_loss(name: Perceptual, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """(real, fake) float [B, 3, H, W] in [-1, 1] -> [B], differentiable in `fake`; zeros for "none"."""
-    if name == "none":
-        return lambda real, fake: fake.new_zeros(len(fake))
+    """(real, fake) float [B, 3, H, W] in [-1, 1] -> [B], differentiable in `fake`."""
     from tokbench.metrics import perceptual
 
     if name == "dists":

@@ -15,6 +15,8 @@ and any number of processes takes the same steps.
 
 import io
 import json
+import shlex
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,17 +26,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tokbench.checkpoints import load_strictly, read_checkpoint
 from tokbench.config import to_dict
 from tokbench.data.pixels import to_float
 from tokbench.data.training_crops import PhotoCrops, batches
 from tokbench.errors import InputError
 from tokbench.records.files import write_whole
-from tokbench.runtime.device import select_device
+from tokbench.registry import TrainOptions
+from tokbench.runtime.device import describe_device, select_device
 from tokbench.runtime.processes import Processes, join
 from tokbench.runtime.terminal import bar, say
 from tokbench.tokenizer import Tokenizer
 from tokbench.training.held_out import score
-from tokbench.training.log import Log, Meter, check_losses, interrupts, is_best, save_image, training_record
+from tokbench.training.log import Log, Meter, check_losses, interrupts, is_best, save_image
 from tokbench.training.optimisation import (
     Ema,
     EmaConfig,
@@ -45,6 +49,7 @@ from tokbench.training.optimisation import (
     optimizer_step,
     schedule_free_average,
 )
+from tokbench.weights.files import file_sha256
 
 FREE_SETTINGS = (  # of `run`: may change when a run goes on, for they do not change its result
     "device", "workers", "steps", "compile", "log_every", "sample_every", "save_every",
@@ -150,7 +155,16 @@ class Session:
 
     def record(self, stage: str, origin: Mapping[str, str]) -> dict[str, Any]:
         """What a model's file and card say about how it was made."""
-        return training_record(self.config, stage, origin, self.log)
+        records = [record for record in self.log.records() if "seconds" in record]
+        return {
+            "stage": stage,
+            "started_from": dict(origin),
+            "images_seen": (records[-1]["step"] if records else 0) * self.config.run.batch_size,
+            "seconds": round(sum(record["seconds"] for record in records), 1),
+            "machine": describe_device(self.device),
+            "command": shlex.join(["tokbench", *sys.argv[1:]]),
+            "settings": to_dict(self.config),
+        }
 
     def score(self, tokenizer: Tokenizer, held_out: Tensor, step: int) -> bool:
         """Log the means over held-out images, uint8 [N, 3, R, R]; whether they are the best so far."""
@@ -225,6 +239,20 @@ class Step(Generic[Batch]):
 
     def show(self, picture: Image.Image) -> None:
         save_image(picture, self.session.out / "samples" / f"{self.number:07d}.png")
+
+
+def start_from(model: nn.Module, options: TrainOptions) -> dict[str, str]:
+    """Load the weights that a run starts from, all (--from) and those of an `encoder` (--encoder-from).
+
+    Returns which files they were. Raises InputError for a file that does not fit.
+    """
+    origin = {}
+    for part, path in (("model", options.start), ("encoder", options.encoder_from)):
+        if path is not None:
+            module, prefix = (model, "") if part == "model" else (model.get_submodule(part), f"{part}.")
+            load_strictly(module, read_checkpoint(path)[0], path, prefix)
+            origin[part] = f"{path.name} {file_sha256(path)[:16]}"
+    return origin
 
 
 def save_checkpoint(path: Path, config: Any, state: Mapping[str, Any]) -> None:
