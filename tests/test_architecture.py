@@ -111,6 +111,11 @@ def test_heavy_packages_are_imported_where_they_are_needed(module: str) -> None:
     assert not [other for other, top in imports(FILES[module]) if top and other.partition(".")[0] in HEAVY]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda path: path.stem)
+def test_tests_can_be_collected_where_diffusers_is_missing(path: Path) -> None:
+    assert not {other.partition(".")[0] for other, top in imports(path) if top} & {"diffusers", "transformers"}
+
+
 @pytest.mark.parametrize("module", FILES)
 def test_functions_stay_readable(module: str) -> None:
     assert module.rpartition(".")[2] not in ("utils", "helpers", "common", "misc")
