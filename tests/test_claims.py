@@ -19,6 +19,8 @@ from tokbench import registry
 CLAIMS = (ROOT / "results" / "CLAIMS.md").read_text()
 COMMANDS = re.findall(r"`(?:torchrun --nproc-per-node 8 -m )?(tokbench (?:run|speed|train|generate) [^`]+)`", CLAIMS)
 PUBLISHED = [command for command in COMMANDS if "hf:facebook" in command]  # dry-run in test_generation_published
+# Landscape, portrait, below the resolution, one pixel high, very wide.
+SHAPES = ((80, 72), (72, 80), (500, 375), (75, 56), (40, 30), (64, 1), (8000, 120), (333, 500))
 RUN = "run.steps=2 run.batch_size=2 run.device=cpu run.dtype=float32 run.compile=false run.log_every=1"
 SCORED = f"{RUN} run.held_out=1 run.eval_metrics=psnr run.best_by=psnr"
 SSDD = (
@@ -48,9 +50,9 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def imagenet(tmp_path: Path) -> Path:
-    """Eight validation images, flat, and as many training images in class folders."""
-    for i, path in enumerate(sorted(SAMPLES.glob("*.jpg"))[:8]):
-        image = Image.open(path).resize((80, 72))
+    """Eight validation images of real shapes, flat, and as many training images in class folders."""
+    for i, (path, size) in enumerate(zip(sorted(SAMPLES.glob("*.jpg")), SHAPES, strict=False)):
+        image = Image.open(path).resize(size)
         for name in (f"val/ILSVRC2012_val_{i:08d}.JPEG", f"train/n{i % 2:08d}/n{i % 2:08d}_{i}.JPEG"):
             (tmp_path / "imagenet" / name).parent.mkdir(parents=True, exist_ok=True)
             image.save(tmp_path / "imagenet" / name, "JPEG")
