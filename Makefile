@@ -63,8 +63,8 @@ study: $(VENV)/.installed  ## the study: PRESET=cpu|gpu TRAIN=FOLDER
 
 # After results/ has changed; a test fails where this was forgotten.
 leaderboard: $(VENV)/.installed  ## tables and plots of results/
-	$(BIN)/tokbench report --format markdown --out results/LEADERBOARD.md --plots results/plots
-	$(BIN)/tokbench report --format csv --out results/leaderboard.csv
+	$(BIN)/tokbench report --results results --format markdown --out results/LEADERBOARD.md --plots results/plots
+	$(BIN)/tokbench report --results results --format csv --out results/leaderboard.csv
 
 # torch and torchvision first and alone, so that pip settles on a pair that belongs together.
 $(VENV)/.installed: pyproject.toml

@@ -33,7 +33,7 @@ def measure(folder: Path, format: str) -> None:
     """Run one format in this process (a fresh one) and print its seconds and peak bytes."""
     start = time.perf_counter()
     out = folder / ("site" if format == "html" else f"report.{format}")
-    build(folder / "results", format=format, out=out)
+    build([folder / "results"], format=format, out=out)
     print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
@@ -53,7 +53,7 @@ def first_view(folder: Path) -> float | None:
             Image.fromarray(pixels).save(name / "img00000.png", compress_level=1)
             for k in range(1, IMAGES):
                 shutil.copyfile(name / "img00000.png", name / f"img{k:05}.png")
-    build(results, format="html", out=folder / "view")
+    build([results], format="html", out=folder / "view")
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})

@@ -102,7 +102,10 @@ def run(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Option(help="Folder of results.")] = Path("results"),
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of results, or a file; may be repeated. Default: runs, else results."),
+    ] = None,
     format: Annotated[str, typer.Option(help="table, markdown, latex, csv or html.")] = "table",
     out: Annotated[Path | None, typer.Option(help="File to write instead of stdout; for html a folder.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for plots, of the twelve largest blocks.")] = None,
@@ -116,9 +119,9 @@ def report(
     """Tables, plots and a page from result files alone."""
     from tokbench.report.build import build
 
-    chosen = tuple(name.strip() for name in columns.split(",") if name.strip()) if columns else None
+    chosen = parse_value(columns, tuple[str, ...], "--columns") if columns else None
     status = build(
-        results, format=format, out=out, plots=plots, plot_format=plot_format, columns=chosen, where=where,
+        results or [], format=format, out=out, plots=plots, plot_format=plot_format, columns=chosen, where=where,
         group=group, reported=reported, strict=strict,
     )  # fmt: skip
     raise typer.Exit(status)
@@ -197,22 +200,22 @@ def check(
     exact: Annotated[bool, typer.Option("--exact", help="Fail on any change.")] = False,
     two_sided: Annotated[bool, typer.Option("--two-sided", help="Fail on a gain beyond the tolerance too.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail on an inconclusive metric too.")] = False,
-    speed: Annotated[bool, typer.Option("--speed", help="The folders hold speed records.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="File for a pull-request comment.")] = None,
     junit: Annotated[Path | None, typer.Option(help="File for JUnit XML.")] = None,
-    json: Annotated[Path | None, typer.Option(help="File for JSON.")] = None,
-    strips: Annotated[Path | None, typer.Option(help="Folder for pictures of the images that lost most.")] = None,
     update: Annotated[bool, typer.Option("--update", help="Make NEW the baseline.")] = False,
     accept: Annotated[bool, typer.Option("--accept", help="With --update: even where it is worse.")] = False,
 ) -> None:
     """Fail when quality got worse than a baseline."""
-    from tokbench.comparison.verdicts import run_check
+    from tokbench.comparison import check as checking
+    from tokbench.comparison.verdicts import show_check
 
-    status = run_check(
-        new, against, tolerance=tolerance, metrics=metrics, exact=exact, two_sided=two_sided, strict=strict,
-        speed=speed, markdown=markdown, junit=junit, json=json, strips=strips, overwrite=update, accept=accept,
-    )  # fmt: skip
-    raise typer.Exit(status)
+    names = parse_value(metrics or "", tuple[str, ...], "--metrics")
+    rules: dict[str, Any] = {"tolerances": checking.parse_tolerances(tolerance), "metrics": names}
+    if update:
+        typer.echo("\n".join(checking.update(new, against, accept=accept, **rules)))
+        return
+    result = checking.check(new, against, exact=exact, two_sided=two_sided, strict=strict, **rules)
+    raise typer.Exit(show_check(result, markdown, junit))
 
 
 @app.command(context_settings={"help_option_names": []})
@@ -292,13 +295,13 @@ def probe(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(help="A result (JSON).")],
-    b: Annotated[Path, typer.Argument(help="Another on the same images.")],
+    a: Annotated[Path, typer.Argument(help="A result (JSON), or a folder of them.")],
+    b: Annotated[Path, typer.Argument(help="Another on the same images; of folders, their common cells.")],
 ) -> None:
     """Say of every metric whether B is better than A: paired differences with intervals."""
-    from tokbench.comparison.verdicts import run_compare
+    from tokbench.comparison.verdicts import show_comparison
 
-    raise typer.Exit(run_compare(a, b))
+    show_comparison(a, b)
 
 
 weights_app = typer.Typer(no_args_is_help=True, help="The networks that metrics need.")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import Ran
-from tests.made_records import record, rows
+from tests.made_records import record, rows, write
 from tokbench.comparison.check import check
 from tokbench.comparison.differences import Difference, cells, compare
 from tokbench.errors import InputError
@@ -222,6 +222,18 @@ def test_results_on_other_images_are_not_compared(tokbench: Callable[..., Ran], 
     with pytest.raises(InputError, match="not comparable: images"):
         compare(a, tmp_path / "other.json")
     assert tokbench("compare", a, tmp_path / "missing.json").status == 2
+
+
+def test_cells_that_two_folders_have_in_common_are_compared(tokbench: Callable[..., Ran], tmp_path: Path) -> None:
+    a, b = (tmp_path / name for name in "ab")
+    for folder, names in ((a, ("klvae", "ssdd")), (b, ("ssdd", "klvae", "other"))):
+        for name in names:
+            write(folder, record(name), rows(0, 29, 0.0))
+    assert {d.cell for d in compare(a, b)} == {"klvae at 256 px", "ssdd at 256 px"}
+    write(tmp_path / "c", record("klvae", res=128)), write(tmp_path / "c", record("ssdd", res=128))
+    ran = tokbench("compare", a, tmp_path / "c")
+    assert ran.status == 2
+    assert "no metric of a cell in common" in ran.reason
 
 
 def test_compare_prints_intervals_verdicts_and_n(tokbench: Callable[..., Ran], tmp_path: Path) -> None:

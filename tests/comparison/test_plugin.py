@@ -27,6 +27,10 @@ def repository(tmp_path: Path) -> Path:
 
 
 def test_the_readmes_example_guards_a_model(repository):
+    missing = run(repository)
+    assert missing.returncode == 1
+    assert "no such baseline" in missing.stdout
+    assert "--tokbench-update" in missing.stdout
     updated = run(repository, "--tokbench-update", "-s")
     assert updated.returncode == 0, updated.stdout
     assert "mine at 64 px: new" in updated.stdout

@@ -21,7 +21,7 @@ from tokbench.report.collect import gather
 from tokbench.report.columns import ResultEntry
 from tokbench.report.html import script_json, write_page
 from tokbench.report.leaderboard import blocks
-from tokbench.report.reported import ordered, read_reported, reported_table
+from tokbench.report.reported import read_reported, reported_table
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -48,7 +48,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(results, record("other", seed=5, n=12, res=512))
     entries, _, _ = gather(results)
     named = [rename(entry, NASTY) if entry.name == "evil" else entry for entry in entries]
-    reported = reported_table(ordered(read_reported(REPORTED))[:40])
+    reported = reported_table(read_reported(REPORTED)[:40])
     assert reported is not None
     write_page(blocks(named), [reported], out)
     return out

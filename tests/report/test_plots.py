@@ -11,12 +11,12 @@ from matplotlib.text import Text
 from tests import ROOT
 from tests.made_records import record, rows, write
 from tokbench.errors import InputError
-from tokbench.records.result import TokenizerInfo, Value
+from tokbench.records.result import Value
 from tokbench.report import plots
-from tokbench.report.columns import ResultEntry, metric_column
-from tokbench.report.curves import all_plots, bits_per_pixel, elements_ratio, rate_distortion, rfid_vs_gfid
+from tokbench.report.columns import ResultEntry, metric_column, number
+from tokbench.report.curves import all_plots, bits_per_pixel, rate_distortion, rfid_vs_gfid
 from tokbench.report.plots import Point, label_points, pareto, quality_vs_time, save, scatter
-from tokbench.report.reported import ordered, papers_table, read_reported
+from tokbench.report.reported import papers_table, read_reported
 from tokbench.report.speed import of_one_place
 
 REPORTED = ROOT / "results" / "reported.csv"
@@ -81,7 +81,7 @@ def test_rate_is_measured_or_follows_from_the_codebook(tmp_path: Path) -> None:
     assert bits_per_pixel(entry(tmp_path, "jpeg-q50", 1, bpp=0.7, downsample=None, channels=None)) == 0.7
     assert bits_per_pixel(entry(tmp_path, "vq", 2, downsample=16, channels=8, codebook_size=16384)) == 14 / 256
     assert bits_per_pixel(entry(tmp_path, "kl", 3)) is None
-    assert elements_ratio(TokenizerInfo("a", "b", downsample=8, channels=4)) == 4 / 192
+    assert number(record("kl", downsample=8, channels=4), "ratio") == 4 / 192
 
 
 def test_every_figure_is_drawn_once_there_is_something_to_show(tmp_path: Path) -> None:
@@ -94,11 +94,11 @@ def test_every_figure_is_drawn_once_there_is_something_to_show(tmp_path: Path) -
     log = tmp_path / "train" / "a" / "log.jsonl"
     log.parent.mkdir(parents=True)
     log.write_text("".join(json.dumps({"step": i, "l1": 1 / i, "lr": 1e-4}) + "\n" for i in (1, 2, 3)))
-    made = all_plots(entries, [], ordered(read_reported(REPORTED)), tmp_path / "plots", "svg", [log])
+    made = all_plots(entries, [], read_reported(REPORTED), tmp_path / "plots", "svg", [log])
     kinds = {path.name.split("-adm")[0].split(".")[0] for path in made}
     assert kinds == {
         "quality-time", "rate-psnr", "rate-lpips-alex", "dimensions-psnr", "dimensions-lpips-alex", "steps",
-        "ecdf-lpips-alex", "resolution", "rfid-gfid", "training",
+        "resolution", "rfid-gfid", "training",
     }  # fmt: skip
     assert all(path.stat().st_size > 1000 for path in made)
     assert all_plots([], [], [], tmp_path / "none") == []

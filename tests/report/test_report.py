@@ -4,13 +4,16 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from tests import ROOT
+from tests.conftest import Ran
 from tests.made_records import record, rows, write
 from tokbench.errors import InputError
 from tokbench.records.files import read_results
@@ -28,7 +31,7 @@ from tokbench.report.build import Report, build, text
 from tokbench.report.collect import frame, gather, where
 from tokbench.report.columns import ResultEntry, column, compression
 from tokbench.report.leaderboard import blocks, ranking
-from tokbench.report.tables import LATEX_PACKAGES, WIDTH, Heading, Printed, latex, markdown, plain
+from tokbench.report.tables import LATEX_PACKAGES, WIDTH, Heading, latex, markdown, plain, print_tables
 
 
 def entry(folder: Path, name: str, **options: object) -> ResultEntry:
@@ -44,7 +47,7 @@ def with_metrics(result: EvalResult, **metrics: Value) -> EvalResult:
 def printed(entries: list[ResultEntry], terminal: bool = False) -> str:
     console = Console(width=WIDTH, force_terminal=terminal, no_color=not terminal)
     with console.capture() as capture:
-        console.print(Printed(blocks(entries)))
+        print_tables(console, blocks(entries))
     return capture.get()
 
 
@@ -163,8 +166,8 @@ def test_table_says_units_directions_notes_numbers_and_machine(tmp_path: Path) -
         "N = 29",
         "CPU, 4 cores",
         "†",
-        "a, b: undertrained",
-        "rfid –: needs 2,048",
+        "all rows: undertrained",
+        "all rows: no rfid (needs 2,048",
     ):
         assert part in text, part
     assert "*" in text  # no styles in a pipe: a star marks the best
@@ -181,7 +184,7 @@ def test_values_keep_the_digits_that_their_error_leaves() -> None:
 def test_unavailable_metrics_are_named_with_their_reason() -> None:
     result = dataclasses.replace(record("a"), unavailable={"dists": "no network; tokbench weights fetch dists"})
     (block,) = blocks([ResultEntry(result), ResultEntry(record("b"))])
-    assert "dists – (a): no network; tokbench weights fetch dists" in block.notes
+    assert "a: no dists (no network; tokbench weights fetch dists)" in block.notes
 
 
 def test_only_what_was_asked_for_is_said_to_be_missing() -> None:
@@ -243,8 +246,8 @@ def test_foreign_newer_and_half_written_files_are_named_and_skipped(
     assert [e.name for e in entries] == ["good"]
     for name in ("foreign", "half", "newer", "bytes", "list"):
         assert any(f"{name}.json" in warning for warning in warnings), name
-    assert build(tmp_path) == 0
-    assert build(tmp_path, strict=True) == 1
+    assert build([tmp_path]) == 0
+    assert build([tmp_path], strict=True) == 1
     assert "foreign.json" in capsys.readouterr().err
 
 
@@ -257,6 +260,40 @@ def test_of_two_results_for_a_cell_the_newer_counts(tmp_path: Path) -> None:
     (kept,) = entries
     assert kept.result.metrics == new.metrics
     assert any("the same cell" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("below", ["adm/samples-256/a.json", "adm/samples-256", "adm", "."])
+def test_a_folder_of_any_level_and_a_file_are_read(tmp_path: Path, below: str) -> None:
+    entry(tmp_path, "a")
+    assert [e.name for e in gather(tmp_path / below)[0]] == ["a"]
+
+
+def test_several_folders_are_one_report(tmp_path: Path) -> None:
+    entry(tmp_path / "one", "a"), entry(tmp_path / "two", "b")
+    assert [e.name for e in gather(tmp_path / "one", tmp_path / "two")[0]] == ["a", "b"]
+
+
+def test_runs_are_reported_before_results_and_it_is_said(
+    tmp_path: Path, tokbench: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    entry(tmp_path / "results", "committed")
+    for folder, name in (("results", "committed"), ("runs", "mine")):
+        entry(tmp_path / folder, name)
+        ran = tokbench("report")
+        assert f"results of {folder}/" in ran.err
+        assert name in ran.out
+
+
+@pytest.mark.parametrize("options", [{"columns": ("psnr",)}, {"where": "resolution == 256"}])
+def test_what_was_not_asked_for_is_not_shown(tmp_path: Path, options: dict[str, Any]) -> None:
+    """A filter is of measured rows: numbers of papers are not among them."""
+    entry(tmp_path, "a")
+    shutil.copy(ROOT / "results" / "reported.csv", tmp_path)
+    build([tmp_path], format="markdown", out=tmp_path / "all.md")
+    build([tmp_path], format="markdown", out=tmp_path / "some.md", **options)
+    shown = [("Reported in papers" in (tmp_path / name).read_text()) for name in ("all.md", "some.md")]
+    assert shown == [True, False]
 
 
 @pytest.mark.parametrize("make", [lambda p: p / "missing", lambda p: p])
@@ -358,7 +395,7 @@ def test_report_never_imports_torch(tmp_path: Path) -> None:
     entry(tmp_path, "a"), entry(tmp_path, "b", seed=1)
     code = (
         "import sys; from pathlib import Path; from tokbench.report.build import *;"
-        "d = Path(sys.argv[1]); build(d, format='html', out=d / 'site', plots=d / 'plots');"
+        "d = Path(sys.argv[1]); build([d], format='html', out=d / 'site', plots=d / 'plots');"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
@@ -369,4 +406,4 @@ def test_report_never_imports_torch(tmp_path: Path) -> None:
 def test_wrong_use_is_an_input_error(tmp_path: Path, options: dict[str, object]) -> None:
     entry(tmp_path, "a")
     with pytest.raises(InputError):
-        build(tmp_path, **options)  # type: ignore[arg-type]
+        build([tmp_path], **options)  # type: ignore[arg-type]

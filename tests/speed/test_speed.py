@@ -12,7 +12,7 @@ from tokbench.errors import CellError, InputError
 from tokbench.records.result import SpeedResult, TokenizerInfo, read_speed
 from tokbench.registry import create, parse
 from tokbench.report import speed as report
-from tokbench.report.tables import Printed, markdown
+from tokbench.report.tables import markdown, print_tables
 from tokbench.speed.measure import SpeedCase, best_batch, count_flops, equality_check, measure, search_batch
 from tokbench.speed.timing import QUICK, take_turns
 from tokbench.tokenizer import Tokenizer
@@ -134,7 +134,7 @@ def test_quick_run_writes_records_that_read_back(tmp_path):
 def test_table_fits_and_keeps_failed_rows(tmp_path):
     results = quick("bicubic-f8,small=bicubic-f16", (24,), tmp_path)
     console = Console(width=report.WIDTH, record=True, file=io.StringIO())
-    console.print(Printed(report.speed_tables(results)))
+    print_tables(console, report.speed_tables(results))
     text = console.export_text()
     assert "small: 24 px is not divisible by 16" in text
     assert max(map(len, text.splitlines())) <= report.WIDTH

@@ -1,21 +1,16 @@
 """Has reconstruction quality got worse? New results against a committed baseline, by metric. Never imports torch."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tokbench.comparison.differences import UNKNOWN, UNPAIRED, Difference, cell_name, differences
+from tokbench.comparison.differences import UNKNOWN, UNPAIRED, Difference, cell_key, cell_name, differences, readable
 from tokbench.errors import InputError
 from tokbench.metrics import METRICS
-from tokbench.metrics.statistics import judge
 from tokbench.records.files import per_image_path, read_results, result_path, write_whole
-from tokbench.records.result import EvalResult, SpeedResult, read_speed
-from tokbench.report.columns import Conditions, ResultEntry, conditions, differing
-
-SPEED_TOLERANCE = 0.3  # share of the baseline's rate; clocks and neighbours move a machine by a tenth or more
-CellKey = tuple[Conditions, str, int | None]
+from tokbench.report.columns import ResultEntry, differing, number
 
 
 @dataclass(frozen=True)
@@ -24,7 +19,6 @@ class CheckResult:
 
     differences: tuple[Difference, ...]
     strict: bool = False
-    pairs: tuple[tuple[ResultEntry, ResultEntry], ...] = ()  # (base, new)
 
     @property
     def failures(self) -> list[Difference]:
@@ -67,11 +61,6 @@ def _amount(text: str, base: float, where: str) -> float:
     return abs(base) * amount / 100 if text.endswith("%") else amount
 
 
-def cell_key(result: EvalResult) -> CellKey:
-    """What makes a cell the same again. Weights and seeds may differ: that is what is checked."""
-    return conditions(result), result.tokenizer.name, result.tokenizer.decode_steps
-
-
 def check(
     new: Path,
     against: Path,
@@ -91,28 +80,18 @@ def check(
     for name in metrics or ():
         if name not in METRICS:
             raise InputError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}")
-    candidates = _readable(new)
-    baselines = {cell_key(entry.result): entry for entry in _readable(against)}
+    if not against.exists():
+        raise InputError(f"{against}: no such baseline; make NEW the first with `tokbench check --update`")
+    baselines = {cell_key(entry.result): entry for entry in readable(against)}
     found: list[Difference] = []
-    pairs = []
-    for entry in candidates:
+    for entry in readable(new):
         base = baselines.get(cell_key(entry.result))
         if base is None:
             raise InputError(f"{cell_name(entry)}: {_why_missing(entry, list(baselines.values()), against)}")
-        pairs.append((base, entry))
         found += compare_cells(base, entry, tolerances, metrics, exact=exact, two_sided=two_sided)
     if not found:
         raise InputError(f"{new}: nothing was compared; measure something that {against} holds")
-    return CheckResult(tuple(found), strict, tuple(pairs))
-
-
-def _readable(path: Path) -> list[ResultEntry]:
-    results, warnings = read_results(path)
-    if warnings:
-        raise InputError(warnings[0])
-    if not results:
-        raise InputError(f"{path}: holds no results; write some with `tokbench run --out {path}`")
-    return [ResultEntry(result, file) for file, result in results]
+    return CheckResult(tuple(found), strict)
 
 
 def _why_missing(entry: ResultEntry, baselines: Sequence[ResultEntry], against: Path) -> str:
@@ -134,55 +113,20 @@ def compare_cells(
     two_sided: bool = False,
 ) -> list[Difference]:
     """All metrics of a cell but those that are null on both sides. InputError for one that only one side has."""
-    names = []
-    for name in metrics or dict.fromkeys([*new.result.metrics, *base.result.metrics]):
-        if name not in METRICS:
-            raise InputError(f"{new.path}: {name} is unknown to this version; restrict the check with --metrics")
-        for entry in (new, base):
-            if name not in entry.result.metrics:
-                reason = entry.result.unavailable.get(name, "not measured")
-                raise InputError(
-                    f"{entry.path}: {name} cannot be compared: {reason}; restrict the check with --metrics"
-                )
-        values = [entry.result.metrics[name] for entry in (new, base)]
-        if (values[0].value is None) != (values[1].value is None):
-            reason = values[0].note or values[1].note
-            raise InputError(f"{cell_name(new)}: {name} has a value on one side only ({reason})")
-        if values[0].value is not None:
-            names.append(name)
+    asked = metrics or dict.fromkeys([*new.result.metrics, *base.result.metrics])
+    for name, entry in itertools.product(asked, (new, base)):
+        if name not in METRICS or name not in entry.result.metrics:
+            reason = entry.result.unavailable.get(name, "not measured" if name in METRICS else "this version lacks it")
+            raise InputError(f"{entry.path}: {name} cannot be compared: {reason}; restrict the check with --metrics")
+    names = [name for name in asked if number(base.result, name) is not None]
+    if one_sided := set(names) ^ {name for name in asked if number(new.result, name) is not None}:
+        raise InputError(f"{cell_name(new)}: {', '.join(one_sided)} has a value on one side only")
     amounts = {
         name: _amount(text, base.result.metrics[name].value or 0.0, name)
         for name, text in (tolerances or {}).items()
         if name in names
     }
     return differences(base, new, names, tolerances=amounts, exact=exact, two_sided=two_sided)
-
-
-def check_speed(new: Path, against: Path, tolerance: float = SPEED_TOLERANCE) -> list[Difference]:
-    """Decode rates against the baseline's, for rows of the same name, resolution, setting and hardware only."""
-    sides = [{_speed_key(r): r for r in _speeds(path)} for path in (against, new)]
-    found = []
-    for key, result in sides[1].items():
-        base = sides[0].get(key)
-        if base is None or "decode" not in result.stages or "decode" not in base.stages:
-            continue
-        before, after = (r.stages["decode"].images_per_second for r in (base, result))
-        verdict = judge(after - before, after - before, tolerance * before)
-        name = f"{result.tokenizer.name} at {result.resolution} px"
-        found.append(Difference(cell=name, metric="decode img/s", base=before, new=after, how="", better="higher",
-                                tolerance=tolerance * before, verdict=verdict))  # fmt: skip
-    if not found:
-        raise InputError(f"{against}: no speed record of this hardware and setting; nothing was compared")
-    return found
-
-
-def _speeds(path: Path) -> list[SpeedResult]:
-    return [read_speed(path)] if path.is_file() else [read_speed(file) for file in sorted(path.rglob("*.json"))]
-
-
-def _speed_key(result: SpeedResult) -> tuple[Any, ...]:
-    setting = tuple(result.settings.get(name) for name in ("dtype", "compile", "threads"))
-    return (result.hardware, result.tokenizer.name, result.resolution, setting)
 
 
 def update(
@@ -198,7 +142,7 @@ def update(
     A baseline that the new results are worse than is kept (InputError) unless `accept`. Cells that only the baseline
     holds stay.
     """
-    candidates = _readable(new)
+    candidates = readable(new)
     results = read_results(against)[0] if against.exists() else []
     known = {cell_key(result): ResultEntry(result, path) for path, result in results}
     lines = []

@@ -19,15 +19,25 @@ from tokbench.metrics.statistics import (
     t_quantile,
 )
 from tokbench.protocols import size_text
-from tokbench.records.result import read_result
+from tokbench.records.files import read_results
+from tokbench.records.result import EvalResult
 from tokbench.records.samples import SampleStore
-from tokbench.report.columns import ResultEntry, differing, is_training_loss, paired_columns
+from tokbench.report.columns import (
+    Conditions,
+    ResultEntry,
+    conditions,
+    differing,
+    is_training_loss,
+    number,
+    paired_columns,
+)
 from tokbench.report.tables import DAGGER, Heading, Table, plain
 
 Z = 1.959964  # of a 95 % interval, where there are no degrees of freedom to count
 BY_IMAGE, BY_HALVES = "paired by image", "paired half-samples"
 UNPAIRED, UNKNOWN = "unpaired: wider than need be", "no error known"
 STYLES = {"worse": "bold red", "better": "green", "same": "", "inconclusive": "yellow"}
+CellKey = tuple[Conditions, str, int | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +54,7 @@ class Difference:
     tolerance: float
     better: Literal["higher", "lower", "neither"]
     verdict: Verdict
-    n: int = 0  # images; 0 for a speed
+    n: int  # images
     needed: int | None = None  # images that would settle an inconclusive one; None: no number would, or settled
     trained: tuple[bool, bool] = (False, False)  # whether the metric's network was in the base's, the new's loss
 
@@ -79,7 +89,7 @@ def differences(
     if reason := differing(base.result, new.result):
         raise InputError(f"not comparable: {reason}")
     if metrics is None:
-        metrics = [name for name in METRICS if all(_value(entry, name) is not None for entry in (base, new))]
+        metrics = [name for name in METRICS if all(number(entry.result, name) is not None for entry in (base, new))]
     return [
         _difference(METRICS[name], base, new, (tolerances or {}).get(name, METRICS[name].tolerance), exact, two_sided)
         for name in metrics
@@ -87,21 +97,35 @@ def differences(
 
 
 def compare(path_a: Path, path_b: Path) -> list[Difference]:
-    """B against A. InputError if they were not measured on the same images or have no metric in common."""
-    a, b = (ResultEntry(read_result(path), path) for path in (path_a, path_b))
-    found = differences(a, b)
+    """B against A: two result files, or the cells that two folders have in common. InputError if nothing is."""
+    a, b = readable(path_a), readable(path_b)
+    known = {cell_key(entry.result): entry for entry in a}
+    pairs = [(known[key], entry) for entry in b if (key := cell_key(entry.result)) in known]
+    found = [d for pair in ([(a[0], b[0])] if len(a) == len(b) == 1 else pairs) for d in differences(*pair)]
     if not found:
-        raise InputError(f"{path_a} and {path_b} have no metric in common")
+        raise InputError(
+            f"{path_a} and {path_b} have no metric of a cell in common; two models are compared by two files"
+        )
     return found
+
+
+def readable(path: Path) -> list[ResultEntry]:
+    """The results in a file or folder; InputError where one cannot be read or there is none."""
+    results, warnings = read_results(path)
+    if warnings:
+        raise InputError(warnings[0])
+    if not results:
+        raise InputError(f"{path}: holds no results; write some with `tokbench run --out {path}`")
+    return [ResultEntry(result, file) for file, result in results]
+
+
+def cell_key(result: EvalResult) -> CellKey:
+    """What makes a cell the same again. Weights and seeds may differ: that is what is checked."""
+    return conditions(result), result.tokenizer.name, result.tokenizer.decode_steps
 
 
 def cell_name(entry: ResultEntry) -> str:
     return f"{entry.name} at {size_text(entry.result.dataset.resolution)}"
-
-
-def _value(entry: ResultEntry, metric: str) -> float | None:
-    value = entry.result.metrics.get(metric)
-    return None if value is None else value.value
 
 
 def _difference(
@@ -201,7 +225,7 @@ def _half_sample_distances(store: SampleStore, extractor: str, seeds: Sequence[i
 
 
 def difference_table(title: str, found: Sequence[Difference], names: tuple[str, str] = ("baseline", "new")) -> Table:
-    """All differences, a row each; what compare prints and check gates."""
+    """All differences, a row each: what compare prints and check judges."""
     headings = [
         Heading(key="cell"), Heading(key="metric", words=True), Heading(key="N", minor=True),
         *(Heading(key=name) for name in names), Heading(key="difference"), Heading(key="95 % interval"),
@@ -213,10 +237,10 @@ def difference_table(title: str, found: Sequence[Difference], names: tuple[str, 
 
 def cells(d: Difference) -> list[str]:
     """The texts of a difference's row."""
-    digits = METRICS[d.metric].digits + 1 if d.metric in METRICS else 3
+    digits = METRICS[d.metric].digits + 1
     values = [f"{v:z.{digits}f}{'†' if own else ''}" for v, own in zip((d.base, d.new), d.trained, strict=True)]
     interval = "–" if d.low is None or d.high is None else f"[{d.low:+z.{digits}f}, {d.high:+z.{digits}f}]"
-    texts = [d.cell, d.metric, f"{d.n:,}" if d.n else "–", *values, f"{d.change:+z.{digits}f}", interval]
+    texts = [d.cell, d.metric, f"{d.n:,}", *values, f"{d.change:+z.{digits}f}", interval]
     return [*texts, f"±{d.tolerance:.{digits}f}", said(d)]
 
 
@@ -226,7 +250,7 @@ def said(d: Difference) -> str:
     remarks = []
     if d.verdict in ("same", "inconclusive") and d.low is not None and d.better != "neither" and (low > 0 or high < 0):
         side = "worse" if d.loss(d.change) > 0 else "better"
-        remarks.append(f"certainly {side}" + (" by a little" if d.verdict == "same" else ", perhaps as tolerated"))
+        remarks.append(f"certainly {side}, {'' if d.verdict == 'same' else 'perhaps '}within the tolerance")
     if d.needed:
         remarks.append(f"would need N = {d.needed:,}")
     if d.how in (UNPAIRED, UNKNOWN):

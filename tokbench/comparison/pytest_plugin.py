@@ -37,16 +37,22 @@ def tokbench_check(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[.
         **rules: Any,
     ) -> "CheckResult | None":
         from tokbench.comparison.check import check, update
-        from tokbench.comparison.verdicts import verdict_markdown
+        from tokbench.comparison.differences import difference_table
+        from tokbench.comparison.verdicts import WIDTH, summary
+        from tokbench.errors import InputError
         from tokbench.evaluation.evaluate import evaluate
+        from tokbench.report.tables import laid_out
 
         evaluate(model, data, resolution, metrics, out=tmp_path)
         if request.config.getoption("--tokbench-update"):
             print("\n".join(update(tmp_path, Path(baseline))))
             return None
-        result = check(tmp_path, Path(baseline), **rules)
+        try:
+            result = check(tmp_path, Path(baseline), **rules)
+        except InputError as error:
+            pytest.fail(f"{error} (`pytest --tokbench-update` takes what was measured)", pytrace=False)
         if result.failures:
-            pytest.fail(verdict_markdown(result), pytrace=False)
+            pytest.fail(laid_out([difference_table(summary(result), result.differences)], WIDTH), pytrace=False)
         return result
 
     return run

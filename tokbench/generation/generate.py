@@ -86,7 +86,7 @@ def run_generate(
         made, failures = _generate(asked, measurement, out, processes)
     if processes.main:
         entries = [ResultEntry(result, result_path(out, result)) for result in made]
-        show(blocks(entries, known=known_results([out, results])), 130)
+        show(blocks(entries, known=known_results(out, results)), 130)
     return 1 if failures else 0
 
 

@@ -157,11 +157,9 @@ def read_results(folder: Path) -> tuple[list[tuple[Path, EvalResult]], list[str]
     """
     if not folder.exists():
         raise InputError(f"{folder}: no such folder of results")
-    paths = (
-        [folder] if folder.is_file() else sorted([*folder.glob("*/*/*.json"), *folder.glob("generation/*/*/*.json")])
-    )
+    paths = [folder] if folder.is_file() else [*folder.glob("*/*/*.json"), *folder.glob("generation/*/*/*.json")]
     results, warnings = [], []
-    for path in paths:
+    for path in sorted(paths or [*folder.glob("*/*.json"), *folder.glob("*.json")]):  # of one protocol, of one cell
         parts = path.relative_to(folder).parts
         if parts[:1] == ("speed",) or any(part.startswith(".") for part in parts):
             continue  # speed records are another kind (report.speed)

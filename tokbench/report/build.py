@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from tokbench.errors import InputError
 from tokbench.records.files import write_whole
 from tokbench.records.result import SpeedResult
@@ -14,8 +12,8 @@ from tokbench.report import tables
 from tokbench.report.collect import frame, gather
 from tokbench.report.collect import where as keep_where
 from tokbench.report.columns import ResultEntry, column
-from tokbench.report.leaderboard import blocks
-from tokbench.report.reported import Reported, ordered, papers_table, read_reported, reported_table
+from tokbench.report.leaderboard import Block, blocks
+from tokbench.report.reported import Reported, papers_table, read_reported, reported_table
 from tokbench.report.speed import speed_tables
 from tokbench.report.tables import Table
 
@@ -32,50 +30,47 @@ class Report:
     columns: Sequence[str] | None = None
     group: bool = True
 
-    def ranked(self) -> list[Table]:
-        return list(blocks(self.entries, self.columns, self.group))
+    def ranked(self) -> list[Block]:
+        return blocks(self.entries, self.columns, self.group)
 
-    def more(self) -> list[Table]:
-        """What is not ranked: speed, papers against ours."""
-        papers = papers_table(self.reported, self.entries)
-        return [*speed_tables(self.speeds, entries=self.entries), *([papers] if papers else [])]
-
-    def published(self) -> list[Table]:
-        """All that papers say: hundreds of rows, for pages that are searched."""
-        table = reported_table(self.reported)
-        return [table] if table else []
+    def more(self, published: bool) -> list[Table]:
+        """What is not ranked: speed, papers against ours; with `published` all that papers say, hundreds of rows."""
+        papers = [papers_table(self.reported, self.entries), reported_table(self.reported) if published else None]
+        return [*speed_tables(self.speeds, entries=self.entries), *(table for table in papers if table)]
 
 
 def build(
-    results: Path, *, format: str = "table", out: Path | None = None, plots: Path | None = None,
+    results: Sequence[Path], *, format: str = "table", out: Path | None = None, plots: Path | None = None,
     plot_format: str = "png", columns: Sequence[str] | None = None, where: str | None = None, group: bool = True,
     reported: Path | None = None, strict: bool = False,
 ) -> int:  # fmt: skip
     """Write what was asked for; 1 with `strict` if a file had to be skipped, else 0. InputError for wrong use.
 
-    `reported` are numbers of papers, by default reported.csv in the results folder, if it is there.
+    `results` are folders or files, by default runs/ if it is there, else results/. `reported` are numbers of papers, by
+    default reported.csv in the first folder. `where` and `columns` ask for measured rows: nothing else is shown then.
     """
     if format not in FORMATS:
         raise InputError(f"--format {format!r}: choose from {', '.join(FORMATS)}")
-    entries, speeds, warnings = gather(results)
+    if not results:
+        results = [Path("runs") if Path("runs").exists() else Path("results")]
+        print(f"tokbench: results of {results[0]}/ (others: --results)", file=sys.stderr)
+    entries, speeds, warnings = gather(*results)
     for warning in warnings:
         print(f"tokbench: {warning}", file=sys.stderr)
-    if where is not None and entries:
-        entries = keep_where(entries, where)
-        speeds = [row for row in speeds if row.tokenizer.name in {entry.name for entry in entries}]
+    papers = reported or results[0] / "reported.csv"
+    published = read_reported(papers) if reported or papers.exists() else []
+    if where is not None or columns is not None:
+        entries, speeds, published = keep_where(entries, where) if where else entries, [], []
     for key in columns or ():
         if key != "tokenizer":
             column(key, entries)
-    papers = reported or results / "reported.csv"
-    published = ordered(read_reported(papers)) if reported or papers.exists() else []
-    report = Report(entries, speeds, published, columns, group)
     if plots is not None:
         from tokbench.report.curves import all_plots
 
-        logs = sorted(results.rglob("log.jsonl"))
+        logs = sorted(log for folder in results for log in folder.rglob("log.jsonl"))
         for path in all_plots(entries, speeds, published, plots, plot_format, logs):
             print(f"tokbench: wrote {path}", file=sys.stderr)
-    _write(report, format, out)
+    _write(Report(entries, speeds, published, columns, group), format, out)
     return 1 if strict and warnings else 0
 
 
@@ -85,13 +80,12 @@ def _write(report: Report, format: str, out: Path | None) -> None:
 
         if out is None:
             raise InputError("--format html writes a folder: say where with --out DIR")
-        ranked = blocks(report.entries, report.columns, report.group)
-        index = write_page(ranked, [*report.more(), *report.published()], out)
+        index = write_page(report.ranked(), report.more(published=True), out)
         print(f"tokbench: wrote {index}", file=sys.stderr)
     elif out is not None:
         write_whole(out, text(report, format))
     elif format == "table":
-        tables.show([*report.ranked(), *report.more()])
+        tables.show([*report.ranked(), *report.more(published=False)])
     else:
         sys.stdout.write(text(report, format))
 
@@ -103,13 +97,10 @@ def text(report: Report, format: str) -> str:
         kept = ["tokenizer", "protocol", "dataset", "resolution", "num_images", *(report.columns or ())]
         chosen = list(dict.fromkeys(kept)) if report.columns else list(table.columns)
         return str(table.reindex(columns=chosen).to_csv(index=False, lineterminator="\n"))
-    found = [*report.ranked(), *report.more()]
+    found = [*report.ranked(), *report.more(published=format == "markdown")]
     if format == "table":
-        console = Console(width=tables.WIDTH, color_system=None)
-        with console.capture() as capture:
-            console.print(tables.Printed(found))
-        return capture.get()
+        return tables.laid_out(found)
     if format == "latex":
         return f"% needs {tables.LATEX_PACKAGES}\n" + "\n".join(map(tables.latex, found))
     head = "<!-- written by `tokbench report --format markdown`; edit the results instead -->\n"
-    return "\n".join([head, *map(tables.markdown, [*found, *report.published()])])
+    return "\n".join([head, *map(tables.markdown, found)])

@@ -13,22 +13,26 @@ from tokbench.report.columns import FACTS, Conditions, ResultEntry, conditions
 from tokbench.report.speed import read_speeds
 
 
-def gather(folder: Path) -> tuple[list[ResultEntry], list[SpeedResult], list[str]]:
-    """All results and speed records below `folder`, and a warning for every file that is neither or is superseded.
+def gather(*folders: Path) -> tuple[list[ResultEntry], list[SpeedResult], list[str]]:
+    """All results and speed records in folders or files, and a warning for every file that is neither or is superseded.
 
     Of two results for the same cell the newer one counts. InputError where there is no folder or nothing in it.
     """
-    results, warnings = read_results(folder)
-    speeds, other = read_speeds(folder / "speed")
-    entries, superseded = newest([ResultEntry(result, path) for path, result in results])
-    warnings = [f"skipped {warning}" for warning in warnings + other] + superseded
+    entries, speeds, warnings = [], [], []
+    for folder in folders:
+        results, unreadable = read_results(folder)
+        measured, other = read_speeds(folder / "speed")
+        entries += [ResultEntry(result, path) for path, result in results]
+        speeds += measured
+        warnings += [f"skipped {warning}" for warning in unreadable + other]
     if not entries and not speeds:
         reasons = f" ({warnings[0]})" if warnings else ""
-        raise InputError(f"{folder}: no results in it{reasons}; make some with `tokbench run`")
-    return entries, speeds, warnings
+        raise InputError(f"{', '.join(map(str, folders))}: no results in it{reasons}; make some with `tokbench run`")
+    kept, superseded = newest(entries)
+    return kept, speeds, warnings + superseded
 
 
-def known_results(folders: Sequence[Path]) -> list[ResultEntry]:
+def known_results(*folders: Path) -> list[ResultEntry]:
     """The results below those folders that are there."""
     found = (read_results(folder)[0] for folder in folders if folder.exists())
     return [ResultEntry(result, path) for pairs in found for path, result in pairs]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from tokbench.records.result import EvalResult, TokenizerInfo, Value
 from tokbench.report.tables import Heading
 
 MINOR = ("psnr-global", "ssim-gauss", "ms-ssim", "encode", "params", "steps")
+WORDS = ("latent", "generator")
 TIMES = ["encode", "decode"]  # ranked on one machine only, as the next
 HEADLINE = ("rfid", "lpips-alex", "lpips-vgg", "psnr")  # the first that is there is a figure's default metric
 RATES = ["generator/s", "decoder/s", "both/s"]
@@ -95,23 +96,19 @@ def compression(info: TokenizerInfo) -> str:
     return f"{place} c{info.channels}" if info.downsample is None else f"{place}c{info.channels}"
 
 
-def milliseconds(result: EvalResult, part: str) -> Value | None:
+def _milliseconds(result: EvalResult, part: str) -> float | None:
     """Time per image of "encode" or "decode" as the run saw it, in ms."""
     seconds = result.provenance.seconds.get(part)
-    return None if seconds is None else Value(1000 * float(seconds), n=result.dataset.num_images)
+    return None if seconds is None else 1000 * float(seconds)
 
 
-def _rate(result: EvalResult, *parts: str) -> Value | None:
+def _rate(result: EvalResult, *parts: str) -> float | None:
     """Generated images a second of one process, over these parts of the work."""
     seconds = sum(result.provenance.seconds.get(part, 0.0) for part in parts)
-    return Value(1 / seconds) if result.settings.generation and seconds else None
+    return 1 / seconds if result.settings.generation and seconds else None
 
 
-def _count(number: float | None, scale: float = 1) -> Value | None:
-    return None if number is None else Value(number / scale)
-
-
-def tokens(result: EvalResult) -> int | None:
+def _tokens(result: EvalResult) -> int | None:
     """Latent positions of an image, or the tokens of a 1-D tokenizer; None for a codec or unequal images."""
     info = result.tokenizer
     if info.tokens_per_image is not None or info.downsample is None:
@@ -120,7 +117,7 @@ def tokens(result: EvalResult) -> int | None:
     return None if sides is None else (sides[0] // info.downsample) * (sides[1] // info.downsample)
 
 
-def elements_ratio(info: TokenizerInfo) -> float | None:
+def _ratio(info: TokenizerInfo) -> float | None:
     """Latent elements per element of the image, c / (3 f^2)."""
     return None if info.downsample is None or info.channels is None else info.channels / (3 * info.downsample**2)
 
@@ -129,46 +126,52 @@ def device(result: EvalResult) -> str:
     return result.provenance.device or "unknown device"
 
 
-def _generator(result: EvalResult) -> Mapping[str, Any]:
-    generator: Mapping[str, Any] = result.settings.generation.get("generator", {})
-    return generator
+def _generator(result: EvalResult, fact: str) -> Any:
+    return result.settings.generation.get("generator", {}).get(fact)
+
+
+def _fact(
+    key: str, description: str, read: Callable[[EvalResult], float | str | None], unit: str = "",
+    better: Literal["higher", "lower", "neither"] = "neither", digits: int = 0,
+) -> Column:  # fmt: skip
+    def value(result: EvalResult) -> Value | str | None:
+        found = read(result)
+        return Value(found) if isinstance(found, float | int) else found
+
+    return Column(
+        key=key, unit=unit, better=better, description=description, digits=digits, read=value,
+        words=key in WORDS, minor=key in MINOR,
+    )  # fmt: skip
 
 
 FACTS = {
-    key: Column(key=key, description=description, read=read, words=key in ("latent", "generator"), minor=key in MINOR)
-    for key, description, read in (
-        ("latent", "downsampling f and channels c, or codebook K", lambda r: compression(r.tokenizer)),
-        ("f", "pixels per latent position along a side", lambda r: _count(r.tokenizer.downsample)),
-        ("c", "channels of the latent", lambda r: _count(r.tokenizer.channels)),
-        ("codebook", "number of codes", lambda r: _count(r.tokenizer.codebook_size)),
-        ("tokens", "latent positions of an image", lambda r: _count(tokens(r))),
-        ("steps", "network evaluations of the decoder", lambda r: _count(r.tokenizer.decode_steps)),
-        ("n", "images", lambda r: Value(r.dataset.num_images)),
-        ("device", "machine", device),
-        ("date", "day of the measurement", lambda r: r.provenance.date[:10]),
-        ("generator", "what drew the latents", lambda r: str(_generator(r).get("name") or "")),
-        ("trained", "steps that the generator was trained", lambda r: _count(_generator(r).get("steps_trained"))),
-    )
-}  # fmt: skip
-FACTS |= {
-    column.key: column
-    for column in (
-        Column(key="ratio", digits=4, description="elements of the latent by those of the image",
-               read=lambda r: _count(elements_ratio(r.tokenizer))),
-        Column(key="params", unit="M", digits=2, description="decoder's parameters, millions", minor=True,
-               read=lambda r: _count(r.tokenizer.decoder_params or None, 1e6)),
-        Column(key="encode", unit="ms/img", better="lower", digits=1, minor=True,
-               description="encoding time in the run that measured quality", read=lambda r: milliseconds(r, "encode")),
-        Column(key="decode", unit="ms/img", better="lower", digits=1,
-               description="decoding time in the run that measured quality", read=lambda r: milliseconds(r, "decode")),
-        Column(key="guidance", digits=2, description="scale of classifier-free guidance; 1: none",
-               read=lambda r: _count(r.settings.generation.get("guidance"))),
-        Column(key="generator/s", unit="img/s", better="higher", digits=2,
-               description="images a second that the generator draws", read=lambda r: _rate(r, "generator")),
-        Column(key="decoder/s", unit="img/s", better="higher", digits=2,
-               description="images a second that the tokenizer decodes", read=lambda r: _rate(r, "decode")),
-        Column(key="both/s", unit="img/s", better="higher", digits=2,
-               description="images a second of both", read=lambda r: _rate(r, "generator", "decode")),
+    fact.key: fact
+    for fact in (
+        _fact("latent", "downsampling f and channels c, or codebook K", lambda r: compression(r.tokenizer)),
+        _fact("f", "pixels per latent position along a side", lambda r: r.tokenizer.downsample),
+        _fact("c", "channels of the latent", lambda r: r.tokenizer.channels),
+        _fact("codebook", "number of codes", lambda r: r.tokenizer.codebook_size),
+        _fact("tokens", "latent positions of an image", _tokens),
+        _fact("steps", "network evaluations of the decoder", lambda r: r.tokenizer.decode_steps),
+        _fact("n", "images", lambda r: r.dataset.num_images),
+        _fact("device", "machine", device),
+        _fact("date", "day of the measurement", lambda r: r.provenance.date[:10]),
+        _fact("generator", "what drew the latents", lambda r: _generator(r, "name")),
+        _fact("trained", "steps that the generator was trained", lambda r: _generator(r, "steps_trained")),
+        _fact("ratio", "elements of the latent by those of the image", lambda r: _ratio(r.tokenizer), digits=4),
+        _fact("params", "decoder's parameters, millions", lambda r: r.tokenizer.decoder_params / 1e6 or None, "M",
+              digits=2),
+        _fact("encode", "encoding time in the run that measured quality", lambda r: _milliseconds(r, "encode"),
+              "ms/img", "lower", 1),
+        _fact("decode", "decoding time in the run that measured quality", lambda r: _milliseconds(r, "decode"),
+              "ms/img", "lower", 1),
+        _fact("guidance", "scale of classifier-free guidance; 1: none", lambda r: r.settings.generation.get("guidance"),
+              digits=2),
+        _fact("generator/s", "images a second that the generator draws", lambda r: _rate(r, "generator"),
+              "img/s", "higher", 2),
+        _fact("decoder/s", "images a second that the tokenizer decodes", lambda r: _rate(r, "decode"),
+              "img/s", "higher", 2),
+        _fact("both/s", "images a second of both", lambda r: _rate(r, "generator", "decode"), "img/s", "higher", 2),
     )
 }  # fmt: skip
 
@@ -244,8 +247,10 @@ def headline_metric(entries: Sequence[ResultEntry]) -> str | None:
     return None
 
 
-def number(result: EvalResult, metric: str) -> float | None:
-    return result.metrics.get(metric, Value(None)).value
+def number(result: EvalResult, key: str) -> float | None:
+    """The number in the column of a metric or fact; None where there is none."""
+    value = FACTS[key].read(result) if key in FACTS else result.metrics.get(key)
+    return value.value if isinstance(value, Value) else None
 
 
 def number_of(value: Value | str | None) -> float | str | None:

@@ -1,7 +1,7 @@
 """From result records to ranked, formatted blocks: what every table, the page and the plots are drawn from."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from tokbench.report.columns import (
     default_columns,
     device,
     is_training_loss,
-    number_of,
     paired_columns,
 )
 from tokbench.report.tables import DAGGER, ERRORS, MARKS, Table, TableCell, TableRow
@@ -154,41 +153,36 @@ def _order(row: TableRow, lead: Column | None) -> tuple[float, str]:
 
 def ranking(entries: Sequence[ResultEntry], c: Column) -> dict[str, int]:
     """{row name: 1 best or tied with it, 2 second or tied with that}. Needs two values to mark one."""
-    values = [
-        (entry, number) for entry in entries if isinstance(number := number_of(c.read(entry.result)), float | int)
-    ]
-    if c.better == "neither" or len(values) < 2:
+    values = [(entry, value) for entry in entries if isinstance(value := c.read(entry.result), Value)]
+    left = [(entry, value.value, value) for entry, value in values if value.value is not None]
+    if c.better == "neither" or len(left) < 2:
         return {}
-    left = sorted(values, key=lambda pair: -pair[1] if c.better == "higher" else pair[1])
+    left.sort(key=lambda row: row[1], reverse=c.better == "higher")
     ranks: dict[str, int] = {}
     for rank in (1, 2):
         if left:
-            first = left[0]
-            level = [pair for pair in left if tied(first, pair, c)]
-            ranks |= {entry.name: rank for entry, _ in level}
-            left = [pair for pair in left if pair[0].name not in ranks]
+            best, _, value = left[0]
+            ranks |= {entry.name: rank for entry, _, other in left if _tied((best, value), (entry, other), c.per_image)}
+            left = [row for row in left if row[0].name not in ranks]
     return ranks
 
 
-def tied(a: tuple[ResultEntry, float], b: tuple[ResultEntry, float], c: Column) -> bool:
+def _tied(a: tuple[ResultEntry, Value], b: tuple[ResultEntry, Value], per_image: str | None) -> bool:
     """Equal values, or a paired 95 % interval of the per-image difference that contains zero, over the same images."""
-    if a[0] is b[0] or a[1] == b[1]:
+    (first, x), (second, y) = a, b
+    assert x.value is not None
+    assert y.value is not None
+    if x.value == y.value:
         return True
-    if c.per_image is None or _far_apart(a[0], b[0], c):
+    # Spare reading rows: a paired standard error is at most the sum of the two (triangle inequality).
+    errors = 3 * (x.stderr + y.stderr) if x.stderr and y.stderr and min(x.n, y.n) >= 10 else math.inf
+    if per_image is None or abs(x.value - y.value) > errors:
         return False
-    ours, theirs = paired_columns(a[0], b[0], c.per_image)
+    ours, theirs = paired_columns(first, second, per_image)
     if len(ours) < 2:
         return False
     low, high = paired_interval(ours, theirs)
     return low <= 0 <= high
-
-
-def _far_apart(a: ResultEntry, b: ResultEntry, c: Column) -> bool:
-    """Spare reading rows: a paired standard error is at most the sum of the two (triangle inequality)."""
-    x, y = c.read(a.result), c.read(b.result)
-    if not isinstance(x, Value) or not isinstance(y, Value) or not x.stderr or not y.stderr or min(x.n, y.n) < 10:
-        return False
-    return abs((x.value or 0) - (y.value or 0)) > 3 * (x.stderr + y.stderr)
 
 
 def _decimals(c: Column, entries: Sequence[ResultEntry]) -> int:
@@ -232,43 +226,38 @@ def _footnotes(
     entries: Sequence[ResultEntry], columns: Sequence[Column], one_device: bool, asked: set[str] | None
 ) -> list[str]:
     """†, what the models say about themselves, why numbers are missing; equal remarks are gathered."""
-    remarks: dict[str, list[str]] = {}
+    rows: dict[str, list[str]] = {}  # by remark
     for entry in entries:
-        info = entry.result.tokenizer
-        if info.note:
-            remarks.setdefault(info.note, []).append(info.name)
-        if not info.verified:
-            remarks.setdefault("facts not checked against the published weights", []).append(info.name)
-        for setting, what in (("skipped", "images left out"), ("upscaled", "images enlarged")):
-            if count := getattr(entry.result.settings, setting):
-                remarks.setdefault(f"{what}: {count}", []).append(entry.name)
-    notes = [f"{', '.join(names)}: {remark}" for remark, names in remarks.items()]
-    if any(is_training_loss(entry.result, c.key) for entry in entries for c in columns):
-        notes.insert(0, DAGGER)
-    missing: dict[tuple[str, str], list[str]] = {}
-    for entry in entries:
-        for name, reason in _missing(entry.result, asked):
-            missing.setdefault((name, reason), []).append(entry.name)
-    by_reason: dict[tuple[str, str], list[str]] = {}
-    for (name, reason), names in missing.items():
-        by_reason.setdefault((reason, _who(names, [entry.name for entry in entries])), []).append(name)
-    notes += [f"{', '.join(names)} –{who}: {reason}" for (reason, who), names in by_reason.items()]
+        for remark in _remarks(entry.result, asked):
+            rows.setdefault(remark, []).append(entry.name)
+    notes = [DAGGER] if any(is_training_loss(entry.result, c.key) for entry in entries for c in columns) else []
+    notes += [f"{_who(names, len(entries))}: {remark}" for remark, names in rows.items()]
     if not one_device and any(c.key in TIMES + RATES for c in columns):
         notes.append("times come from different machines and are not ranked")
     return notes
 
 
-def _who(names: Sequence[str], everybody: Sequence[str]) -> str:
+def _who(names: Sequence[str], everybody: int) -> str:
     """Whom a remark concerns, in few words."""
-    others = sorted(set(everybody) - set(names))
-    if not others:
-        return ""
-    if len(others) <= 3 < len(names):
-        return f" (all but {', '.join(others)})"
-    return f" ({', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''})"
+    if len(names) == everybody > 1:
+        return "all rows"
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def _missing(result: EvalResult, asked: set[str] | None) -> list[tuple[str, str]]:
-    """(metric, reason) of what a row lacks of the metrics asked for, None: of all."""
-    gone = [(name, value.note or "not given") for name, value in result.metrics.items() if value.value is None]
-    return [pair for pair in gone + list(result.unavailable.items()) if asked is None or pair[0] in asked]
+def _remarks(result: EvalResult, asked: set[str] | None) -> Iterator[str]:
+    """What is to be known about a row, and why it lacks metrics of those asked for (None: of any)."""
+    info, settings = result.tokenizer, result.settings
+    if info.note:
+        yield info.note
+    if not info.verified:
+        yield "facts not checked against the published weights"
+    if settings.skipped:
+        yield f"images left out: {settings.skipped}"
+    if settings.upscaled:
+        yield f"images enlarged: {settings.upscaled}"
+    missing: dict[str, list[str]] = {}  # metrics by reason
+    gone = {name: value.note for name, value in result.metrics.items() if value.value is None}
+    for name, reason in (gone | dict(result.unavailable)).items():
+        if asked is None or name in asked:
+            missing.setdefault(reason, []).append(name)
+    yield from (f"no {', '.join(names)} ({reason or 'not given'})" for reason, names in missing.items())

@@ -1,21 +1,20 @@
-"""Figures from result records: readable at column width, colour-blind-safe, labels that do not overlap."""
+"""How figures are drawn: readable at column width, colour-blind-safe, labels that do not overlap."""
 
 import io
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, NullFormatter, NullLocator
+from matplotlib.transforms import Bbox
 
 from tokbench.errors import InputError
 from tokbench.records.files import write_whole
-from tokbench.report.columns import Column, ResultEntry, headline_metric, metric_column, milliseconds, number
+from tokbench.report.columns import FACTS, Column, ResultEntry, headline_metric, metric_column, number
 from tokbench.report.leaderboard import UNRANKED_FAMILIES
 from tokbench.report.tables import shortened
 
@@ -61,65 +60,23 @@ def styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     return {name: (PALETTE[i % 7], MARKERS[(i + i // 7) % 7]) for i, name in enumerate(dict.fromkeys(names))}
 
 
-def label_points(
-    ax: Axes, points: Sequence[Point], size: float = 7.5, colours: Mapping[str, str] | None = None
-) -> None:
-    """Write each name beside its point, in the first place around it that no point and no earlier label takes.
+def label_points(ax: Axes, points: Sequence[Point]) -> None:
+    """Write each name beside its point, towards the middle; one that would cover a point or a label is left out.
 
-    Call it last: places are found in pixels, under the axes' final limits. A label that finds no free place is left out
-    rather than set over another.
+    Call it last: what overlaps is told in pixels, under the axes' final limits.
     """
-    fig = ax.figure
-    assert isinstance(fig, Figure)
-    fig.draw_without_rendering()
-    fig.set_layout_engine("none")  # what follows stays inside the axes: keep the layout just found
-    dots = ax.transData.transform([(p.x, p.y) for p in points]) if points else np.empty((0, 2))
-    scale = fig.dpi / 72
-    taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in dots]
-    frame = ax.get_window_extent()
-    for point, (x, y) in zip(points, dots, strict=True):
-        name = shortened(point.name, 26)
-        wide, high = len(name) * size * 0.6 * scale, size * 1.15 * scale
-        for distance, (dx, dy) in itertools.product((6, 14, 24, 36), _AROUND):
-            left = x + dx * distance * scale - (wide if dx < 0 else wide / 2 if dx == 0 else 0)
-            low = y + dy * distance * scale - high / 2
-            box = (left, low, left + wide, low + high)
-            inside = box[0] >= frame.x0 and box[2] <= frame.x1 and box[1] >= frame.y0 and box[3] <= frame.y1
-            if inside and not any(_overlap(box, other) for other in taken):
-                place = ((left - x) / scale, (low + high / 2 - y) / scale)
-                line = {"arrowstyle": "-", "color": "0.6", "lw": 0.5} if distance > 6 else None
-                ax.annotate(
-                    name, (point.x, point.y), place, textcoords="offset points", fontsize=size, va="center",
-                    bbox=_BEHIND, arrowprops=line, color=(colours or {}).get(point.name, "black"),
-                )  # fmt: skip
-                taken.append(box)
-                break
-
-
-def label_levels(ax: Axes, levels: Sequence[tuple[float, str]], size: float = 7) -> None:
-    """Names of horizontal lines (y, name), beside the right edge, pushed apart where they would touch."""
-    fig = ax.figure
-    assert isinstance(fig, Figure)
-    fig.draw_without_rendering()
-    gap, last = size * 1.3 * fig.dpi / 72, -np.inf
-    frame = ax.get_window_extent()
-    for y, name in sorted(levels):
-        pixel = float(ax.transData.transform((1, y))[1])
-        last = max(pixel, last + gap)
-        line = {"arrowstyle": "-", "color": "0.6", "lw": 0.5, "shrinkA": 0, "shrinkB": 0}
-        place = (1.03, (last - frame.y0) / frame.height)
-        ax.annotate(
-            name, (1, (pixel - frame.y0) / frame.height), place, "axes fraction", fontsize=size, va="center",
-            arrowprops=line, annotation_clip=False,
-        )  # fmt: skip
-
-
-_BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.3}
-_AROUND = ((1, 0), (1, 1), (1, -1), (-1, 0), (-1, 1), (-1, -1), (0, 1), (0, -1))
-
-
-def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+    assert isinstance(ax.figure, Figure)
+    ax.figure.draw_without_rendering()
+    centre, dots = ax.bbox.x0 + ax.bbox.width / 2, [ax.transData.transform((p.x, p.y)) for p in points]
+    taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in dots]
+    for point, (x, _) in zip(points, dots, strict=True):
+        side, shift = ("right", -5) if x > centre else ("left", 5)
+        text = ax.annotate(shortened(point.name, 26), (point.x, point.y), (shift, 3), textcoords="offset points",
+                           ha=side, fontsize=7.5)  # fmt: skip
+        if (box := text.get_window_extent()).count_overlaps(taken):
+            text.remove()
+        else:
+            taken.append(box)
 
 
 def pareto(points: Sequence[Point], better_x: str, better_y: str) -> list[Point]:
@@ -133,49 +90,33 @@ def pareto(points: Sequence[Point], better_x: str, better_y: str) -> list[Point]
 
 
 def axis_label(column: Column) -> str:
-    return (
-        column.key
-        + (f" ({column.unit})" if column.unit else "")
-        + {"higher": " →", "lower": " ←", "neither": ""}[column.better]
-    )
-
-
-def _plain(value: float, _: int) -> str:
-    return f"{value:g}"
+    arrow = {"higher": " →", "lower": " ←", "neither": ""}[column.better]
+    return column.key + (f" ({column.unit})" if column.unit else "") + arrow
 
 
 def log_axis(axis: Any, values: Sequence[float]) -> None:
     """A log scale with plain numbers where they span little, powers of ten where they span much."""
     axis.axes.set_xscale("log") if axis.axis_name == "x" else axis.axes.set_yscale("log")
-    span = max(values) / min(values) if values else 1
-    axis.set_major_formatter(FuncFormatter(_plain) if span < 1e5 else LogFormatterSciNotation())
-    axis.set_minor_formatter(FuncFormatter(_plain) if span < 8 else NullFormatter())
+    span, plain = max(values) / min(values), FuncFormatter(lambda value, _: f"{value:g}")
+    axis.set_major_formatter(plain if span < 1e5 else LogFormatterSciNotation())
+    axis.set_minor_formatter(plain if span < 4 else NullFormatter())
     axis.set_tick_params(which="both", labelsize=8)
+    if len(places := sorted(set(values))) <= 8 and all(float(value).is_integer() for value in places):
+        axis.set_ticks(places)
+        axis.set_minor_locator(NullLocator())
 
 
-def quality_vs_time(entries: Sequence[ResultEntry], path: Path) -> Path | None:
-    """Quality against decoding time per image, with the Pareto front. None (nothing written) without two such rows."""
-    metric = headline_metric(entries)
-    points = []
-    for entry in entries:
-        time, quality = milliseconds(entry.result, "decode"), number(entry.result, metric or "")
-        ranked = entry.result.tokenizer.family not in UNRANKED_FAMILIES
-        if ranked and time is not None and time.value and quality is not None:
-            points.append(Point(entry.name, entry.result.tokenizer.family, time.value, quality))
-    if metric is None or len(points) < 2:
-        return None
-    return save(scatter(points, "decode (ms/img)", "lower", metric_column(metric)), path)
-
-
-def scatter(points: Sequence[Point], x_label: str, better_x: str, y: Column) -> Figure:
-    """Points by family over a log axis, a direct label at each, and the Pareto front as a step line where both axes
-    have a direction."""
+def scatter(
+    points: Sequence[Point], x_label: str, better_x: str, y: Column, behind: Sequence[tuple[float, float]] = ()
+) -> Figure:
+    """Points by family over a log axis, names beside them, a step line along the Pareto front where both axes have a
+    direction; hollow and unnamed ones `behind`."""
     fig, ax = figure()
-    log_axis(ax.xaxis, [p.x for p in points])
+    log_axis(ax.xaxis, [*(p.x for p in points), *(x for x, _ in behind)])
     front = [] if "neither" in (better_x, y.better) else pareto(points, better_x, y.better)
-    if front:
-        where: Literal["post", "pre"] = "post" if better_x == "lower" else "pre"
-        ax.step([p.x for p in front], [p.y for p in front], where=where, color="0.6", lw=1, zorder=1)
+    where: Literal["post", "pre"] = "post" if better_x == "lower" else "pre"
+    ax.step([p.x for p in front], [p.y for p in front], where=where, color="0.6", lw=1, zorder=1)
+    ax.scatter([x for x, _ in behind], [y for _, y in behind], s=22, facecolors="none", edgecolors="0.5", lw=0.8)
     for family, (colour, marker) in styles(p.family for p in points).items():
         members = [p for p in points if p.family == family]
         ax.scatter([p.x for p in members], [p.y for p in members], s=28, color=colour, marker=marker, zorder=3)
@@ -184,3 +125,48 @@ def scatter(points: Sequence[Point], x_label: str, better_x: str, y: Column) -> 
     ax.set_ylabel(axis_label(y), fontsize=9)
     label_points(ax, sorted(points, key=lambda p: p not in front))
     return fig
+
+
+def curves(
+    lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, path: Path,
+    levels: Mapping[str, float] | None = None,
+) -> Path | None:  # fmt: skip
+    """Named lines of points over a log axis, dashed horizontal ones at the `levels`. None without two places on it."""
+    xs = [x for points in lines.values() for x, _ in points]
+    if len(set(xs)) < 2:
+        return None
+    fig, ax = figure()
+    log_axis(ax.xaxis, xs)
+    ends = []
+    for (name, points), (colour, marker) in zip(lines.items(), styles(lines).values(), strict=True):
+        line = sorted(points)
+        ax.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=4.5, lw=1.2, zorder=3)
+        ends.append(Point(name, "", *line[-1]))
+    for name, level in (levels or {}).items():
+        ax.axhline(level, color="0.55", lw=0.8, ls=(0, (4, 3)), zorder=1)
+        ends.append(Point(name, "", max(xs), level))
+    ax.margins(x=0.2, y=0.1)
+    ax.set_xlabel(x_label, fontsize=9)
+    ax.set_ylabel(y_label, fontsize=9)
+    label_points(ax, ends)
+    return save(fig, path)
+
+
+def quality_against(fact: str, metric: str, entries: Sequence[ResultEntry], path: Path) -> Path | None:
+    """A metric against a fact of the rows, with the Pareto front. None (nothing written) without two places on it."""
+    x, points = FACTS[fact], []
+    for entry in entries:
+        place, quality = number(entry.result, fact), number(entry.result, metric)
+        if entry.result.tokenizer.family not in UNRANKED_FAMILIES and place and quality is not None:
+            points.append(Point(entry.name, entry.result.tokenizer.family, place, quality))
+    if len({point.x for point in points}) < 2:
+        return None
+    return save(
+        scatter(points, x.description + (f" ({x.unit})" if x.unit else ""), x.better, metric_column(metric)), path
+    )
+
+
+def quality_vs_time(entries: Sequence[ResultEntry], path: Path) -> Path | None:
+    """The headline metric against decoding time per image."""
+    metric = headline_metric(entries)
+    return None if metric is None else quality_against("decode", metric, entries, path)

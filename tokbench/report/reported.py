@@ -1,6 +1,7 @@
 """Numbers from papers beside our own: shown, subtracted, never ranked together."""
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,11 @@ class Reported:
 
 
 def read_reported(path: Path) -> list[Reported]:
-    """The rows of reported.csv; InputError naming the line that is wrong."""
+    """The rows of reported.csv in the order of tables; InputError naming the line that is wrong."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return [_row(line, f"{path}, line {i}") for i, line in enumerate(csv.DictReader(file), 2)]
+            rows = [_row(line, f"{path}, line {i}") for i, line in enumerate(csv.DictReader(file), 2)]
+        return sorted(rows, key=_place)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
 
@@ -50,30 +52,21 @@ def _row(line: dict[str, str], where: str) -> Reported:
         raise InputError(f"{where}: not a row of reported numbers ({error})") from error
 
 
-def ordered(rows: Sequence[Reported]) -> list[Reported]:
+def _place(row: Reported) -> tuple[object, ...]:
     """Reconstruction before generation, then by data set, resolution and compression; numbers decide nothing."""
-
-    def key(row: Reported) -> tuple[object, ...]:
-        place = [
-            row.facts[name] if row.facts[name] is not None else 1e9 for name in ("resolution", "f", "c", "codebook")
-        ]
-        return (
-            row.metrics["rfid"] is None and row.metrics["psnr"] is None,
-            row.dataset != MAIN,
-            row.dataset,
-            *place,
-            row.model.lower(),
-        )
-
-    return sorted(rows, key=key)
+    sizes = (row.facts[name] for name in ("resolution", "f", "c", "codebook"))
+    generated = row.metrics["rfid"] is None and row.metrics["psnr"] is None
+    place = (math.inf if size is None else size for size in sizes)
+    return (generated, row.dataset != MAIN, row.dataset, *place, row.model.lower())
 
 
 def _against(row: Reported, entry: ResultEntry, metric: str) -> str:
+    """What speaks against comparing a row's number with ours."""
     reasons = []
     data = entry.result.dataset
-    if _bare(row.dataset) != _bare(f"{data.name} {data.split or ''}"):
+    if _words(row.dataset) != _words(f"{data.name} {data.split or ''}"):
         reasons.append(f"other images ({row.dataset} / {data.name})")
-    if row.facts["num_images"] is not None and row.facts["num_images"] != data.num_images:
+    if row.facts["num_images"] not in (None, data.num_images):
         reasons.append(f"N {row.facts['num_images']:,.0f} / {data.num_images:,}")
     if metric == "lpips" and not row.lpips_net:
         reasons.append("network not stated")
@@ -82,9 +75,8 @@ def _against(row: Reported, entry: ResultEntry, metric: str) -> str:
     return ", ".join(reasons)
 
 
-def _bare(dataset: str) -> tuple[str, ...]:
-    words = dataset.lower().replace("imagenet-1k", "imagenet").replace("validation", "val").replace("-", " ").split()
-    return tuple(words)
+def _words(dataset: str) -> list[str]:
+    return dataset.lower().replace("imagenet-1k", "imagenet").replace("validation", "val").replace("-", " ").split()
 
 
 def papers_table(rows: Sequence[Reported], entries: Sequence[ResultEntry]) -> Table | None:

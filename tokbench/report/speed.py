@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from tokbench.errors import InputError
+from tokbench.metrics import METRICS
 from tokbench.records.result import SpeedResult, read_speed
 from tokbench.report.columns import ResultEntry, headline_metric, metric_column, number, place_of
-from tokbench.report.tables import Heading, Table, TableCell, plain
+from tokbench.report.tables import Heading, Table, plain
 
 WIDTH = 130  # characters of the tables where there is no terminal
 HEADINGS = (
@@ -61,24 +61,12 @@ def of_one_place(entries: Sequence[ResultEntry]) -> list[ResultEntry]:
     return [entry for entry in entries if place_of(entry) == places[0][0]]
 
 
-def _with_quality(table: Table, resolution: int, entries: Sequence[ResultEntry]) -> Table:
-    """The table with a column more: the headline metric of evaluation records of the same names and resolution."""
-    entries = of_one_place(entries)
-    if (metric := headline_metric(entries)) is None:
-        return table
-    heading = metric_column(metric)
-    values = {e.name: number(e.result, metric) for e in entries if e.result.dataset.resolution == resolution}
-    texts = {name: f"{value:.{heading.digits}f}" for name, value in values.items() if value is not None}
-    rows = [replace(row, cells={**row.cells, heading.key: TableCell(texts.get(row.name, "–"))}) for row in table.rows]
-    return replace(table, columns=[*table.columns, heading], groups=[("", rows)])
-
-
-def cells(result: SpeedResult, reference: SpeedResult | None) -> list[str]:
+def cells(result: SpeedResult, reference: SpeedResult) -> list[str]:
     """A row's texts under HEADINGS; a stage that was not reached shows a dash."""
     info, decode = result.tokenizer, result.stages.get("decode")
     rates = [s.images_per_second if (s := result.stages.get(n)) else None for n in ("encode", "decode", "round-trip")]
     encode, rate, both = ("–" if r is None else f"{r:.3g}" if r < 999 else f"{r:,.0f}" for r in rates)
-    base = reference.stages.get("decode") if reference else None
+    base = reference.stages.get("decode")
     memory = max((s.memory_allocated or 0 for s in result.stages.values()), default=0)
     equal = result.equality_check.get("passed")
     flops = result.flops.get("decode")
@@ -94,30 +82,19 @@ def cells(result: SpeedResult, reference: SpeedResult | None) -> list[str]:
         f"{decode.latency_ms:.3g} ({decode.latency_p10_ms:.3g}-{decode.latency_p90_ms:.3g})" if decode else "–",
         f"{memory / 1e9:.2f}" if memory else "–",
         f"{decode.images_per_second / base.images_per_second:.2f}x" if decode and base else "–",
-        {True: "yes", False: "NO", None: "–"}[equal if isinstance(equal, bool) else None],
+        "–" if equal is None else "yes" if equal else "NO",
     ]
 
 
-def find_reference(rows: Sequence[SpeedResult], name: str | None) -> SpeedResult | None:
-    """The row that speed-ups refer to: the named one, else the first; InputError for a name that no row has."""
-    if name is None:
-        return rows[0] if rows else None
-    for row in rows:
-        if row.tokenizer.name == name:
-            return row
-    raise InputError(f"no speed row is called {name!r}; choose from {', '.join(r.tokenizer.name for r in rows)}")
-
-
-def footnotes(rows: Sequence[SpeedResult], reference: SpeedResult | None) -> list[str]:
+def footnotes(rows: Sequence[SpeedResult], reference: SpeedResult) -> list[str]:
     """What the columns mean and what went wrong."""
     first = rows[0].provenance
     notes = [
         f"{first.get('date', '')} · median of at least {rows[0].settings.get('iterations')} iterations "
         "at the best batch size, models in turns; uint8 to uint8, noise included; FLOP = 2 x MAC; "
-        "peak: the better of a large matrix product and a 3x3 convolution, in the same run"
+        "peak: the better of a large matrix product and a 3x3 convolution, in the same run",
+        f"speed-up against {reference.tokenizer.name}",
     ]
-    if reference is not None:
-        notes.append(f"speed-up against {reference.tokenizer.name}")
     if any(row.settings.get("random_weights") for row in rows):
         notes.append("random weights: speed only")
     if any(row.equality_check.get("passed") is False for row in rows):
@@ -128,12 +105,23 @@ def footnotes(rows: Sequence[SpeedResult], reference: SpeedResult | None) -> lis
 def speed_tables(
     results: Sequence[SpeedResult], reference: str | None = None, entries: Sequence[ResultEntry] = ()
 ) -> list[Table]:
-    """One table per hardware, setting and resolution; with `entries` the quality too. InputError for a `reference` that
-    a table does not have."""
+    """One table per hardware, setting and resolution; with `entries` the headline metric of evaluation records of the
+    same names and resolution too. InputError for a `reference` that a table does not have."""
+    entries = of_one_place(entries)
+    metric = headline_metric(entries)
+    headings = [*HEADINGS, *([metric_column(metric)] if metric else [])]
     tables = []
     for (hardware, how, resolution), rows in comparable(results).items():
-        base = find_reference(rows, reference)
+        names = [row.tokenizer.name for row in rows]
+        if reference not in (None, *names):
+            raise InputError(f"no speed row is called {reference!r}; choose from {', '.join(names)}")
+        base = rows[names.index(reference)] if reference else rows[0]
+        texts = [cells(row, base) for row in rows]
+        if metric:
+            here = [entry for entry in entries if entry.result.dataset.resolution == resolution]
+            quality = {entry.name: number(entry.result, metric) for entry in here}
+            for name, line in zip(names, texts, strict=True):
+                line.append("–" if (value := quality.get(name)) is None else f"{value:.{METRICS[metric].digits}f}")
         title = f"speed at {resolution} px · {hardware} · {how}"
-        table = plain(title, HEADINGS, [cells(row, base) for row in rows], footnotes(rows, base))
-        tables.append(_with_quality(table, resolution, entries))
+        tables.append(plain(title, headings, texts, footnotes(rows, base)))
     return tables

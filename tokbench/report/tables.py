@@ -4,11 +4,11 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -18,6 +18,7 @@ from tokbench.runtime.terminal import stdout_console
 WIDTH = 100  # characters of a table that does not go to a terminal
 FOLDED = 16  # characters that a column of words needs at least: it folds
 ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}
+STYLES = {1: "bold", 2: "underline"}  # by rank, in a terminal
 DAGGER = "† the metric's network was part of this model's training loss"
 ERRORS = "± standard error over images"
 MARKS = "best bold, second underlined, ties by paired 95 % interval"
@@ -73,15 +74,15 @@ class Table:
 
 
 def plain(
-    title: str, headings: Sequence[Heading], rows: Iterable[Sequence[str]], notes: Sequence[str] = (),
+    title: str, headings: Sequence[Heading], rows: Iterable[Sequence[str | TableCell]], notes: Sequence[str] = (),
     styles: Sequence[str] = (),
 ) -> Table:  # fmt: skip
-    """A table of texts, unranked; the first of each row is its name."""
+    """An unranked table of texts or cells; the first of each row is its name."""
     keys = [heading.key for heading in headings[1:]]
-    made = [
-        TableRow(row[0], dict(zip(keys, map(TableCell, row[1:]), strict=True)), styles[i] if styles else "")
-        for i, row in enumerate(rows)
-    ]
+    made = []
+    for i, (name, *texts) in enumerate(rows):
+        cells = [text if isinstance(text, TableCell) else TableCell(text) for text in texts]
+        made.append(TableRow(str(name), dict(zip(keys, cells, strict=True)), styles[i] if styles else ""))
     return Table(title=title, names=headings[0].key, columns=headings[1:], groups=[("", made)], notes=notes)
 
 
@@ -119,127 +120,127 @@ def shortened(name: str, limit: int = 32) -> str:
 
 def show(tables: Sequence[Table], width: int = WIDTH) -> None:
     """Print to stdout: as wide as the terminal, or `width` characters where there is none."""
-    stdout_console(width).print(Printed(tables))
+    print_tables(stdout_console(width), tables)
 
 
-@dataclass(frozen=True)
-class Printed:
-    """Tables that rich lays out within the console's width.
-
-    Where the console shows no styles (a file, a pipe), best values carry a star instead of bold type.
-    """
-
-    tables: Sequence[Table]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        styled = console.is_terminal
-        for table in self.tables:
-            shown, errors, gap = _fitting(table, options.max_width)
-            yield _terminal(table, shown, errors, gap, styled)
-            notes = list(table.notes)
-            if not errors:
-                notes = [note.replace(f"{ERRORS} · ", "") for note in notes]
-            if not styled:
-                notes = [note.replace(MARKS, UNSTYLED_MARKS) for note in notes]
-            hidden = [c.key for c in table.columns if c not in shown]
-            hidden += (
-                ["±"] if not errors and any(cell.error for row in table.rows for cell in row.cells.values()) else []
-            )
-            notes += [f"hidden, terminal too narrow: {', '.join(hidden)}"] if hidden else []
-            yield from (Text(note, style="dim") for note in notes)
-            yield Text("")
+def laid_out(tables: Sequence[Table], width: int = WIDTH) -> str:
+    """What `show` prints, as text without styles."""
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        print_tables(console, tables)
+    return capture.get()
 
 
-def _terminal(table: Table, columns: Sequence[Heading], errors: bool, gap: int, styled: bool) -> RichTable:
+def print_tables(console: Console, tables: Sequence[Table]) -> None:
+    """Print within the console's width; where it shows no styles (a file, a pipe), a star marks best values."""
+    styled = console.is_terminal
+    for table in tables:
+        shown, errors = _fitting(table, console.width)
+        hidden = [c.key for c in table.columns if c not in shown]
+        hidden += ["±"] if not errors and any(c.error for row in table.rows for c in row.cells.values()) else []
+        notes = [*table.notes, *([f"hidden, terminal too narrow: {', '.join(hidden)}"] if hidden else [])]
+        if not errors:
+            notes = [note.replace(f"{ERRORS} · ", "") for note in notes]
+        if not styled:
+            notes = [note.replace(MARKS, UNSTYLED_MARKS) for note in notes]
+        console.print(
+            _terminal(table, shown, errors, styled), *(Text(note, style="dim") for note in notes), "", sep="\n"
+        )
+
+
+def _terminal(table: Table, columns: Sequence[Heading], errors: bool, styled: bool) -> RichTable:
     """A rich table with these columns, ± beside the values if `errors`."""
-    title = Text(table.title, style="bold")
-    made = RichTable(title=title, title_justify="left", box=None, padding=(0, gap, 0, 0), pad_edge=False)
+    made = RichTable(title=Text(table.title, style="bold"), title_justify="left", box=None, padding=(0, 2, 0, 0),
+                     pad_edge=False)  # fmt: skip
     units = any(c.unit for c in columns)
     made.add_column(Text(table.names + ("\n" if units else "")), no_wrap=True)
     for c in columns:
         label = Text(c.label + (f"\n{c.unit}" if units else ""))
         made.add_column(label, justify="left" if c.words else "right", no_wrap=not c.words, overflow="fold")
-    cells = {c.key: [row.cells[c.key] for row in table.rows] for c in columns}
-    marks = {key: max((len(_marks(cell, styled)) for cell in column), default=0) for key, column in cells.items()}
-    spread = {
-        key: max((len(cell.error) for cell in column), default=0) if errors else 0 for key, column in cells.items()
-    }
+    lines = zip(*(_aligned(table, c, errors, styled) for c in columns), strict=True)
     for heading, rows in table.groups:
         if heading:
             made.add_row(Text(heading, style="dim"))
         for row in rows:
-            texts = (_styled(row.cells[c.key], styled, marks[c.key], spread[c.key]) for c in columns)
+            texts = [
+                Text(value, STYLES.get(row.cells[c.key].rank, "")).append(rest, "not bold not underline dim")
+                for c, (value, rest) in zip(columns, next(lines), strict=True)
+            ]
             made.add_row(Text(("  " if heading else "") + shortened(row.name)), *texts, style=row.style or None)
     return made
 
 
-def _fitting(table: Table, width: int) -> tuple[list[Heading], bool, int]:
-    """The columns that fit into `width` characters, whether ± does, and the blanks between two columns."""
+def _fitting(table: Table, width: int) -> tuple[list[Heading], bool]:
+    """The columns that fit into `width` characters, and whether ± does."""
     everything = list(table.columns)
     major = [c for c in everything if not c.minor]
-    for columns, errors, gap in ((everything, True, 2), (major, True, 2), (major, True, 1), (everything, False, 2)):
-        if _width(table, columns, errors, gap) <= width:
-            return columns, errors, gap
+    for columns, errors in ((everything, True), (major, True), (everything, False)):
+        if _width(table, columns, errors) <= width:
+            return columns, errors
     numbers = [c for c in major if not c.words]
-    while len(major) > 1 and numbers and _width(table, major, False, 2) > width:
+    while len(major) > 1 and numbers and _width(table, major, False) > width:
         major.remove(numbers.pop())
-    return major, False, 2
+    return major, False
 
 
-def _width(table: Table, columns: Sequence[Heading], errors: bool, gap: int) -> int:
+def _width(table: Table, columns: Sequence[Heading], errors: bool) -> int:
     indent = 2 if len(table.groups) > 1 else 0
     total = max([len(table.names), *(indent + len(shortened(row.name)) for row in table.rows)])
     for c in columns:
-        cells = [row.cells[c.key] for row in table.rows]
-        room = max((len(_marks(cell, False)) for cell in cells), default=0)
-        spread = max((len(cell.error) for cell in cells), default=0) if errors else 0
-        needed = max((len(cell.text) + room + (spread + 1 if spread else 0) for cell in cells), default=0)
-        total += gap + max(len(c.label), len(c.unit), min(needed, FOLDED) if c.words else needed)
+        needed = max((len(value + rest) for value, rest in _aligned(table, c, errors, False)), default=0)
+        total += 2 + max(len(c.label), len(c.unit), min(needed, FOLDED) if c.words else needed)
     return total
 
 
-def _marks(cell: TableCell, styled: bool) -> str:
-    return ("*" if cell.rank == 1 and not styled else "") + ("†" if cell.dagger else "")
+def _aligned(table: Table, column: Heading, errors: bool, styled: bool) -> list[tuple[str, str]]:
+    """Of each row the value, and its marks and ± in as much room as those of the others take."""
+    cells = [row.cells[column.key] for row in table.rows]
+    marks = [("*" if cell.rank == 1 and not styled else "") + ("†" if cell.dagger else "") for cell in cells]
+    room, spread = (max(map(len, texts), default=0) for texts in (marks, [cell.error for cell in cells]))
+    behind = [f" {cell.error:>{spread}}" if errors and spread else "" for cell in cells]
+    return [(cell.text, mark.ljust(room) + error) for cell, mark, error in zip(cells, marks, behind, strict=True)]
 
 
-def _styled(cell: TableCell, styled: bool, marks: int, spread: int) -> Text:
-    """A cell with `marks` and `spread` characters for its marks and its ±, so that a column's numbers stay in line."""
-    text = Text(cell.text, style={1: "bold", 2: "underline"}.get(cell.rank, ""))
-    text.append(_marks(cell, styled).ljust(marks), style="not bold not underline")
-    return text.append(f" {cell.error.rjust(spread)}" if spread else "", style="not bold not underline dim")
+@dataclass(frozen=True)
+class Markup:
+    """How a markup language writes the parts of a table's row."""
 
+    escape: Callable[[str], str]
+    best: str
+    second: str
+    error: str
+    heading: str  # of a group
+    between: str
+    row: str
 
-def _lines(
-    table: Table, escape: Callable[[str], str], cell: Callable[[TableCell], str]
-) -> list[tuple[str, list[list[str]]]]:
-    """Groups of rows of formatted cells, the name first."""
-    return [
-        (escape(heading), [[escape(row.name), *(cell(row.cells[c.key]) for c in table.columns)] for row in rows])
-        for heading, rows in table.groups
-    ]
+    def line(self, texts: Iterable[str]) -> str:
+        return self.row % self.between.join(texts)
+
+    def cell(self, cell: TableCell) -> str:
+        text = {1: self.best, 2: self.second}.get(cell.rank, "%s") % self.escape(cell.text)
+        return (
+            text
+            + (self.escape("†") if cell.dagger else "")
+            + (self.error % self.escape(cell.error) if cell.error else "")
+        )
+
+    def body(self, table: Table) -> Iterator[str]:
+        """The lines of all rows, each group's below its heading."""
+        for heading, rows in table.groups:
+            if heading:
+                yield self.line([self.heading % self.escape(heading), *[""] * len(table.columns)])
+            for row in rows:
+                yield self.line([self.escape(row.name), *(self.cell(row.cells[c.key]) for c in table.columns)])
 
 
 def markdown(table: Table, level: int = 2) -> str:
     """GitHub Markdown: bold best, <ins>second</ins>; nothing in a name can open a tag or a cell."""
-
-    def cell(c: TableCell) -> str:
-        text = markdown_escape(c.text)
-        text = {1: f"**{text}**", 2: f"<ins>{text}</ins>"}.get(c.rank, text)
-        return text + ("†" if c.dagger else "") + (f" <sub>{c.error}</sub>" if c.error else "")
-
     heads = [markdown_escape(c.label + (f" ({c.unit})" if c.unit else "")) for c in table.columns]
-    rule = ["---", *(":--" if c.words else "--:" for c in table.columns)]
     lines = [f"{'#' * level} {markdown_escape(table.title)}", ""] if table.title else []
-    lines += [_piped([table.names, *heads]), _piped(rule)]
-    for heading, rows in _lines(table, markdown_escape, cell):
-        lines += [_piped([f"*{heading}*", *[""] * len(table.columns)])] if heading else []
-        lines += [_piped(row) for row in rows]
+    lines += [MARKDOWN.line([table.names, *heads])]
+    lines += [MARKDOWN.line(["---", *(":--" if c.words else "--:" for c in table.columns)]), *MARKDOWN.body(table)]
     notes = "<br>\n".join(f"<sub>{markdown_escape(note)}</sub>" for note in table.notes)
     return "\n".join([*lines, *(["", notes] if notes else []), ""])
-
-
-def _piped(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def markdown_escape(text: str) -> str:
@@ -279,28 +280,23 @@ def _accented(character: str) -> str:
     return character if character.isprintable() and "\xa1" <= character <= "\xff" and character.isalpha() else "?"
 
 
+MARKDOWN = Markup(markdown_escape, "**%s**", "<ins>%s</ins>", " <sub>%s</sub>", "*%s*", " | ", "| %s |")
+LATEX = Markup(
+    latex_escape, r"\textbf{%s}", r"\underline{%s}", r" {\scriptsize %s}", r"\addlinespace\textit{%s}", " & ", r"%s \\"
+)
+
+
 def latex(table: Table) -> str:
     """A booktabs table (LATEX_PACKAGES), shrunk to the line if it is wider; best bold, second underlined."""
-
-    def cell(c: TableCell) -> str:
-        text = latex_escape(c.text)
-        text = {1: rf"\textbf{{{text}}}", 2: rf"\underline{{{text}}}"}.get(c.rank, text) + latex_escape(_marks(c, True))
-        return text + (rf" {{\scriptsize {latex_escape(c.error)}}}" if c.error else "")
-
     align = "l" + "".join("l" if c.words else "r" for c in table.columns)
-    lines = [[latex_escape(text) for text in (table.names, *(c.label for c in table.columns))]]
+    head = [LATEX.line(map(latex_escape, (table.names, *(c.label for c in table.columns))))]
     if any(c.unit for c in table.columns):
-        lines.append(["", *(latex_escape(c.unit and f"({c.unit})") for c in table.columns)])
-    body = [" & ".join(line) + r" \\" for line in lines] + [r"\midrule"]
-    for number, (heading, rows) in enumerate(_lines(table, latex_escape, cell)):
-        body += [r"\midrule"] if number else []
-        body += [rf"\multicolumn{{{len(align)}}}{{l}}{{\textit{{{heading}}}}} \\"] if heading else []
-        body += [" & ".join(row) + r" \\" for row in rows]
-    start = [r"\begin{table}[t]", r"\centering\small\setlength{\tabcolsep}{4pt}", LATEX_SHRINK]
-    start += [rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
+        head.append(LATEX.line(["", *(latex_escape(c.unit and f"({c.unit})") for c in table.columns)]))
     caption = latex_escape(". ".join((table.title, *table.notes)) + ".")
+    start = [r"\begin{table}[t]", r"\centering\small\setlength{\tabcolsep}{4pt}", LATEX_SHRINK]
+    start += [rf"\begin{{tabular}}{{{align}}}", r"\toprule", *head, r"\midrule"]
     end = [r"\bottomrule", r"\end{tabular}}", rf"\caption{{{caption}}}", r"\end{table}", ""]
-    return "\n".join([*start, *body, *end])
+    return "\n".join([*start, *LATEX.body(table), *end])
 
 
 def for_page(table: Table) -> dict[str, Any]:
