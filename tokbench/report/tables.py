@@ -218,11 +218,8 @@ class Markup:
 
     def cell(self, cell: TableCell) -> str:
         text = {1: self.best, 2: self.second}.get(cell.rank, "%s") % self.escape(cell.text)
-        return (
-            text
-            + (self.escape("†") if cell.dagger else "")
-            + (self.error % self.escape(cell.error) if cell.error else "")
-        )
+        error = cell.error.replace("±", self.escape("±"))  # the rest are numbers
+        return text + (self.escape("†") if cell.dagger else "") + (self.error % error if error else "")
 
     def body(self, table: Table) -> Iterator[str]:
         """The lines of all rows, each group's below its heading."""
