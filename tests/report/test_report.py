@@ -359,7 +359,7 @@ def test_all_committed_records_are_read_and_kept_by_their_json() -> None:
         assert from_json(to_json(result)) == result
         assert [found for _, found in read_results(path)[0]] == [result]
     names = {result.protocol for _, result in read_results(ROOT / "results")[0]}
-    assert names == {"adm", "generate-dit-tiny-2-1500-g1"}
+    assert names >= {"adm", "generate-dit-tiny-2-1500-g1"}
 
 
 NASTY = "<script>alert(1)</script> | ` * _ [x](y) \\ & % $ # { } ~ ^ é 中"
