@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +40,27 @@ SMALL = KLVAEConfig(EncoderConfig(width=32, groups=4), ConvDecoderConfig(32, (1,
 
 
 class ConvDecoder(nn.Module):
-    """Latents [B, c, h, w] -> images [B, 3, h * 2^(levels - 1), w * 2^(levels - 1)], nominal [-1, 1]."""
+    """Latents [B, c, h, w] -> images [B, 3, h * 2^(levels - 1), w * 2^(levels - 1)], nominal [-1, 1].
 
-    def __init__(self, latent_channels: int, config: ConvDecoderConfig, init: Init = "normal") -> None:
+    `projection` is what comes first: the 1x1 convolution of a KL-VAE. `attention`: in the coarsest level too.
+    """
+
+    def __init__(
+        self, channels: int, config: ConvDecoderConfig, projection: nn.Module | None = None, attention: bool = False
+    ) -> None:
         super().__init__()
-        widths = [config.width * mult for mult in config.channel_mult]
-        self.in_proj = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], config.groups)
+        widths, groups = [config.width * mult for mult in config.channel_mult], config.groups
+        last = len(widths) - 1
+        self.in_proj = projection or nn.Identity()
+        self.conv_in = nn.Conv2d(channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], groups)
+        # Level 0 is the finest, so the list is run backwards.
         self.up = nn.ModuleList(
-            Level([before, *[width] * config.blocks], config.groups, change=Upsample if i > 0 else None)
-            for i, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
+            Level([before, *[width] * config.blocks], groups, attention and i == last, Upsample if i > 0 else None)
+            for i, (width, before) in enumerate(pairwise([*widths, widths[-1]]))
         )
-        self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
+        self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
-        initialise(self, init)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(self.in_proj(z)))  # [B, widths[-1], h, w]
@@ -69,10 +76,12 @@ class KLVAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config.encoder, init)
-        self.decoder = ConvDecoder(config.encoder.channels, config.decoder, init)
+        channels = config.encoder.channels
+        self.decoder = ConvDecoder(channels, config.decoder, nn.Conv2d(channels, channels, 1))
+        initialise(self.decoder, init)
 
     def encode(self, x: Tensor) -> Posterior:
-        return self.encoder(x)
+        return Posterior(self.encoder(x))
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z)
@@ -84,9 +93,8 @@ class KLVAE(nn.Module):
         The reconstruction stays the same, and latents come out with mean 0 and deviation 1 over the training crops:
         what a diffusion decoder and a latent generator want.
         """
-        out, into = self.encoder.out_proj, self.decoder.in_proj
-        assert out.bias is not None
-        assert into.bias is not None
+        out: Any = self.encoder.out_proj
+        into: Any = self.decoder.in_proj
         out.weight[: len(mean)].div_(std[:, None, None, None])
         out.bias.copy_(torch.cat(((out.bias[: len(mean)] - mean) / std, out.bias[len(mean) :] - 2 * std.log())))
         into.bias.add_(into.weight[:, :, 0, 0] @ mean)
@@ -145,7 +153,7 @@ class KLVAETokenizer:
         )
 
     def encode(self, images: Tensor, *, sample: bool, seeds: Tensor) -> Tensor:
-        posterior = self.networks["encoder"](to_float(images))
+        posterior = Posterior(self.networks["encoder"](to_float(images)))
         mean = posterior.mode()
         return posterior.sample(normal(seeds, mean.shape[1:], device=mean.device)) if sample else mean
 

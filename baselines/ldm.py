@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.hub import checkpoint, fetch, fill, read_tensors
+from baselines.kl_vae import ConvDecoder, ConvDecoderConfig
 from baselines.pretrained import Continuous, wrap
 from baselines.published import PUBLISHED
-from ssdd_models.encoder import Posterior
-from ssdd_models.layers import Downsample, Level, Middle, Upsample
+from ssdd_models.encoder import ConvEncoder, Posterior
 from tokbench.errors import CellError
 
 # Files beside a checkpoint with the statistics of each channel: mean and deviation, or shift and scale.
@@ -53,53 +53,6 @@ CONFIGS = {
 }
 
 
-class Encoder(nn.Module):
-    """[B, 3, H, W] in [-1, 1] -> [B, z, H / f, W / f], twice the channels for a posterior."""
-
-    def __init__(self, config: LDMConfig) -> None:
-        super().__init__()
-        widths = [config.width * mult for mult in config.channel_mult]
-        coarsest = len(widths) - 1
-        self.conv_in = nn.Conv2d(3, config.width, 3, padding=1)
-        self.down = nn.ModuleList(
-            Level([before, *[width] * config.blocks], 32, i == coarsest, Downsample if i < coarsest else None)
-            for i, (before, width) in enumerate(zip([config.width, *widths], widths, strict=False))
-        )
-        self.mid = Middle(widths[-1])
-        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
-        outputs = config.z_channels * (1 if config.codebook_size else 2)
-        self.conv_out = nn.Conv2d(widths[-1], outputs, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
-        for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
-
-
-class Decoder(nn.Module):
-    """[B, z, h, w] -> [B, 3, h f, w f]. Level 0 is the finest, so the list is run backwards."""
-
-    def __init__(self, config: LDMConfig) -> None:
-        super().__init__()
-        widths = [config.width * mult for mult in config.channel_mult]
-        attention = len(widths) - 1 if config.decoder_attention else None  # at which level
-        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
-        self.up = nn.ModuleList(
-            Level([before, *[width] * (config.blocks + 1)], 32, i == attention, Upsample if i > 0 else None)
-            for i, (width, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True))
-        )
-        self.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
-
-
 class Quantizer(nn.Module):
     def __init__(self, size: int, dimensions: int) -> None:
         super().__init__()
@@ -113,7 +66,10 @@ class LDMAutoencoder(nn.Module):
         super().__init__()
         self.config = config
         moments = 1 if config.codebook_size else 2
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        widths = [config.width * mult for mult in config.channel_mult]
+        self.encoder = ConvEncoder(widths, moments * config.z_channels, config.blocks, attention=True)
+        layers = ConvDecoderConfig(config.width, config.channel_mult, config.blocks + 1)
+        self.decoder = ConvDecoder(config.z_channels, layers, attention=config.decoder_attention)
         self.quant_conv = nn.Conv2d(moments * config.z_channels, moments * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.z_channels, 1)
         if config.codebook_size:

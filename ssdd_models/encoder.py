@@ -1,7 +1,9 @@
 """The encoder of VQGAN and LDM with a Gaussian posterior, as SSDD and the KL-VAE use it. Imports torch alone."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -62,10 +64,8 @@ class Posterior:
         """[B, c, h, w]"""
         return self.mean
 
-    def sample(self, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """[B, c, h, w]; from given standard normal noise of that shape, or drawn on the latents' device."""
-        if noise is None:
-            noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device)
+    def sample(self, noise: Tensor) -> Tensor:
+        """[B, c, h, w], from standard normal noise of that shape."""
         return self.mean + self.std * noise
 
     def kl(self) -> Tensor:
@@ -73,33 +73,41 @@ class Posterior:
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 
-class Encoder(nn.Module):
-    """Images to latents. `config` is an EncoderConfig or a name such as `f8c4` (width 128)."""
+class ConvEncoder(nn.Module):
+    """VQGAN's: a level for each width, of half the size of the one before, with attention in the last if wanted."""
 
-    def __init__(self, config: EncoderConfig | str = "f8c4", init: Init = "normal") -> None:
+    def __init__(
+        self, widths: Sequence[int], outputs: int, blocks: int = 2, groups: int = 32, attention: bool = False
+    ) -> None:
         super().__init__()
-        self.config = EncoderConfig.parse(config) if isinstance(config, str) else config
-        widths, groups = self.config.level_widths, self.config.groups
+        last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList(
-            Level((widths[max(i - 1, 0)], width, width), groups, change=Downsample if i < len(widths) - 1 else None)
-            for i, width in enumerate(widths)
+            Level([before, *[width] * blocks], groups, attention and i == last, Downsample if i < last else None)
+            for i, (before, width) in enumerate(pairwise([widths[0], *widths]))
         )
-        last, moments = widths[-1], 2 * self.config.channels
-        self.mid = Middle(last, groups)
-        self.norm_out = nn.GroupNorm(groups, last, eps=1e-6)
-        self.conv_out = nn.Conv2d(last, moments, 3, padding=1)
-        self.out_proj = nn.Conv2d(moments, moments, 1)
-        initialise(self, init)
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], outputs, 3, padding=1)
 
-    def moments(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> mean and log variance [B, 2 c, H / f, W / f], unclamped; H, W multiples of f."""
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> [B, outputs, H / f, W / f]; H, W multiples of f"""
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        h = self.mid(h)
-        return self.out_proj(self.conv_out(F.silu(affine_group_norm(self.norm_out, h))))
+        return self.conv_out(F.silu(affine_group_norm(self.norm_out, self.mid(h))))
 
-    def forward(self, x: Tensor) -> Posterior:
-        """[B, 3, H, W] in [-1, 1] -> the posterior over [B, c, H / f, W / f]"""
-        return Posterior(self.moments(x))
+
+class Encoder(ConvEncoder):
+    """Images to mean and log variance of their latents, for a `Posterior`."""
+
+    def __init__(self, config: EncoderConfig, init: Init = "normal") -> None:
+        moments = 2 * config.channels
+        super().__init__(config.level_widths, moments, groups=config.groups)
+        self.config = config
+        self.out_proj = nn.Conv2d(moments, moments, 1)
+        initialise(self, init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> [B, 2 c, H / f, W / f]; H, W multiples of f"""
+        return self.out_proj(super().forward(x))

@@ -21,11 +21,6 @@ def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return (1.0 - t) * x + t * noise
 
 
-def velocity_target(x: Tensor, noise: Tensor) -> Tensor:
-    """What the network predicts at every t: x - noise."""
-    return x - noise
-
-
 def predict_clean(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """The image at t = 0 on the straight line through x_t: x_t + t v."""
     return x_t + per_sample(t, x_t) * v

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssdd_models.flow import interpolate, predict_clean, velocity_target
+from ssdd_models.flow import interpolate, predict_clean
 from ssdd_models.layers import Discriminator
 from ssdd_models.ssdd import SSDD
 
@@ -94,7 +94,7 @@ def flow_losses(
     x_t = interpolate(target, noise, t)
     v = model(x_t, t, z, tap if repa is not None else None).float()
     clean = predict_clean(x_t, v, t)
-    losses = {"flow": F.mse_loss(v, velocity_target(target, noise)), "l1": F.l1_loss(clean, target)}
+    losses = {"flow": F.mse_loss(v, target - noise), "l1": F.l1_loss(clean, target)}
     if perceptual is not None:
         losses["perceptual"] = perceptual(target, clean).mean()
     if repa is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ssdd_models import flow
 from ssdd_models.encoder import Encoder, EncoderConfig, Posterior
 from ssdd_models.layers import Init
-from ssdd_models.uvit import DecoderConfig, Tap, UViT
+from ssdd_models.uvit import SIZES, DecoderConfig, Tap, UViT
 from tokbench.checkpoints import load_strictly, read_checkpoint, write_checkpoint
 
 WEIGHTS = "model.safetensors"  # in a folder or a hub repository
@@ -100,7 +100,9 @@ class SSDD(nn.Module):
         super().__init__()
         shape = EncoderConfig.parse(encoder) if isinstance(encoder, str) else encoder
         self.encoder: Any = None if external_encoder else Encoder(shape, init)  # None only for a decoder alone
-        self.decoder = UViT(decoder, shape.channels, init)
+        if isinstance(decoder, str) and decoder not in SIZES:
+            raise ValueError(f"decoder size {decoder!r}: one of {', '.join(SIZES)}")
+        self.decoder = UViT(SIZES[decoder] if isinstance(decoder, str) else decoder, shape.channels, init)
         mean, std = ((v,) if isinstance(v, int | float) else tuple(v) for v in (z_mean, z_std))
         self.config = SSDDConfig(shape, self.decoder.config, external_encoder, mean, std, steps, time_shift)
 
@@ -113,7 +115,7 @@ class SSDD(nn.Module):
         """[B, 3, H, W] in [-1, 1] -> the posterior over [B, c, H / f, W / f]"""
         if self.encoder is None:
             raise ValueError("this SSDD decodes the latents of an external encoder and has none of its own")
-        return self.encoder(x)
+        return Posterior(self.encoder(x))
 
     def normalise(self, z: Tensor) -> Tensor:
         """Encoder latents -> the scale the decoder was trained on; the identity for released weights."""
@@ -126,22 +128,14 @@ class SSDD(nn.Module):
         """Velocity [B, 3, H, W] at x_t [B, 3, H, W], t [B] in [0, 1], for encoder latents z [B, c, h, w]."""
         return self.decoder(x_t, t, self.normalise(z), tap)
 
-    def decode(
-        self,
-        z: Tensor,
-        steps: int | None = None,
-        noise: Tensor | None = None,
-        *,
-        time_shift: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def decode(self, z: Tensor, steps: int | None = None, noise: Tensor | None = None) -> Tensor:
         """Encoder latents [B, c, h, w] -> images float32 [B, 3, h f, w f], nominal [-1, 1], unclamped.
 
         `noise` is standard normal, of the images' shape; drawn if it is not given. One step is x = noise + v(noise, 1).
         """
         if noise is None:
-            noise = torch.randn(len(z), 3, *self.image_size(z), device=z.device, generator=generator)
-        return self.sample(self.normalise(z), noise, steps, time_shift)
+            noise = torch.randn(len(z), 3, *self.image_size(z), device=z.device)
+        return self.sample(self.normalise(z), noise, steps)
 
     @torch.no_grad()
     def sample(self, z: Tensor, noise: Tensor, steps: int | None = None, time_shift: float | None = None) -> Tensor:

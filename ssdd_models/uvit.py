@@ -215,18 +215,15 @@ class Condition:
 
 
 class UViT(nn.Module):
-    """Velocity network of SSDD. `config` is a DecoderConfig or one of SIZES; `z_channels` are those of the latent.
+    """Velocity network of SSDD; `z_channels` are those of the latent.
 
     Height and width must be multiples of 8 and of the latents' downsampling; any aspect. The grid of the transformer
     has a token for each 8 x 8 pixels, whatever the encoder.
     """
 
-    def __init__(self, config: DecoderConfig | str = "M", z_channels: int = 4, init: Init = "normal") -> None:
+    def __init__(self, config: DecoderConfig, z_channels: int = 4, init: Init = "normal") -> None:
         super().__init__()
-        if isinstance(config, str) and config not in SIZES:
-            raise ValueError(f"decoder size {config!r}: one of {', '.join(SIZES)}")
-        self.config = SIZES[config] if isinstance(config, str) else config
-        self.z_channels = z_channels
+        self.config = config
         widths, first = self.config.widths, self.config.widths[0]
         time, groups = 4 * first, self.config.groups
         self.conv_in = nn.Conv2d(3 + z_channels, first, 3, padding=1)

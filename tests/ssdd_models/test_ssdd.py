@@ -70,7 +70,7 @@ def test_training_loss_prediction_and_gradients_equal_the_golden_values() -> Non
     posterior = built.encode(x)
     z, x_t = posterior.mode(), flow.interpolate(x, eps, t)
     v = built(x_t, t, z)
-    loss, kl = F.mse_loss(v, flow.velocity_target(x, eps)), posterior.kl().mean()
+    loss, kl = F.mse_loss(v, x - eps), posterior.kl().mean()
     assert loss.item() == pytest.approx(float(golden["loss"]), rel=TOLERANCE)
     assert kl.item() == pytest.approx(float(golden["kl_mean"]), rel=TOLERANCE)
     assert_equal(v.detach(), golden["v_pred"])
@@ -83,7 +83,7 @@ def test_training_loss_prediction_and_gradients_equal_the_golden_values() -> Non
     with torch.no_grad():
         v = built(eps, ones, z)
     assert_equal(flow.predict_clean(eps, v, ones), golden["x0_pred_t1"])
-    assert F.mse_loss(v, flow.velocity_target(x, eps)).item() == pytest.approx(float(golden["loss_t1"]), rel=TOLERANCE)
+    assert F.mse_loss(v, x - eps).item() == pytest.approx(float(golden["loss_t1"]), rel=TOLERANCE)
 
 
 def test_keys_and_shapes_are_those_of_the_manifest() -> None:
@@ -93,7 +93,7 @@ def test_keys_and_shapes_are_those_of_the_manifest() -> None:
         if size and kind != "z4":  # its shapes are checked below
             continue
         with torch.device("meta"):
-            part = UViT(size, 4) if size else Encoder(name)
+            part = UViT(SIZES[size], 4) if size else Encoder(EncoderConfig.parse(name))
         assert {key: list(value.shape) for key, value in part.state_dict().items()} == known[name]["shapes"], name
         assert sum(parameter.numel() for parameter in part.parameters()) == known[name]["params"], name
 
@@ -110,7 +110,7 @@ def test_latent_channels_change_only_the_two_layers_that_read_them() -> None:
         assert not size or record["shapes"] == expected, name
     with torch.device("meta"):
         for channels in (3, 16, 32, 64):
-            part = UViT("XS", channels)
+            part = UViT(SIZES["XS"], channels)
             assert {k: list(v.shape) for k, v in part.state_dict().items()} == known[f"z{channels}_XS"]["shapes"]
 
 
@@ -143,8 +143,6 @@ def test_adaptive_norms_equal_the_golden_values() -> None:
 def test_posterior_sample_is_mean_plus_deviation_times_noise() -> None:
     gauss, eps = Posterior(noise(5, 2, 8, 2, 2)), noise(6, 2, 4, 2, 2)
     assert_equal(gauss.sample(eps), gauss.mean + gauss.std * eps, 0)
-    twice = [gauss.sample(generator=torch.Generator().manual_seed(1)) for _ in range(2)]
-    assert_equal(twice[0], twice[1], 0)
 
 
 def test_enlarging_by_a_transposed_convolution_is_the_convolution_of_the_enlargement() -> None:
@@ -233,13 +231,13 @@ def test_the_decoder_reads_normalised_latents() -> None:
 def test_fan_in_initialisation_keeps_the_signal_of_narrow_encoders() -> None:
     torch.manual_seed(0)
     x = noise(1, 2, 3, 64, 64)
-    stds = {init: Encoder(EncoderConfig(8, 4, 32), init).moments(x).std().item() for init in ("normal", "fan-in")}
+    stds = {init: Encoder(EncoderConfig(8, 4, 32), init)(x).std().item() for init in ("normal", "fan-in")}
     assert stds["normal"] < 0.05
     assert 0.3 < stds["fan-in"] < 3
 
 
 def test_a_new_decoder_starts_without_its_blocks() -> None:
-    decoder = UViT("XS")
+    decoder = UViT(SIZES["XS"])
     blocks = [module for module in decoder.modules() if type(module).__name__ == "ResidualBlock"]
     assert len(blocks) == 20
     assert all(block.conv2.weight.count_nonzero() == 0 for block in blocks)
