@@ -137,17 +137,17 @@ def load(path: Path) -> tuple[KLVAE, dict[str, Any]]:
 class KLVAETokenizer:
     """tokbench's interface around a KLVAE, whose latents are normalised by the model itself."""
 
-    def __init__(self, model: KLVAE, about: Mapping[str, Any]) -> None:
+    def __init__(self, model: KLVAE, info: Mapping[str, Any]) -> None:
         self.networks: Mapping[str, nn.Module] = {"encoder": model.encoder, "decoder": model.decoder}
         encoder = model.config.encoder
-        facts = {key: about[key] for key in ("trained_on", "licence", "note", "latent_space") if key in about}
+        facts = dict(info)
         self.info = TokenizerInfo(
             name="klvae",
             family="kl-vae",
             downsample=encoder.downsample,
             channels=encoder.channels,
             size_multiple=encoder.downsample,
-            losses=tuple(about.get("losses", ())),
+            losses=tuple(facts.pop("losses", ())),
             paper="arXiv 2112.10752",
             **facts,
         )

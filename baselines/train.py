@@ -17,7 +17,7 @@ from baselines.kl_vae import KLVAE, SMALL, ConvDecoderConfig, KLVAEConfig, KLVAE
 from ssdd_models.encoder import EncoderConfig
 from ssdd_models.layers import AttentionBlock, ResBlock
 from tokbench.checkpoints import read_header, write_checkpoint
-from tokbench.config import from_dict, to_dict
+from tokbench.config import from_dict
 from tokbench.data.pixels import to_float
 from tokbench.data.training_crops import CropConfig, PhotoCrops
 from tokbench.errors import InputError
@@ -256,8 +256,7 @@ def export(
     finished.load_state_dict(model.state_dict())
     if normalised_on is not None:
         finished.normalise_latents(*latent_statistics(finished, normalised_on))
-    metadata = {"model": "klvae", "config": to_dict(model.config), "info": info, "training": training}
-    write_checkpoint(path, finished.state_dict(), metadata, torch.float32)
+    write_checkpoint(path, "klvae", finished, info, training)
 
 
 @torch.no_grad()

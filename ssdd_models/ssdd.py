@@ -21,6 +21,7 @@ from ssdd_models.encoder import Encoder, EncoderConfig, Posterior
 from ssdd_models.layers import Init
 from ssdd_models.uvit import SIZES, DecoderConfig, Tap, UViT
 from tokbench.checkpoints import load_strictly, read_checkpoint, write_checkpoint
+from tokbench.config import from_dict
 
 WEIGHTS = "model.safetensors"  # in a folder or a hub repository
 
@@ -45,18 +46,9 @@ class SSDDConfig:
                 raise ValueError(f"{name}: {len(values)} values for {self.encoder.channels} channels")
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "SSDDConfig":
-        """The inverse of `dataclasses.asdict`; ValueError for anything else."""
-        try:
-            rest = {k: v for k, v in record.items() if k not in ("encoder", "decoder")}
-            return cls(EncoderConfig(**record["encoder"]), DecoderConfig(**record["decoder"]), **rest)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a configuration of an SSDD: {error}") from error
-
-    @classmethod
     def of_file(cls, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, Any]) -> "SSDDConfig":
-        """From our metadata, or for a file of others from its shapes. ValueError if it is no SSDD."""
-        return cls.from_json(metadata["config"]) if "config" in metadata else cls.from_shapes(shapes)
+        """From our metadata (TypeError if it lacks something), or from the shapes of a file of others."""
+        return from_dict(cls, metadata["config"]) if "config" in metadata else cls.from_shapes(shapes)
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> "SSDDConfig":
@@ -188,15 +180,9 @@ class SSDD(nn.Module):
         return model.requires_grad_().eval()
 
     def save_pretrained(
-        self,
-        path: str | Path,
-        *,
-        info: Mapping[str, Any] | None = None,
-        training: Mapping[str, Any] | None = None,
-        dtype: torch.dtype = torch.float32,
+        self, path: str | Path, *, info: Mapping[str, Any] | None = None, training: Mapping[str, Any] | None = None
     ) -> Path:
         """Write a `.safetensors` file, or `model.safetensors` in a folder: whole, or not at all. Returns the file."""
         path = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / WEIGHTS
-        record = {"model": "ssdd", "config": dataclasses.asdict(self.config), "info": info or {}}
-        write_checkpoint(path, self.state_dict(), record | {"training": training or {}}, dtype)
+        write_checkpoint(path, "ssdd", self, info or {}, training or {})
         return path

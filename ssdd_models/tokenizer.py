@@ -28,7 +28,7 @@ class SSDDTokenizer:
         time_shift: float | None = None,
         info: Mapping[str, Any] | None = None,
     ) -> None:
-        info = info or {}
+        facts = {"latent_space": "sd" if model.encoder is None else "", **(info or {})}
         self.model, self.config = model, model.config
         self.steps = self.config.steps if steps is None else steps
         self.time_shift = self.config.time_shift if time_shift is None else time_shift
@@ -42,15 +42,12 @@ class SSDDTokenizer:
             family="ssdd",
             downsample=self.config.encoder.downsample,
             channels=self.config.encoder.channels,
-            latent_space=info.get("latent_space", "sd" if model.encoder is None else ""),
             size_multiple=model.size_multiple,
             decode_steps=self.steps,
             deterministic=False,
-            trained_on=info.get("trained_on", ""),
-            losses=tuple(info.get("losses", ())),
-            licence=info.get("licence", ""),
+            losses=tuple(facts.pop("losses", ())),
             paper="arXiv 2510.04961",
-            note=info.get("note", ""),
+            **facts,
         )
 
     def encode(self, images: Tensor, *, sample: bool, seeds: Tensor) -> Tensor:

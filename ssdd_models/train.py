@@ -167,7 +167,7 @@ def sizes(path: Path) -> tuple[EncoderConfig, DecoderConfig | None]:
         if metadata.get("model") == "klvae":
             return from_dict(EncoderConfig, metadata["config"]["encoder"]), None
         config = SSDDConfig.of_file(shapes, metadata)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: neither an SSDD nor a KL-VAE: {error}") from error
     return config.encoder, config.decoder
 

@@ -10,10 +10,10 @@ from typing import Literal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.conftest import TINY
 from tokbench import registry
-from tokbench.checkpoints import write_checkpoint
 from tokbench.errors import CellError, InputError
 from tokbench.registry import Entry, create, parse, parse_all, row_name
 
@@ -127,7 +127,7 @@ def test_joined_tokenizers_must_share_the_latent_space() -> None:
 
 def test_a_checkpoint_says_which_model_it_is(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
-    write_checkpoint(path, {"w": torch.zeros(1)}, {"model": "klvae"}, torch.float32)
+    save_file({"w": torch.zeros(1)}, path, metadata={"tokbench": '{"model": "klvae"}'})
     part = parse(str(path)).parts[0]
     assert (part.entry.name, part.options["file"]) == ("klvae", path)
     path.write_bytes(b"no safetensors")

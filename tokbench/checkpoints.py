@@ -12,21 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from tokbench.config import to_dict
 from tokbench.errors import InputError, preview
 from tokbench.records.files import write_whole
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 
 def write_checkpoint(
-    path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, Any], dtype: "torch.dtype"
+    path: Path, model: str, network: "nn.Module", info: Mapping[str, Any], training: Mapping[str, Any]
 ) -> None:
-    """Write the tensors as `dtype`, whole or not at all."""
+    """Write a network with its `config`, a dataclass, as float32: whole or not at all."""
     from safetensors.torch import save
 
-    plain = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().cpu().float().contiguous() for name, tensor in network.state_dict().items()}
+    metadata = {"model": model, "config": to_dict(network.config), "info": info, "training": training}
     write_whole(path, save(plain, metadata={"tokbench": json.dumps(metadata)}))
 
 

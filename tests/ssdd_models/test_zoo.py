@@ -45,7 +45,7 @@ def test_save_and_load_keep_weights_and_configuration(tmp_path: Path) -> None:
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert read_header(tmp_path / "a.safetensors")[1]["info"] == {"note": "n"}
-    model.save_pretrained(tmp_path / "folder", dtype=torch.float16)
+    model.half().save_pretrained(tmp_path / "folder")
     assert SSDD.from_pretrained(tmp_path / "folder").decoder.conv_in.weight.dtype == torch.float32
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["model.safetensors"]
 

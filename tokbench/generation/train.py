@@ -175,9 +175,8 @@ def train(config: DiTTraining, options: TrainOptions) -> Path:
                     step.show(sample_grid(dit, tokenizer, normaliser, latents.shape, config, session.device))
             if session.processes.main and (step.saves or step.number == run.steps):
                 training = {**to_dict(config), "step": step.number}
-                metadata = {"model": "dit", "config": to_dict(dit.config), "info": info, "training": training}
                 with session.averaged_weights():
-                    write_checkpoint(out / "generator.safetensors", dit.state_dict(), metadata, torch.float32)
+                    write_checkpoint(out / "generator.safetensors", "dit", dit, info, training)
         session.processes.wait()  # nobody opens the generator before it is written
     return out / "generator.safetensors"
 
