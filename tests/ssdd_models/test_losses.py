@@ -35,17 +35,21 @@ def tiny() -> SSDD:
     return built
 
 
-@torch.no_grad()
-def test_losses_of_a_training_step_equal_the_golden_ones() -> None:
-    built, golden = model(CASE), np.load(GOLDEN / CASE["file"])
+def test_losses_predictions_and_gradients_of_a_step_equal_the_golden_ones() -> None:
+    built, golden = model(CASE).train(), np.load(GOLDEN / CASE["file"])
+    norms = json.loads((GOLDEN / CASE["file"].replace(".npz", "_gradnorms.json")).read_text())
     x, eps = inputs(CASE)
     posterior = built.encode(x)
-    losses, clean, _ = flow_losses(built, posterior.mode(), x, eps, torch.tensor(CASE["t"]), real=x)
-    assert losses["flow"].item() == pytest.approx(CASE["loss"], abs=2e-5)
-    assert posterior.kl().mean().item() == pytest.approx(CASE["kl_mean"], rel=1e-5)
-    torch.testing.assert_close(clean, torch.from_numpy(golden["x0_pred"]), atol=2e-4, rtol=0)
-    one_step, _, _ = flow_losses(built, posterior.mode(), x, eps, torch.ones(len(x)), real=x)
-    assert one_step["flow"].item() == pytest.approx(CASE["loss_t1"], abs=2e-5)
+    kl = posterior.kl().mean()
+    for suffix, t in (("_t1", torch.ones(len(x))), ("", torch.tensor(CASE["t"]))):
+        losses, clean, _ = flow_losses(built, posterior.mode(), x, eps, t, real=x)
+        assert losses["flow"].item() == pytest.approx(float(golden[f"loss{suffix}"]), abs=2e-5)
+        torch.testing.assert_close(clean.detach(), torch.from_numpy(golden[f"x0_pred{suffix}"]), atol=2e-4, rtol=0)
+    assert kl.item() == pytest.approx(CASE["kl_mean"], rel=1e-5)
+    (losses["flow"] + 1e-6 * kl).backward()
+    squares = {name: parameter.grad.square().sum().item() for name, parameter in built.named_parameters()}
+    assert sum(squares.values()) ** 0.5 == pytest.approx(norms["total"], rel=1e-4)
+    assert {k: v**0.5 for k, v in squares.items()} == pytest.approx(norms["norms"], rel=2e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("trained", ["encfrozen", "enctrain"])

@@ -1,11 +1,8 @@
 """The training toolbox: data order, averages, decay groups, overrides, checkpoints."""
 
-import io
 import json
 import math
-import sys
 import tarfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,8 +18,7 @@ from tokbench.config import describe, from_dict, override, to_dict
 from tokbench.data.open import open_source
 from tokbench.data.training_crops import CropConfig, PhotoCrops, batches, hold_out
 from tokbench.errors import CellError, InputError
-from tokbench.runtime.terminal import bar
-from tokbench.training.log import Log, Meter, check_losses, is_best
+from tokbench.training.log import Log, check_losses, is_best
 from tokbench.training.optimisation import Ema, EmaConfig, OptimConfig, RunConfig, learning_rate
 from tokbench.training.session import load_checkpoint, save_checkpoint
 
@@ -67,18 +63,15 @@ def stream(config: CropConfig, rank: int, world: int, first: int = 0, workers: i
 CONFIG = CropConfig(size=16, short_side=(24, 40), late_size=24, late_share=0.4)
 
 
-def test_two_processes_and_a_resumed_run_see_the_same_crops() -> None:
+def test_two_processes_workers_and_a_resumed_run_see_the_same_crops() -> None:
     whole = stream(CONFIG, 0, 1)
     halves = zip(stream(CONFIG, 0, 2), stream(CONFIG, 1, 2), strict=True)
-    for batch, (first, second) in zip(whole, halves, strict=True):
-        assert torch.equal(batch, torch.cat((first, second)))
-    for batch, resumed in zip(whole[3:], stream(CONFIG, 0, 1, first=3), strict=True):
-        assert torch.equal(batch, resumed)
-
-
-def test_workers_change_nothing() -> None:
-    for batch, other in zip(stream(CONFIG, 0, 1), stream(CONFIG, 0, 1, workers=1), strict=True):
-        assert torch.equal(batch, other)
+    for again, start in (
+        ([torch.cat(pair) for pair in halves], 0),
+        (stream(CONFIG, 0, 1, first=3), 3),
+        (stream(CONFIG, 0, 1, workers=1), 0),
+    ):
+        assert all(torch.equal(batch, other) for batch, other in zip(whole[start:], again, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -93,12 +86,9 @@ def test_a_photograph_that_cannot_be_read_is_one_line(workers: int, monkeypatch:
         list(batches(taken, first_step=0, num_steps=1, batch_size=2, rank=0, world=1, num_workers=workers))
 
 
-def test_late_crops_are_larger() -> None:
-    assert [batch.shape[-1] for batch in stream(CONFIG, 0, 1)] == [16, 16, 16, 24, 24]
-
-
-def test_an_epoch_takes_every_photograph_once() -> None:
+def test_an_epoch_takes_every_photograph_once_and_late_crops_are_larger() -> None:
     assert sorted(crops(CONFIG).photograph(k) for k in range(6)) == list(range(6))
+    assert [batch.shape[-1] for batch in stream(CONFIG, 0, 1)] == [16, 16, 16, 24, 24]
 
 
 def test_larger_photographs_are_sampled_by_the_root_of_their_area() -> None:
@@ -137,26 +127,17 @@ def test_config_survives_json_and_its_description_overrides_it_to_itself() -> No
     assert override(Settings(), describe(config)) == config
 
 
-def test_ema_follows_the_paper_and_starts_late() -> None:
-    module = nn.Linear(1, 1, bias=False)
-    ema = Ema(module, EmaConfig(decay=0.999, start_step=1))
-    values = []
-    for step in range(3):
-        with torch.no_grad():
-            module.weight.fill_(float(step + 1))
-        ema.update(step)
-        values.append(float(ema.shadow["weight"]))
-    second = 1.0 * 0.1 + 2.0 * 0.9
-    assert values == pytest.approx([1.0, second, second * 2 / 11 + 3.0 * 9 / 11])
-    with ema.applied():
-        assert module.weight.item() == values[-1]
-    assert module.weight.item() == 3.0
-
-
-def test_ema_decays_are_the_golden_ones() -> None:
+def test_an_average_starts_as_a_copy_and_decays_as_the_golden_ones() -> None:
     golden = np.load(GOLDEN / "units.npz")
     module = nn.Linear(1, 1, bias=False)
+    late = Ema(module, EmaConfig(start_step=1))
     torch.nn.init.ones_(module.weight)
+    late.update(0)
+    assert (float(late.shadow["weight"]), late.updates) == (1.0, 0)
+    late.shadow["weight"].fill_(0.5)
+    with late.applied():
+        assert module.weight.item() == 0.5
+    assert module.weight.item() == 1.0
     for updates, decay in zip(golden["ema_decay_n"], golden["ema_decay"], strict=True):
         ema = Ema(module, EmaConfig(decay=0.999, start_step=0))
         ema.updates = int(updates)
@@ -212,29 +193,6 @@ def test_a_torn_line_of_the_log_is_left_out(tmp_path: Path) -> None:
     log = Log(path, 3)
     log.write(step=4)
     assert log.records() == [{"step": 1, "loss": 0.5}, {"step": 4}]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize("stderr", [Terminal, io.StringIO])
-def test_a_bar_shows_losses_and_rate_on_a_terminal_alone(
-    stderr: type[io.StringIO], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    screen, meter = stderr(), Meter()
-    monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    meter.since -= 10
-    meter.add({"l1": 0.25, "loss": 0.5}, 20)
-    meter.add({"l1": 0.75, "loss": 1.5}, 20)
-    with bar("train klvae", 25, "steps") as advance:
-        now = time.monotonic()
-        monkeypatch.setattr(time, "monotonic", lambda: now + 3)
-        advance(2, meter.note())
-    assert ("images/s, loss 1, l1 0.5" in screen.getvalue()) == screen.isatty()
 
 
 def test_a_tar_shard_gives_the_crops_of_its_folder(photographs: Path, tmp_path: Path) -> None:

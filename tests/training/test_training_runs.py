@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,14 @@ from safetensors.torch import load_file
 from baselines.kl_vae import load
 from baselines.train import KLVAETraining
 from ssdd_models.ssdd import SSDD
+from tests import ROOT
 from tests.forked import start
+from tokbench import register_trainer, registry
 from tokbench.checkpoints import read_header
 from tokbench.config import override
 from tokbench.errors import CellError, InputError, LostPeerError
+from tokbench.registry import TrainOptions
+from tokbench.training.optimisation import RunConfig
 from tokbench.training.session import open_session
 
 RUN = ["run.batch_size=4", "run.log_every=1", "run.save_every=2", "run.sample_every=0", "run.dtype=float32"]
@@ -32,6 +37,8 @@ KLVAE_TINY += ["model.encoder.width=32", "model.encoder.groups=4", "model.decode
 KLVAE_TINY += ["gan.weight=0.5", "gan.start_step=1", "gan.width=8", "gan.layers=1"]
 DIT_TINY = [*RUN, "size=tiny", "tokenizer=identity", "latents.resolution=16", "latents.crops=0", "patch=4"]
 DIT_TINY += ["run.compile=false", "optim.warmup_steps=0"]
+KLVAE, PCA = (str(ROOT / "baselines" / "weights" / f"{name}.safetensors") for name in ("klvae", "linear-f8c4"))
+SSDD_FILE = str(ROOT / "ssdd_models" / "weights" / "ssdd.safetensors")
 LOOPS = {"ssdd": SSDD_TINY, "klvae": KLVAE_TINY, "dit": DIT_TINY}
 of_every_loop = pytest.mark.parametrize("model", LOOPS)
 
@@ -153,18 +160,8 @@ def test_stages_follow_each_other_and_record_their_origin(
     klvae = stage("klvae", "klvae", "--preset", "small")
     sizes = ("decoder.widths=32,32,32,32", "decoder.layers=1", "decoder.heads=2", "decoder.groups=4")
     teacher = stage("pretrain", "ssdd", "--stage", "pretrain", "--encoder-from", klvae, *sizes)
-    student = stage(
-        "distill",
-        "ssdd",
-        "--stage",
-        "distill",
-        "--from",
-        teacher,
-        "teacher_steps=2",
-        "weights.gan=0.5",
-        "gan_start=0",
-        "crops.size=32",
-    )
+    gan = ("weights.gan=0.5", "gan_start=0", "crops.size=32")
+    student = stage("distill", "ssdd", "--stage", "distill", "--from", teacher, "teacher_steps=2", *gan)
     again = stage("klvae-on-ssdd", "klvae", "--preset", "small", "--encoder-from", teacher, "freeze_encoder=true")
     encoder = load(klvae)[0].encoder.state_dict()
     frozen = load(again)[0].encoder.state_dict()  # normalised anew, in its last layer alone
@@ -178,17 +175,47 @@ def test_stages_follow_each_other_and_record_their_origin(
         assert (student.parent / name).stat().st_size > 0
 
 
-def test_a_stage_without_what_it_starts_from_says_so(
-    tokbench: Callable[..., Any], photographs: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ssdd", "--stage", "pretrain"], "needs a trained encoder: give --from or --encoder-from"),
+        (["ssdd", "--stage", "distill", "--encoder-from", KLVAE], "distill needs --from"),
+        (["ssdd", "--stage", "last"], 'unknown stage "last"; known: joint, pretrain, finetune, distill'),
+        (["ssdd", "--encoder", "f8"], "--encoder: no network can be made of it: encoder 'f8': expected f<downsample>"),
+        (["ssdd", "--decoder", "XXL"], 'unknown decoder "XXL"'),
+        (["ssdd", "--encoder-from", PCA], "neither an SSDD nor a KL-VAE"),
+        (["klvae", "--encoder-from", PCA], "holds no tokbench model, expected klvae or ssdd"),
+        (["klvae", "--from", SSDD_FILE], "holds ssdd, expected klvae"),
+        (["klvae", "--stage", "joint"], "klvae has no --stage"),
+        (["klvae", "--encoder", "f8"], "--encoder: no network can be made of it"),
+        (["klvae", "stepz=1"], "unknown setting"),
+        (["dit", "--encoder", "f8c4"], "dit has no --stage, --from"),
+        (["vae"], 'unknown model to train "vae"'),
+    ],
+    ids=str,
+)
+def test_options_that_lead_to_no_run_are_one_line(
+    arguments: list[str], said: str, tokbench: Callable[..., Any], photographs: Path, tmp_path: Path
 ) -> None:
-    run = tokbench("train", "ssdd", "--stage", "pretrain", "--data", photographs, "--out", tmp_path, *SSDD_TINY)
+    run = tokbench("train", *arguments, "--data", photographs, "--out", tmp_path)
     assert run.status == 2
-    assert "--encoder-from" in run.reason
-    run = tokbench("train", "ssdd", "--stage", "distill", "--data", photographs, "--out", tmp_path, *SSDD_TINY)
-    assert run.status == 2
-    assert "--from" in run.reason
+    assert said in run.reason
     assert tokbench("train", "klvae").status == 2
-    assert "unknown setting" in tokbench("train", "klvae", "--data", "x", "--out", "y", "stepz=1").reason
+
+
+def test_a_trainer_from_outside_is_trained_by_the_same_command(
+    tokbench: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(config: RunConfig, options: TrainOptions) -> Path:
+        return options.out / f"{options.data}-{config.steps}"
+
+    monkeypatch.setattr(registry.TRAINERS, "_known", {})
+    trainer: Any = SimpleNamespace(configure=lambda options: RunConfig(steps=7), train=train)
+    register_trainer("mine", lambda: trainer, summary="of mine")
+    assert "mine     of mine" in tokbench("train", "--help").out
+    assert "steps=7" in tokbench("train", "mine", "--help").out
+    ran = tokbench("train", "mine", "--data", "photos", "--out", tmp_path, "steps=9")
+    assert ran.out.strip() == str(tmp_path / "photos-9")
 
 
 @pytest.mark.parametrize(
