@@ -15,10 +15,11 @@ from run import ARMS, FRONT, STEPS
 
 from tokbench.metrics import METRICS
 from tokbench.records.files import per_image_path, read_per_image
-from tokbench.records.result import EvalResult, SpeedResult, read_result, read_speed
-from tokbench.report.columns import is_training_loss, metric_column
-from tokbench.report.plots import Point, axis_label, figure, label_points, log_axis, save, scatter, styles
-from tokbench.report.tables import Heading, Table, TableCell, TableRow, markdown, plain
+from tokbench.records.result import EvalResult, SpeedResult, read_result
+from tokbench.report.columns import is_training_loss, metric_column, number
+from tokbench.report.plots import Point, axis_label, curves, save, scatter
+from tokbench.report.speed import read_speeds
+from tokbench.report.tables import Heading, Table, TableCell, markdown, plain
 
 TEST, DEVELOPMENT = Path("eval/adm/samples-256"), Path("eval/adm/development-256")
 PRIMARY = "lpips-alex"  # endpoint
@@ -65,13 +66,17 @@ def read_rows(folder: Path) -> Tables:
     return {name: columns for name, (_, columns) in found.items()}
 
 
-def read_speeds(folder: Path) -> dict[str, SpeedResult]:
-    """Speed records by name."""
-    return {r.tokenizer.name: r for r in map(read_speed, sorted((folder / "speed").glob("*/*.json")))}
-
-
 def training_seeds(folder: Path) -> list[int]:
     return sorted(int(path.stem.rpartition("-")[2]) for path in (folder / TEST).glob("a-*.json"))
+
+
+def speeds(folder: Path) -> dict[str, SpeedResult]:
+    """Speed records by name; (a)'s network is (d)'s too, c-student's that of all others in one step."""
+    return {result.tokenizer.name: result for result in read_speeds(folder / "speed")[0]}
+
+
+def timed_as(arm: str, seed: int) -> str:
+    return f"{'a' if arm in ('a', 'd') else 'c-student'}-{seed}"
 
 
 def over_seeds(results: Results, arm: str, seeds: Sequence[int], metric: str, suffix: str = "") -> float:
@@ -84,36 +89,30 @@ def text(value: float | None, metric: str) -> str:
     return "–" if value is None else f"{value:.{METRICS[metric].digits}f}"
 
 
-def timed_as(arm: str, seed: int) -> str:
-    """The speed record of an arm's network in one step."""
-    return f"{'a' if arm in ('a', 'd') else 'c-student'}-{seed}"
+def difference(c: Contrast, digits: int = 4) -> TableCell:
+    return TableCell(f"{c.mean:+.{digits}f}", f"[{c.low:+.{digits}f}, {c.high:+.{digits}f}]")
 
 
 def arms_table(results: Results, rows: Tables, seeds: Sequence[int], folder: Path) -> Table:
     """Means over seeds with their intervals, and the cost of each arm; student and control include the teacher's."""
-    generator, speeds = np.random.default_rng(0), read_speeds(folder)
-    made = []
+    generator = np.random.default_rng(0)
+    lines: list[list[str | TableCell]] = []
     for arm in ARMS:
         result = results[f"{arm}-{seeds[0]}"]
         parts = ["c-teacher", arm] if arm in ("c-student", "c-control") else [arm]
         files = [folder / "training" / f"{part}-{seed}.json" for seed in seeds for part in parts]
         training = [json.loads(file.read_text()) for file in files]
-        images, spent = (sum(record[key] for record in training) / len(seeds) for key in ("images_seen", "seconds"))
-        speed = speeds[timed_as(arm, seeds[0])]
-        cells = {
-            "decoder": TableCell(f"{result.tokenizer.decoder_params / 1e6:.2f}"),
-            "images": TableCell(f"{images:,.0f}"),
-            "training": TableCell(f"{spent:,.0f}"),
-            **{metric: arm_cell(result, rows, arm, seeds, metric, generator) for metric in SHOWN},
-            "cost": TableCell(f"{speed.flops['decode'] / 1e9:.1f}"),
-            "decode": TableCell(f"{speed.stages['decode'].images_per_second:.2f}"),
-        }
-        made.append(TableRow(arm, cells))
-    columns = [
-        Heading(key="decoder", unit="M"), Heading(key="images"), Heading(key="training", unit="s"),
+        spent = [f"{sum(record[key] for record in training) / len(seeds):,.0f}" for key in ("images_seen", "seconds")]
+        scores = [arm_cell(result, rows, arm, seeds, metric, generator) for metric in SHOWN]
+        speed = speeds(folder)[timed_as(arm, seeds[0])]
+        rate = f"{speed.stages['decode'].images_per_second:.2f}"
+        size, cost = f"{result.tokenizer.decoder_params / 1e6:.2f}", f"{speed.flops['decode'] / 1e9:.1f}"
+        lines.append([arm, size, *spent, *scores, cost, rate])
+    headings = [
+        Heading(key="arm"), Heading(key="decoder", unit="M"), Heading(key="images"), Heading(key="training", unit="s"),
         *map(metric_column, SHOWN), Heading(key="cost", unit="GFLOP"), Heading(key="decode", unit="img/s"),
     ]  # fmt: skip
-    return Table(title="", names="arm", columns=columns, groups=[("", made)])
+    return plain("", headings, lines)
 
 
 def arm_cell(
@@ -136,23 +135,22 @@ def contrasts_table(rows: Tables, seeds: Sequence[int]) -> Table:
     """The three planned contrasts with Holm's correction and verdicts, then the exploratory ones."""
     judged = [(c, f"{p:.4f}", f"{c.arm} {said}") for c, p, said in planned(rows, seeds)]
     judged += [(contrast(rows, seeds, *pair, PRIMARY), "–", "exploratory") for pair in EXPLORATORY]
-    made = []
-    for c, p, said in judged:
-        psnr = contrast(rows, seeds, c.arm, c.base, "psnr")
-        made.append(
-            TableRow(
-                f"{c.arm} - {c.base}",
-                {
-                    f"Δ {PRIMARY}": TableCell(f"{c.mean:+.4f}", f"[{c.low:+.4f}, {c.high:+.4f}]"),
-                    "p (Holm)": TableCell(p),
-                    "by seed": TableCell(c.signs),
-                    "Δ psnr": TableCell(f"{psnr.mean:+.2f}", f"[{psnr.low:+.2f}, {psnr.high:+.2f}]"),
-                    "verdict": TableCell(said),
-                },
-            )
-        )
-    columns = [Heading(key=key, unit="dB" if "psnr" in key else "", words=key == "verdict") for key in made[0].cells]
-    return Table(title="", names="contrast", columns=columns, groups=[("", made)])
+    lines = [
+        [
+            f"{c.arm} - {c.base}",
+            difference(c),
+            p,
+            c.signs,
+            difference(contrast(rows, seeds, c.arm, c.base, "psnr"), 2),
+            said,
+        ]
+        for c, p, said in judged
+    ]
+    headings = [
+        *(Heading(key=key) for key in ("contrast", f"Δ {PRIMARY}", "p (Holm)", "by seed")),
+        Heading(key="Δ psnr", unit="dB"), Heading(key="verdict", words=True),
+    ]  # fmt: skip
+    return plain("", headings, lines)
 
 
 def answers(folder: Path) -> dict[str, str]:
@@ -175,24 +173,18 @@ def steps_table(results: Results, seeds: Sequence[int]) -> Table:
 
 def front_table(results: Results, rows: Tables, seed: int) -> Table:
     """One seed of (a) and (c) on an encoder that SSDD trained, and on the KL-VAE's that all other arms have."""
-    prefixes = {"SSDD's encoder": "front-", "KL-VAE's encoder": ""}
-    made = []
-    for arm in FRONT:
-        sides = {name: results[f"{prefix}{arm}-{seed}"] for name, prefix in prefixes.items()}
-        cells = {
-            f"{metric}, {name}": TableCell(text(side.metrics[metric].value, metric))
-            for name, side in sides.items()
-            for metric in (PRIMARY, "psnr")
-        }
-        made.append(TableRow(arm, cells))
-    keys = list(made[0].cells)
-    last = {key: TableCell("–") for key in keys}
-    for name, prefix in prefixes.items():
+    sides = {"SSDD's encoder": "front-", "KL-VAE's encoder": ""}
+    pairs = [(name, metric) for name in sides for metric in (PRIMARY, "psnr")]
+    lines: list[list[str | TableCell]] = [
+        [arm, *(text(results[f"{sides[name]}{arm}-{seed}"].metrics[metric].value, metric) for name, metric in pairs)]
+        for arm in FRONT
+    ]
+    last: list[str | TableCell] = ["c-student - a"]
+    for prefix in sides.values():
         own = {f"{arm}-{seed}": rows[f"{prefix}{arm}-{seed}"] for arm in FRONT}
-        c = contrast(own, [seed], "c-student", "a", PRIMARY)
-        last[f"{PRIMARY}, {name}"] = TableCell(f"{c.mean:+.4f}", f"[{c.low:+.4f}, {c.high:+.4f}]")
-    made.append(TableRow("c-student - a", last))
-    return Table(title="", names="arm", columns=[Heading(key=key) for key in keys], groups=[("", made)])
+        last += [difference(contrast(own, [seed], "c-student", "a", PRIMARY)), "–"]
+    headings = [Heading(key="arm"), *(Heading(key=f"{metric}, {name}") for name, metric in pairs)]
+    return plain("", headings, [*lines, last])
 
 
 def development_table(results: Results, seeds: Sequence[int]) -> Table:
@@ -200,40 +192,27 @@ def development_table(results: Results, seeds: Sequence[int]) -> Table:
     lines = []
     for demo, arms in (("demo-klvae", ("a", "d")), ("demo-ssdd", ("b", "c-teacher", "c-student", "c-control"))):
         candidates = [f"{arm}-{seed}" for arm in arms for seed in seeds]
-        best = min(candidates, key=lambda name: over_seeds(results, name.rpartition("-")[0], [int(name[-1])], PRIMARY))
+        best = min(candidates, key=lambda name: number(results[name], PRIMARY) or np.inf)
         for name in (best, demo):
-            lines.append([name, *(text(results[name].metrics[m].value, m) for m in (PRIMARY, "psnr"))])
+            lines.append([name, *(text(number(results[name], m), m) for m in (PRIMARY, "psnr"))])
     return plain("", [Heading(key="model"), metric_column(PRIMARY), metric_column("psnr")], lines)
 
 
 def draw(folder: Path, out: Path, preset: str) -> None:
     """Quality against decode steps and against the time of a decode, the arms beside the teacher's curve."""
     results, seeds = read(folder / TEST), training_seeds(folder)
-    curve = {steps: over_seeds(results, "c-teacher", seeds, PRIMARY, suffix) for steps, suffix in SUFFIXES.items()}
-    fig, ax = figure()
-    log_axis(ax.xaxis, list(curve))
-    colours = styles(ARMS)
-    ax.plot(list(curve), list(curve.values()), color=colours["c-teacher"][0], marker="o", markersize=4)
-    points = [Point("c-teacher", "", 8, curve[8])]
-    for arm in ("c-student", "c-control", "a", "b"):
-        value = over_seeds(results, arm, seeds, PRIMARY)
-        ax.plot([1], [value], color=colours[arm][0], marker=colours[arm][1], markersize=5, linestyle="none")
-        points.append(Point(arm, "", 1, value))
-    ax.set_xlabel("decode steps", fontsize=9)
-    ax.set_ylabel(axis_label(metric_column(PRIMARY)), fontsize=9)
-    ax.margins(x=0.25, y=0.15)
-    label_points(ax, points)
-    save(fig, out / f"steps-{preset}.png")
-    speeds = read_speeds(folder)
-    timed = {arm: (arm, "", timed_as(arm, seeds[0])) for arm in ARMS}
-    timed |= {f"c-teacher{s}": ("c-teacher", s, f"c-teacher-{seeds[0]}{s}") for s in SUFFIXES.values() if s}
-    points = [
-        Point(
-            name, results[f"{arm}-{seeds[0]}"].tokenizer.family,
-            1000 / speeds[record].stages["decode"].images_per_second, over_seeds(results, arm, seeds, PRIMARY, suffix),
-        )
-        for name, (arm, suffix, record) in timed.items()
-    ]  # fmt: skip
+    quality = {arm: over_seeds(results, arm, seeds, PRIMARY) for arm in ARMS}
+    quality |= {f"c-teacher{s}": over_seeds(results, "c-teacher", seeds, PRIMARY, s) for s in SUFFIXES.values()}
+    lines = {arm: [(1.0, quality[arm])] for arm in ("c-student", "c-control", "a", "b")}
+    lines["c-teacher"] = [(steps, quality[f"c-teacher{suffix}"]) for steps, suffix in SUFFIXES.items()]
+    curves(lines, "decode steps", axis_label(metric_column(PRIMARY)), out / f"steps-{preset}.png")
+    timed = {arm: timed_as(arm, seeds[0]) for arm in ARMS}
+    timed |= {f"c-teacher{s}": f"c-teacher-{seeds[0]}{s}" for s in SUFFIXES.values() if s}
+    points = []
+    for name, record in timed.items():
+        speed = speeds(folder)[record]
+        time = 1000 / speed.stages["decode"].images_per_second
+        points.append(Point(name, speed.tokenizer.family, time, quality[name]))
     fig = scatter(points, "decode (ms/img)", "lower", metric_column(PRIMARY))
     save(fig, out / f"quality-time-{preset}.png")
 
