@@ -207,15 +207,17 @@ def check(
 ) -> None:
     """Fail when quality got worse than a baseline."""
     from tokbench.comparison import check as checking
+    from tokbench.comparison.differences import Rules
     from tokbench.comparison.verdicts import show_check
 
+    pairs = [part.partition("=") for part in parse_value(tolerance or "", tuple[str, ...], "--tolerance")]
     names = parse_value(metrics or "", tuple[str, ...], "--metrics")
-    rules: dict[str, Any] = {"tolerances": checking.parse_tolerances(tolerance), "metrics": names}
+    tolerances = {name.strip(): amount.strip() for name, _, amount in pairs}
+    rules = Rules(tolerances=tolerances, metrics=names, exact=exact, two_sided=two_sided, strict=strict)
     if update:
-        typer.echo("\n".join(checking.update(new, against, accept=accept, **rules)))
+        typer.echo("\n".join(checking.update(new, against, rules, accept=accept)))
         return
-    result = checking.check(new, against, exact=exact, two_sided=two_sided, strict=strict, **rules)
-    raise typer.Exit(show_check(result, markdown, junit))
+    raise typer.Exit(show_check(checking.check(new, against, rules), markdown, junit))
 
 
 @app.command(context_settings={"help_option_names": []})

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from tests.made_records import record, rows, write
-from tokbench.comparison.check import check, parse_tolerances, update
-from tokbench.comparison.differences import compare, difference_table, said
+from tokbench.comparison.check import check, update
+from tokbench.comparison.differences import Rules, compare, difference_table, said
 from tokbench.comparison.verdicts import verdict_junit, verdict_markdown
 from tokbench.errors import InputError
+from tokbench.metrics import METRICS
 from tokbench.records.result import Value
 from tokbench.report.tables import laid_out
 
@@ -24,7 +25,7 @@ def lay(folder: Path, **facts: object) -> Path:
 def test_equal_results_are_the_same(tmp_path):
     lay(tmp_path / "base")
     lay(tmp_path / "new")
-    result = check(tmp_path / "new", tmp_path / "base", exact=True)
+    result = check(tmp_path / "new", tmp_path / "base", Rules(exact=True))
     assert not result.failures
     assert {d.verdict for d in result.differences} == {"same"}
     assert {d.metric for d in result.differences} == {"psnr", "ssim", "lpips-alex", "lpips-vgg"}  # rfid: null on both
@@ -43,14 +44,14 @@ def test_inconclusive_passes_unless_strict(tmp_path):
     lay(tmp_path / "base")
     lay(tmp_path / "new", seed=7)
     rules = {"tolerances": {"psnr": "0", "ssim": "0", "lpips-alex": "0", "lpips-vgg": "0"}}
-    assert not check(tmp_path / "new", tmp_path / "base", **rules).failures
-    assert check(tmp_path / "new", tmp_path / "base", strict=True, **rules).failures
+    assert not check(tmp_path / "new", tmp_path / "base", Rules(**rules)).failures
+    assert check(tmp_path / "new", tmp_path / "base", Rules(strict=True, **rules)).failures
 
 
 def test_a_certain_loss_below_the_tolerance_warns(tmp_path):
     lay(tmp_path / "base")
     lay(tmp_path / "new", shift=-0.02)
-    result = check(tmp_path / "new", tmp_path / "base", metrics=["psnr"], tolerances={"psnr": "0.5"})
+    result = check(tmp_path / "new", tmp_path / "base", Rules(metrics=["psnr"], tolerances={"psnr": "0.5"}))
     assert [d.verdict for d in result.differences] == ["same"]
     assert said(result.differences[0]) == "same (certainly worse, within the tolerance)"
 
@@ -58,7 +59,7 @@ def test_a_certain_loss_below_the_tolerance_warns(tmp_path):
 def test_without_rows_a_wide_interval_excuses_nothing(tmp_path):
     write(tmp_path / "base", record("klvae"))
     write(tmp_path / "new", record("klvae", shift=-0.2))
-    result = check(tmp_path / "new", tmp_path / "base", tolerances={"psnr": "10"})
+    result = check(tmp_path / "new", tmp_path / "base", Rules(tolerances={"psnr": "10"}))
     verdicts = {d.metric: (d.verdict, d in result.failures) for d in result.differences}
     assert verdicts["psnr"] == ("same", False)
     assert verdicts["ssim"] == ("inconclusive", True)
@@ -69,10 +70,10 @@ def test_strict_forgives_a_gain_that_may_be_small(tmp_path):
     lay(tmp_path / "base")
     lay(tmp_path / "new", shift=0.1, seed=3)
     rules = {"metrics": ["psnr"], "tolerances": {"psnr": "0.3"}}
-    result = check(tmp_path / "new", tmp_path / "base", strict=True, **rules)
+    result = check(tmp_path / "new", tmp_path / "base", Rules(strict=True, **rules))
     assert [d.verdict for d in result.differences] == ["inconclusive"]
     assert not result.failures
-    assert check(tmp_path / "new", tmp_path / "base", strict=True, two_sided=True, **rules).failures
+    assert check(tmp_path / "new", tmp_path / "base", Rules(strict=True, two_sided=True, **rules)).failures
 
 
 def test_check_and_compare_judge_alike(tmp_path):
@@ -96,7 +97,7 @@ def test_exact_fails_on_any_change(tmp_path):
     lay(tmp_path / "base")
     write(tmp_path / "new", record("klvae"), {k: v + (np.arange(29) == 3) * 1e-9 for k, v in rows(0, 29, 0.0).items()})
     assert not check(tmp_path / "new", tmp_path / "base").failures
-    assert len(check(tmp_path / "new", tmp_path / "base", exact=True).failures) == 4
+    assert len(check(tmp_path / "new", tmp_path / "base", Rules(exact=True)).failures) == 4
 
 
 def test_what_cannot_be_compared_is_an_error(tmp_path):
@@ -118,19 +119,26 @@ def test_what_cannot_be_compared_is_an_error(tmp_path):
         with pytest.raises(InputError, match=words):
             check(tmp_path / field, tmp_path / "base")
     with pytest.raises(InputError, match="dists cannot be compared"):
-        check(tmp_path / "base", tmp_path / "base", metrics=["dists"])
+        check(tmp_path / "base", tmp_path / "base", Rules(metrics=["dists"]))
     with pytest.raises(InputError, match="unknown metric 'psrn'"):
-        check(tmp_path / "base", tmp_path / "base", metrics=["psrn"])
+        check(tmp_path / "base", tmp_path / "base", Rules(metrics=["psrn"]))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no results"):
         check(tmp_path / "empty", tmp_path / "base")
 
 
-def test_tolerances_are_read_strictly():
-    assert parse_tolerances("psnr=0.05,lpips-alex=1%") == {"psnr": "0.05", "lpips-alex": "1%"}
-    for text in ("psnr", "psnr=x", "psnr=-1", "nothing=1"):
-        with pytest.raises(InputError, match="--tolerance"):
-            parse_tolerances(text)
+@pytest.mark.parametrize("text", ["psnr", "psnr=x", "psnr=-1", "psnr=inf", "nothing=1"])
+def test_tolerances_are_read_strictly(tokbench, tmp_path, text):
+    lay(tmp_path / "base")
+    right = Rules(tolerances={"psnr": "0.05", "lpips-alex": "1%"})
+    assert [right.tolerance(name, 2.0) for name in ("psnr", "lpips-alex", "ssim")] == [
+        0.05,
+        0.02,
+        METRICS["ssim"].tolerance,
+    ]
+    ran = tokbench("check", tmp_path / "base", "--against", tmp_path / "base", "--tolerance", text)
+    assert (ran.status, ran.out) == (2, "")
+    assert text.partition("=")[0] in ran.reason
 
 
 def test_update_keeps_a_better_baseline_unless_told(tmp_path):
@@ -141,17 +149,17 @@ def test_update_keeps_a_better_baseline_unless_told(tmp_path):
         update(tmp_path / "new", tmp_path / "base")
     assert before == {path: path.read_bytes() for path in (tmp_path / "base").rglob("*.*")}
     assert any("psnr" in line for line in update(tmp_path / "new", tmp_path / "base", accept=True))
-    assert not check(tmp_path / "new", tmp_path / "base", exact=True).failures
+    assert not check(tmp_path / "new", tmp_path / "base", Rules(exact=True)).failures
     lay(tmp_path / "more", res=128)
     assert update(tmp_path / "more", tmp_path / "base") == ["klvae at 128 px: new"]
-    check(tmp_path / "new", tmp_path / "base", exact=True)
+    check(tmp_path / "new", tmp_path / "base", Rules(exact=True))
 
 
 def test_a_file_of_this_folder_updates_the_baseline(tmp_path, monkeypatch):
     path = lay(tmp_path / "new")
     monkeypatch.chdir(path.parent)
     assert update(Path(path.name), tmp_path / "base") == ["klvae at 256 px: new"]
-    assert not check(tmp_path / "new", tmp_path / "base", exact=True).failures
+    assert not check(tmp_path / "new", tmp_path / "base", Rules(exact=True)).failures
 
 
 def test_outputs_say_what_failed(tmp_path):
@@ -181,5 +189,5 @@ def test_tables_give_n_and_mark_what_a_model_was_trained_for(tmp_path):
 
 def test_no_loss_is_no_negative_zero(tmp_path):
     lay(tmp_path / "base")
-    (row,) = difference_table("", check(tmp_path / "base", tmp_path / "base", metrics=["psnr"]).differences).rows
+    (row,) = difference_table("", check(tmp_path / "base", tmp_path / "base", Rules(metrics=["psnr"])).differences).rows
     assert [row.cells[key].text for key in ("difference", "95 % interval")] == ["+0.000", "[+0.000, +0.000]"]

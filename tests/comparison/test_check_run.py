@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests import ROOT
 from tokbench.comparison.check import CheckResult, check
+from tokbench.comparison.differences import Rules
 from tokbench.data import crops
 from tokbench.evaluation import reconstruct
 from tokbench.evaluation.evaluate import evaluate
@@ -38,7 +39,7 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def verdict(out: Path, baseline: Path, **rules: object) -> CheckResult:
     """As `make check` judges: weights and seeds are fixed, so only rounding may differ between machines."""
     tight = {"tolerances": {"psnr": "0.002", "ssim": "0.0002"}, "strict": True}
-    return check(out, baseline, **{"two_sided": True, **tight, **rules})
+    return check(out, baseline, Rules(**{"two_sided": True, **tight, **rules}))
 
 
 def perturb(name: str, change: Callable[[str, Tensor], Tensor], folder: Path) -> str:

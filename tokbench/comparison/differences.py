@@ -1,7 +1,8 @@
 """Two results, one pairing: the difference of every metric with its interval and verdict. No torch."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -48,15 +49,15 @@ class Difference:
     metric: str
     base: float
     new: float
-    low: float | None = None
-    high: float | None = None
+    low: float | None
+    high: float | None
     how: str  # how the interval came about
     tolerance: float
     better: Literal["higher", "lower", "neither"]
     verdict: Verdict
     n: int  # images
-    needed: int | None = None  # images that would settle an inconclusive one; None: no number would, or settled
-    trained: tuple[bool, bool] = (False, False)  # whether the metric's network was in the base's, the new's loss
+    needed: int | None  # images that would settle an inconclusive one; None: no number would, or settled
+    trained: tuple[bool, bool]  # whether the metric's network was in the base's, the new's loss
 
     @property
     def change(self) -> float:
@@ -71,29 +72,53 @@ class Difference:
         """How much worse a change is, in the metric's unit; of a metric without a direction its size."""
         return {"higher": -change, "lower": change, "neither": abs(change)}[self.better]
 
+    def fails(self, strict: bool) -> bool:
+        """What is worse fails a check; if `strict`, also what may be, by its interval.
 
-def differences(
-    base: ResultEntry,
-    new: ResultEntry,
-    metrics: Sequence[str] | None = None,
-    *,
-    tolerances: Mapping[str, float] | None = None,
-    exact: bool = False,
-    two_sided: bool = False,
-) -> list[Difference]:
-    """Differences of these metrics, by default of all that both results have a value of, in the table's order.
+        Where no per-image rows tell chance from loss, that excuses nothing: the difference alone decides.
+        """
+        if self.verdict != "inconclusive":
+            return self.verdict == "worse"
+        at_worst = max(map(self.loss, self.bounds)) if strict else -math.inf
+        return max(at_worst, self.loss(self.change) if self.how in (UNPAIRED, UNKNOWN) else at_worst) > self.tolerance
 
-    `tolerances` replace the metrics' own; `exact` calls any change worse, `two_sided` also a gain beyond the tolerance.
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """By what differences are judged. InputError for a metric that is not known, or a tolerance that is no number."""
+
+    tolerances: Mapping[str, str] = field(default_factory=dict)  # metric -> "0.05", or "1%" of the base; else its own
+    metrics: Sequence[str] = ()  # only these; (): all
+    exact: bool = False  # any change is worse
+    two_sided: bool = False  # a gain beyond the tolerance is worse too: where weights are fixed, the harness changed
+    strict: bool = False  # an inconclusive loss fails a check too
+
+    def __post_init__(self) -> None:
+        for name in (*self.metrics, *self.tolerances):
+            if name not in METRICS:
+                raise InputError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}")
+            self.tolerance(name, 1.0)
+
+    def tolerance(self, metric: str, base: float) -> float:
+        """The change of a metric that does not count, in its unit."""
+        text = self.tolerances.get(metric, str(METRICS[metric].tolerance))
+        try:
+            amount = float(text.removesuffix("%"))
+        except ValueError:
+            amount = math.nan
+        if not 0 <= amount < math.inf:
+            raise InputError(f"--tolerance {metric}={text}: expected a number or a percentage, zero or more")
+        return abs(base) * amount / 100 if text.endswith("%") else amount
+
+
+def differences(base: ResultEntry, new: ResultEntry, metrics: Iterable[str], rules: Rules) -> list[Difference]:
+    """Differences of these metrics, of which both results have a value.
+
     InputError for results that were not measured on the same images under the same protocol.
     """
     if reason := differing(base.result, new.result):
         raise InputError(f"not comparable: {reason}")
-    if metrics is None:
-        metrics = [name for name in METRICS if all(number(entry.result, name) is not None for entry in (base, new))]
-    return [
-        _difference(METRICS[name], base, new, (tolerances or {}).get(name, METRICS[name].tolerance), exact, two_sided)
-        for name in metrics
-    ]
+    return [_difference(METRICS[name], base, new, rules) for name in metrics]
 
 
 def compare(path_a: Path, path_b: Path) -> list[Difference]:
@@ -101,7 +126,10 @@ def compare(path_a: Path, path_b: Path) -> list[Difference]:
     a, b = readable(path_a), readable(path_b)
     known = {cell_key(entry.result): entry for entry in a}
     pairs = [(known[key], entry) for entry in b if (key := cell_key(entry.result)) in known]
-    found = [d for pair in ([(a[0], b[0])] if len(a) == len(b) == 1 else pairs) for d in differences(*pair)]
+    found = []
+    for base, new in [(a[0], b[0])] if len(a) == len(b) == 1 else pairs:
+        common = [name for name in METRICS if None not in (number(base.result, name), number(new.result, name))]
+        found += differences(base, new, common, Rules())
     if not found:
         raise InputError(
             f"{path_a} and {path_b} have no metric of a cell in common; two models are compared by two files"
@@ -128,18 +156,16 @@ def cell_name(entry: ResultEntry) -> str:
     return f"{entry.name} at {size_text(entry.result.dataset.resolution)}"
 
 
-def _difference(
-    metric: Metric, base: ResultEntry, new: ResultEntry, tolerance: float, exact: bool, two_sided: bool
-) -> Difference:
+def _difference(metric: Metric, base: ResultEntry, new: ResultEntry, rules: Rules) -> Difference:
     name = metric.name
     x, y = base.result.metrics[name], new.result.metrics[name]
     assert x.value is not None
     assert y.value is not None
     change, n = y.value - x.value, min(x.n, y.n)
     low, high, how = _interval(metric, base, new)
-    better = "neither" if two_sided else metric.better
-    if exact:
-        tolerance = 0.0
+    better = "neither" if rules.two_sided else metric.better
+    tolerance = 0.0 if rules.exact else rules.tolerance(name, x.value)
+    if rules.exact:
         same = x.value == y.value and np.array_equal(*paired_columns(base, new, _column(metric)))
         verdict: Verdict = "same" if same else "worse"
     elif low is None or high is None:

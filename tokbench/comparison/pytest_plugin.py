@@ -23,8 +23,8 @@ def tokbench_check(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[.
     """tokbench_check(model, baseline="...") measures a Tokenizer or a spec and fails the test if it got worse.
 
     `baseline` is a folder of results; `pytest --tokbench-update` writes it. Other keywords: data, resolution, metrics
-    (of `tokbench.evaluate`), tolerances, exact, two_sided, strict (of `comparison.check.check`). Returns the result,
-    None when updating.
+    (of `tokbench.evaluate`), tolerances, exact, two_sided, strict (of `comparison.differences.Rules`). Returns the
+    result, None when updating.
     """
 
     def run(
@@ -37,7 +37,7 @@ def tokbench_check(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[.
         **rules: Any,
     ) -> "CheckResult | None":
         from tokbench.comparison.check import check, update
-        from tokbench.comparison.differences import difference_table
+        from tokbench.comparison.differences import Rules, difference_table
         from tokbench.comparison.verdicts import WIDTH, summary
         from tokbench.errors import InputError
         from tokbench.evaluation.evaluate import evaluate
@@ -48,7 +48,7 @@ def tokbench_check(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[.
             print("\n".join(update(tmp_path, Path(baseline))))
             return None
         try:
-            result = check(tmp_path, Path(baseline), **rules)
+            result = check(tmp_path, Path(baseline), Rules(**rules))
         except InputError as error:
             pytest.fail(f"{error} (`pytest --tokbench-update` takes what was measured)", pytrace=False)
         if result.failures:
