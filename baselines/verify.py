@@ -54,8 +54,8 @@ def expected(name: str, resolution: int) -> list[float]:
     return [
         psnr
         for row in rows
-        if row.tokenizer == name and row.facts["resolution"] == resolution and row.dataset == "ImageNet-1k val"
-        if (psnr := row.metrics["psnr"]) is not None
+        if row.tokenizer == name and row.numbers["resolution"] == resolution and row.dataset == "ImageNet-1k val"
+        if (psnr := row.numbers["psnr"]) is not None
     ]
 
 

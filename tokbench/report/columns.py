@@ -96,7 +96,7 @@ def compression(info: TokenizerInfo) -> str:
     return f"{place} c{info.channels}" if info.downsample is None else f"{place}c{info.channels}"
 
 
-def _milliseconds(result: EvalResult, part: str) -> float | None:
+def _time(result: EvalResult, part: str) -> float | None:
     """Time per image of "encode" or "decode" as the run saw it, in ms."""
     seconds = result.provenance.seconds.get(part)
     return None if seconds is None else 1000 * float(seconds)
@@ -159,19 +159,13 @@ FACTS = {
         _fact("generator", "what drew the latents", lambda r: _generator(r, "name")),
         _fact("trained", "steps that the generator was trained", lambda r: _generator(r, "steps_trained")),
         _fact("ratio", "elements of the latent by those of the image", lambda r: _ratio(r.tokenizer), digits=4),
-        _fact("params", "decoder's parameters, millions", lambda r: r.tokenizer.decoder_params / 1e6 or None, "M",
-              digits=2),
-        _fact("encode", "encoding time in the run that measured quality", lambda r: _milliseconds(r, "encode"),
-              "ms/img", "lower", 1),
-        _fact("decode", "decoding time in the run that measured quality", lambda r: _milliseconds(r, "decode"),
-              "ms/img", "lower", 1),
-        _fact("guidance", "scale of classifier-free guidance; 1: none", lambda r: r.settings.generation.get("guidance"),
-              digits=2),
-        _fact("generator/s", "images a second that the generator draws", lambda r: _rate(r, "generator"),
-              "img/s", "higher", 2),
-        _fact("decoder/s", "images a second that the tokenizer decodes", lambda r: _rate(r, "decode"),
-              "img/s", "higher", 2),
-        _fact("both/s", "images a second of both", lambda r: _rate(r, "generator", "decode"), "img/s", "higher", 2),
+        _fact("params", "parameters of the decoder", lambda r: r.tokenizer.decoder_params / 1e6 or None, "M", digits=2),
+        _fact("encode", "encoding time in the run that scored", lambda r: _time(r, "encode"), "ms/img", "lower", 1),
+        _fact("decode", "decoding time in the run that scored", lambda r: _time(r, "decode"), "ms/img", "lower", 1),
+        _fact("guidance", "classifier-free; 1 is none", lambda r: r.settings.generation.get("guidance"), digits=2),
+        _fact("generator/s", "images drawn a second", lambda r: _rate(r, "generator"), "img/s", "higher", 2),
+        _fact("decoder/s", "images decoded a second", lambda r: _rate(r, "decode"), "img/s", "higher", 2),
+        _fact("both/s", "drawn and decoded a second", lambda r: _rate(r, "generator", "decode"), "img/s", "higher", 2),
     )
 }  # fmt: skip
 

@@ -134,7 +134,7 @@ def rfid_vs_gfid(entries: Sequence[ResultEntry], reported: Sequence[Reported], p
         for e in entries
         if (gfid := number(e.result, "gfid")) and (key := (e.name, e.result.dataset.resolution)) in rfid
     ]
-    papers = [(x, y) for r in reported if (x := r.metrics["rfid"]) and (y := r.metrics["gfid"])]
+    papers = [(x, y) for r in reported if (x := r.numbers["rfid"]) and (y := r.numbers["gfid"])]
     if len(measured) + len(papers) < 2:
         return None
     label = "rfid ←" + (" (hollow: reported in papers, generators differ)" if papers else "")

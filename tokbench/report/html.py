@@ -20,19 +20,13 @@ def write_page(measured: Sequence[Block], more: Sequence[Table], out: Path) -> P
 
     The first view (tables, scatter) is in index.html; per-image rows (rows/N.js) and images are loaded when looked at.
     """
-    data = {
-        "blocks": [_block(block, number, out) for number, block in enumerate(measured)],
-        "more": [for_page(table) for table in more],
-    }
+    views = [_block(block, number, out) for number, block in enumerate(measured)]
     page = resources.files("tokbench.report") / "page"
     text = (page / "page.html").read_text(encoding="utf-8")
-    for name, content in (
-        ("/*page.css*/", (page / "page.css").read_text(encoding="utf-8")),
-        ("/*page.js*/", (page / "page.js").read_text(encoding="utf-8")),
-        ("/*data*/", script_json(data)),
-    ):
-        text = text.replace(name, content)
-    write_whole(out / "index.html", text)
+    for name in ("page.css", "page.js"):
+        text = text.replace(f"/*{name}*/", (page / name).read_text(encoding="utf-8"))
+    data = script_json({"blocks": views, "more": [for_page(table) for table in more]})
+    write_whole(out / "index.html", text.replace("/*data*/", data))
     return out / "index.html"
 
 

@@ -38,11 +38,9 @@ class Block(Table):
 
 
 def blocks(
-    entries: Iterable[ResultEntry],
-    columns: Sequence[str] | None = None,
-    group: bool = True,
+    entries: Iterable[ResultEntry], columns: Sequence[str] | None = None, group: bool = True,
     known: Sequence[ResultEntry] = (),
-) -> list[Block]:
+) -> list[Block]:  # fmt: skip
     """Split entries into comparable blocks and rank each.
 
     `columns` are keys in the order wanted (default: everything measured); with `group`, rows are gathered by
@@ -119,36 +117,25 @@ def _block(
 
 
 def _size_order(info: TokenizerInfo) -> tuple[float, ...]:
-    return (
-        info.downsample or math.inf,
-        info.channels or math.inf,
-        info.codebook_size or math.inf,
-        info.tokens_per_image or 0,
-    )
+    sizes = (info.downsample, info.channels, info.codebook_size)
+    return (*(size or math.inf for size in sizes), info.tokens_per_image or 0)
 
 
 def _ranked(
     entries: list[ResultEntry], columns: list[Column], decimals: Mapping[str, int], one_device: bool
 ) -> list[TableRow]:
     """Rows of one group, ordered by the first column that has a direction, with best and second marked."""
-    ranked = [entry for entry in entries if entry.result.tokenizer.family not in UNRANKED_FAMILIES]
-    ranks = {c.key: ranking(ranked, c) for c in columns if one_device or c.key not in TIMES + RATES}
-    rows = [
-        TableRow(
-            entry.name,
-            {c.key: _cell(entry, c, decimals[c.key], ranks.get(c.key, {}).get(entry.name, 0)) for c in columns},
-        )
-        for entry in entries
-    ]
-    lead = next((c for c in columns if c.better != "neither" and c.key not in TIMES + RATES and c.key in ranks), None)
-    return sorted(rows, key=lambda row: _order(row, lead))
-
-
-def _order(row: TableRow, lead: Column | None) -> tuple[float, str]:
-    value = row.cells[lead.key].value if lead is not None else None
-    if not isinstance(value, float):
-        return (math.inf, row.name)
-    return (value if lead is not None and lead.better == "lower" else -value, row.name)
+    rivals = [entry for entry in entries if entry.result.tokenizer.family not in UNRANKED_FAMILIES]
+    ranks = {c.key: ranking(rivals, c) for c in columns if one_device or c.key not in TIMES + RATES}
+    rows = []
+    for entry in entries:
+        cells = {c.key: _cell(entry, c, decimals[c.key], ranks.get(c.key, {}).get(entry.name, 0)) for c in columns}
+        rows.append(TableRow(entry.name, cells))
+    for lead in (c for c in columns if c.better != "neither" and c.key not in TIMES + RATES):
+        sign = 1 if lead.better == "lower" else -1
+        values = {row.name: row.cells[lead.key].value for row in rows}
+        return sorted(rows, key=lambda r: (sign * v if isinstance(v := values[r.name], float) else math.inf, r.name))
+    return sorted(rows, key=lambda row: row.name)
 
 
 def ranking(entries: Sequence[ResultEntry], c: Column) -> dict[str, int]:
@@ -195,21 +182,13 @@ def _decimals(c: Column, entries: Sequence[ResultEntry]) -> int:
 
 def _cell(entry: ResultEntry, c: Column, decimals: int, rank: int) -> TableCell:
     value = c.read(entry.result)
-    if value is None or value == "":
-        return TableCell("–")
-    if isinstance(value, str):
+    if isinstance(value, str) and value:
         return TableCell(value, value=value)
-    if value.value is None:
-        return TableCell("–", note=value.note)
+    if not isinstance(value, Value) or value.value is None:
+        return TableCell("–", note=value.note if isinstance(value, Value) else "")
     error = f"±{value.stderr:.{decimals}f}" if value.stderr else ""
-    return TableCell(
-        f"{value.value:.{decimals}f}",
-        error,
-        rank,
-        is_training_loss(entry.result, c.key),
-        value.note,
-        float(value.value),
-    )
+    own = is_training_loss(entry.result, c.key)
+    return TableCell(f"{value.value:.{decimals}f}", error, rank, own, value.note, float(value.value))
 
 
 def _caption(entries: Sequence[ResultEntry]) -> str:

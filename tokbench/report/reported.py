@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,21 +10,19 @@ from tokbench.errors import InputError
 from tokbench.report.columns import ResultEntry, number
 from tokbench.report.tables import Heading, Table, plain
 
-METRICS = ("rfid", "psnr", "ssim", "lpips", "gfid")
 FACTS = ("f", "c", "codebook", "tokens", "resolution", "num_images", "params_m")
 MAIN = "ImageNet-1k val"  # the data set that most rows are on, shown first
-DIGITS = {"rfid": 2, "psnr": 2, "ssim": 3, "lpips": 3, "gfid": 2}
+METRICS = {"rfid": 2, "psnr": 2, "ssim": 3, "lpips": 3, "gfid": 2}  # and their digits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reported:
     """A row of a paper, README or thread. `tokenizer` is the row name here of the same weights, "" if we have none."""
 
     model: str
     tokenizer: str
-    facts: dict[str, float | None]
     dataset: str
-    metrics: dict[str, float | None]
+    numbers: Mapping[str, float | None]  # FACTS and METRICS
     lpips_net: str  # "" where the source does not say
     source: str
     notes: str
@@ -44,18 +42,16 @@ def _row(line: dict[str, str], where: str) -> Reported:
     if None in line or None in line.values():
         raise InputError(f"{where}: too few or too many cells")
     try:
-        facts = {name: float(line[name]) if line[name] else None for name in FACTS}
-        metrics = {name: float(line[name]) if line[name] else None for name in METRICS}
-        text = (line["dataset"], line["lpips_net"], line["source"], line["notes"])
-        return Reported(line["model"], line["tokenizer"], facts, text[0], metrics, *text[1:])
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        numbers = {name: float(text) if (text := line.pop(name)) else None for name in (*FACTS, *METRICS)}
+        return Reported(**line, numbers=numbers)
+    except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{where}: not a row of reported numbers ({error})") from error
 
 
 def _place(row: Reported) -> tuple[object, ...]:
     """Reconstruction before generation, then by data set, resolution and compression; numbers decide nothing."""
-    sizes = (row.facts[name] for name in ("resolution", "f", "c", "codebook"))
-    generated = row.metrics["rfid"] is None and row.metrics["psnr"] is None
+    sizes = (row.numbers[name] for name in ("resolution", "f", "c", "codebook"))
+    generated = row.numbers["rfid"] is None and row.numbers["psnr"] is None
     place = (math.inf if size is None else size for size in sizes)
     return (generated, row.dataset != MAIN, row.dataset, *place, row.model.lower())
 
@@ -66,8 +62,8 @@ def _against(row: Reported, entry: ResultEntry, metric: str) -> str:
     data = entry.result.dataset
     if _words(row.dataset) != _words(f"{data.name} {data.split or ''}"):
         reasons.append(f"other images ({row.dataset} / {data.name})")
-    if row.facts["num_images"] not in (None, data.num_images):
-        reasons.append(f"N {row.facts['num_images']:,.0f} / {data.num_images:,}")
+    if row.numbers["num_images"] not in (None, data.num_images):
+        reasons.append(f"N {row.numbers['num_images']:,.0f} / {data.num_images:,}")
     if metric == "lpips" and not row.lpips_net:
         reasons.append("network not stated")
     if metric == "ssim":
@@ -87,11 +83,12 @@ def papers_table(rows: Sequence[Reported], entries: Sequence[ResultEntry]) -> Ta
     texts = []
     for row in rows:
         for entry in entries:
-            if entry.name != row.tokenizer or entry.result.dataset.resolution != row.facts["resolution"]:
+            if entry.name != row.tokenizer or entry.result.dataset.resolution != row.numbers["resolution"]:
                 continue
-            for name, paper in row.metrics.items():
+            for name in METRICS:
+                paper = row.numbers[name]
                 metric = name if name != "lpips" else f"lpips-{row.lpips_net or 'alex'}"
-                ours, digits = number(entry.result, metric), DIGITS[name]
+                ours, digits = number(entry.result, metric), METRICS[name]
                 if paper is not None and ours is not None:
                     remark = _against(row, entry, name)
                     difference = "–" if "other images" in remark else f"{ours - paper:+.{digits}f}"
@@ -110,12 +107,10 @@ def reported_table(rows: Sequence[Reported]) -> Table | None:
 
     keys = ("model", *FACTS[:5], "images", "N", *METRICS, "source")
     headings = [Heading(key=key, words=key in ("images", "source")) for key in keys]
-    texts = [
-        [
-            row.model, *(text(row.facts[name]) for name in FACTS[:5]), row.dataset, text(row.facts["num_images"]),
-            *(text(row.metrics[name], DIGITS[name]) for name in METRICS), row.source,
-        ]
-        for row in rows
-    ]  # fmt: skip
+    texts = []
+    for row in rows:
+        facts = [text(row.numbers[name]) for name in (*FACTS[:5], "num_images")]
+        scores = [text(row.numbers[name], digits) for name, digits in METRICS.items()]
+        texts.append([row.model, *facts[:5], row.dataset, facts[5], *scores, row.source])
     notes = ["Not measured here and not ranked: other protocols, often unstated ones."]
     return plain("Reported in papers", headings, texts, notes) if texts else None

@@ -298,20 +298,10 @@ def latex(table: Table) -> str:
 
 def for_page(table: Table) -> dict[str, Any]:
     """What page.js draws, as JSON."""
-    return {
-        "title": table.title,
-        "names": table.names,
-        "notes": list(table.notes),
-        "columns": [
-            {"key": c.key, "unit": c.unit, "better": c.better, "description": c.description} for c in table.columns
-        ],
-        "rows": [
-            {
-                "name": row.name,
-                "group": heading,
-                "cells": [[c.text, c.error, c.rank, int(c.dagger), c.value, c.note] for c in row.cells.values()],
-            }
-            for heading, rows in table.groups
-            for row in rows
-        ],
-    }
+    rows = []
+    for heading, members in table.groups:
+        for row in members:
+            cells = [[c.text, c.error, c.rank, int(c.dagger), c.value, c.note] for c in row.cells.values()]
+            rows.append({"name": row.name, "group": heading, "cells": cells})
+    columns = [{name: getattr(c, name) for name in ("key", "unit", "better", "description")} for c in table.columns]
+    return {"title": table.title, "names": table.names, "notes": list(table.notes), "columns": columns, "rows": rows}
