@@ -374,8 +374,9 @@ def test_markdown_lets_nothing_through(tmp_path: Path) -> None:
 
 
 def test_latex_compiles_with_booktabs(tmp_path: Path) -> None:
-    if shutil.which("pdflatex") is None:
-        pytest.skip("pdflatex is not installed")
+    found = shutil.which("pdflatex") and subprocess.run(["kpsewhich", "booktabs.sty"], capture_output=True, check=False)
+    if not found or found.returncode:
+        pytest.skip("pdflatex with booktabs is not installed")
     entries = [
         entry(tmp_path, n, seed=i, shift=i, losses=("lpips-vgg",), note=NASTY, channels=4 + i % 2)
         for i, n in enumerate("abcd")
