@@ -39,11 +39,12 @@ def test_intervals_of_paired_shares_cover_the_truth() -> None:
     for _ in range(3000):
         first = generator.random(29) < 0.9
         second = np.where(generator.random(29) < 0.8, first, generator.random(29) < 0.9)
-        low, high = statistics.paired_interval(first, second)
+        low, high = statistics.paired_interval(first, second, share=True)
         hits.append(low <= 0 <= high)
     assert np.mean(hits) > 0.94  # more where few images change
-    low, high = statistics.paired_interval(np.ones(24), np.ones(24))
+    low, high = statistics.paired_interval(np.ones(24), np.ones(24), share=True)
     assert low < 0 < high  # equal on 24 images is not equal on all
+    assert statistics.paired_interval(np.ones(24), np.ones(24)) == (0, 0)  # SSIM of the identity, which is no share
 
 
 def test_one_image_has_a_mean_and_no_error() -> None:

@@ -196,7 +196,7 @@ def _interval(metric: Metric, base: ResultEntry, new: ResultEntry) -> tuple[floa
     first, second = paired_columns(base, new, _column(metric))
     if len(first) > 1 and base.rows[0] == new.rows[0]:
         if metric.name != "psnr-global":
-            return *paired_interval(second, first), BY_IMAGE
+            return *paired_interval(second, first, share=metric.share), BY_IMAGE
         if (half := _half_of_logarithms(first, second)) is not None:
             return change - half, change + half, BY_IMAGE
     if (half := _half_of_features(metric, base, new)) is not None:

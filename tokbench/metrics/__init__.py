@@ -69,6 +69,7 @@ class Metric:
     networks: tuple[str, ...] = ()
     scope: Literal["reconstruction", "generation", "both"] = "reconstruction"
     rows: Callable[[Samples], np.ndarray] | None = None  # values per image [N] that the features give, for the table
+    share: bool = False  # an image counts 1 or 0
     minimum: int = 1  # images; below it the value is null, and neither networks nor features are needed
 
     @property
@@ -230,7 +231,7 @@ _INCEPTION = "FID Inception features (torch-fidelity's weights and resize)"
 _SSIM: dict[str, Any] = {"low": -1.0, "high": 1.0, "tolerance": 0.002}
 _PERCEPTUAL: dict[str, Any] = {"low": 0.0, "tolerance": 0.002}
 _DREAMSIM: dict[str, Any] = {"low": 0.0, "high": 2.0, "tolerance": 0.002, "networks": ("dino-vitb16", "dreamsim")}
-_SHARE: dict[str, Any] = {"low": 0.0, "high": 1.0, "tolerance": 0.01, "digits": 3}
+_SHARE: dict[str, Any] = {"low": 0.0, "high": 1.0, "tolerance": 0.01, "digits": 3, "share": True}
 _PSNR: dict[str, Any] = {"unit": "dB", "low": 0.0, "high": IDENTICAL, "tolerance": 0.05, "digits": 2}
 _CODES: dict[str, Any] = {"low": 1.0, "tolerance": 1.0, "extractor": "codes", "sides": ("fake",)}
 _GENERATED: dict[str, Any] = {"networks": ("inception",), "scope": "generation"}

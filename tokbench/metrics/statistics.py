@@ -74,13 +74,14 @@ def share_and_error(hits: np.ndarray, note: str = "") -> Value:
     return Value(share, half / z, max(0.0, centre - half), min(1.0, centre + half), count, note)
 
 
-def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+def paired_interval(a: np.ndarray, b: np.ndarray, *, share: bool = False) -> tuple[float, float]:
     """95 % interval of mean(a - b) over the same images, [N] each, N at least 2.
 
-    Of columns that hold only 0 and 1 it is Agresti and Min's (2005), who add half an image to each of the four cells.
+    Of a `share`, whose columns say yes or no (1 or 0) of an image, it is Agresti and Min's (2005), who add half an
+    image to each of the four cells. The values cannot tell: identical images have an SSIM of 1 throughout.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
+    if share:
         count, gains, losses = len(a) + 2, (a > b).sum() + 0.5, (a < b).sum() + 0.5
         change = float(gains - losses) / count
         half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt((gains + losses) / count - change**2) / count**0.5
