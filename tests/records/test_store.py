@@ -186,6 +186,19 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_there(tmp_path: Path, monke
     assert SampleStore(tmp_path).done(["psnr"], []) == set(IDS[:4])
 
 
+def test_a_disk_too_full_to_assemble_features_is_one_line_and_kills_nothing(tmp_path: Path) -> None:
+    fill(tmp_path, list(range(10)))
+    store = SampleStore(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(InputError, match="cannot be written"):
+            store.features("fake", "net")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (store.features("fake", "net") == FEATURES).all()
+
+
 def test_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):

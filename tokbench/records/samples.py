@@ -160,7 +160,11 @@ class SampleStore:
                 values = file[f"{side}/{extractor}"]
             if rows is None:
                 with writable(self.folder), tempfile.TemporaryFile(dir=self.folder) as scratch:
-                    rows = np.memmap(scratch, "<f4", "w+", shape=(len(ids), values.shape[1]))
+                    empty = np.zeros((1, values.shape[1]), "<f4").tobytes()
+                    for _ in ids:  # written, not left sparse: a full disk is an error here, and would kill below
+                        scratch.write(empty)
+                    scratch.flush()
+                    rows = np.memmap(scratch, "<f4", "r+", shape=(len(ids), values.shape[1]))
             wanted = [(at, position[sample]) for at, sample in enumerate(shard.ids) if sample in position]
             if wanted:
                 source, target = map(list, zip(*wanted, strict=True))
