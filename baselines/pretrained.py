@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from baselines.families.quantisers import code_bits, nearest_codes
 from baselines.hub import load_model, model_class
 from baselines.published import PUBLISHED, VERIFIED, Published
 from tokbench.data.pixels import to_float
@@ -196,22 +197,6 @@ class Codebook(Continuous):
     def bits(self, latents: Tensor) -> Tensor:
         """float64 [B]: codes times log2 of the codebook's size."""
         return code_bits(latents, self.quantize.embedding.num_embeddings)
-
-
-def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
-    """float [B, d, h, w], float [K, d] -> int64 [B, h, w], the nearest code of each position in squared distance.
-
-    One image at a time: the distances of a 256 px image at f4 to 16,384 codes are 268 MB already.
-    """
-    if not torch.isfinite(z).all():  # whose nearest code would be some code
-        raise ValueError("NaN or infinity in the encoder's output, before the codebook")
-    halved = codebook.square().sum(1) / 2
-    return torch.stack([(halved - image.permute(1, 2, 0) @ codebook.T).argmin(-1) for image in z])
-
-
-def code_bits(codes: Tensor, size: int) -> Tensor:
-    """int64 [B, ...] -> float64 [B]: what a fixed-length code of `size` words takes."""
-    return torch.log2(torch.tensor(float(size), dtype=torch.float64)).expand(len(codes)) * codes[0].numel()
 
 
 ADAPTERS: dict[str, type[Continuous]] = {

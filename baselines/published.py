@@ -15,7 +15,7 @@ from typing import Any
 class Published:
     """A row of published.csv, whose columns these are; an empty one is the default, `losses` are cut at spaces.
 
-    `kind` is the diffusers class, or the module of baselines that reads the checkpoint ("ldm", "taesd", ...).
+    `kind` is the diffusers class, or the module of baselines.families that reads the checkpoint ("ldm", "taesd", ...).
     """
 
     name: str

@@ -111,11 +111,11 @@ def _published(name: str) -> Callable[..., Any]:
     kind = PUBLISHED[name].kind  # a class of diffusers, or the module of a family
 
     def factory(file: Path | None = None, random_weights: bool = False) -> Any:
-        module = import_module(f"baselines.{kind if kind.islower() else 'pretrained'}")
+        module = import_module(f"baselines.{f'families.{kind}' if kind.islower() else 'pretrained'}")
         return module.published(name, file, random_weights)
 
     def stepped(file: Path | None = None, random_weights: bool = False, steps: int = 25) -> Any:
-        from baselines.flowmo import published
+        from baselines.families.flowmo import published
 
         return published(name, file, random_weights, steps)
 

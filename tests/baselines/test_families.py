@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from baselines import bsq_vit, flowmo, seed_voken, softvq, titok, var, vitok
-from baselines.bsq_vit import BSQViT
-from baselines.flowmo import FlowMo
-from baselines.ldm import LDMConfig
+from baselines.families import bsq_vit, flowmo, seed_voken, softvq, titok, var, vitok
+from baselines.families.bsq_vit import BSQViT
+from baselines.families.flowmo import FlowMo
+from baselines.families.ldm import LDMConfig
+from baselines.families.seed_voken import IndexBackpropagation, LookupConfig, LookupFree
+from baselines.families.softvq import SoftVQ
+from baselines.families.titok import TiTok
+from baselines.families.var import MultiScale
+from baselines.families.vitok import ViTok
 from baselines.published import PUBLISHED
-from baselines.seed_voken import IndexBackpropagation, LookupConfig, LookupFree
-from baselines.softvq import SoftVQ
-from baselines.titok import TiTok
-from baselines.var import MultiScale
-from baselines.vitok import ViTok
 from tests.baselines.test_pretrained import both_ways
 from tokbench.errors import CellError, InputError
 from tokbench.registry import create

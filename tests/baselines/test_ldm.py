@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from baselines import ldm
+from baselines.families import ldm
+from baselines.families.ldm import CONFIGS, LDMAutoencoder, LDMConfig, ldm_name, load
 from baselines.kl_vae import KLVAE, ConvDecoderConfig, KLVAEConfig, PatchGAN
-from baselines.ldm import CONFIGS, LDMAutoencoder, LDMConfig, ldm_name, load
 from baselines.published import PUBLISHED
 from ssdd_models.encoder import EncoderConfig
 from tokbench.errors import CellError

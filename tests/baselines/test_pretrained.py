@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.pretrained import code_bits, latent_shape, nearest_codes
+from baselines.families.quantisers import code_bits, nearest_codes
+from baselines.pretrained import latent_shape
 from baselines.published import PUBLISHED
 from tokbench.errors import CellError, InputError
 from tokbench.registry import create

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from baselines.families.taesd import CONFIGS, FILES, TAESD
 from baselines.published import VERIFIED
-from baselines.taesd import CONFIGS, FILES, TAESD
 from tests import ROOT
 from tests.baselines.test_pretrained import KL, both_ways
 from tokbench.errors import CellError

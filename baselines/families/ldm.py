@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from baselines.families.quantisers import Codebook
 from baselines.hub import checkpoint, fetch, fill, read_tensors
 from baselines.kl_vae import ConvDecoder, ConvDecoderConfig
 from baselines.pretrained import Continuous, wrap
@@ -53,12 +54,6 @@ CONFIGS = {
 }
 
 
-class Quantizer(nn.Module):
-    def __init__(self, size: int, dimensions: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(size, dimensions)
-
-
 class LDMAutoencoder(nn.Module):
     """The two networks with the methods that the adapters of baselines.pretrained call."""
 
@@ -73,7 +68,7 @@ class LDMAutoencoder(nn.Module):
         self.quant_conv = nn.Conv2d(moments * config.z_channels, moments * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.z_channels, 1)
         if config.codebook_size:
-            self.quantize = Quantizer(config.codebook_size, config.latent_channels)
+            self.quantize = Codebook(config.codebook_size, config.latent_channels)
 
     def encode(self, x: Tensor, return_dict: bool = False) -> tuple[Tensor | Posterior]:
         """[B, 3, H, W] in [-1, 1] -> (posterior,), or (vectors before quantisation,) with a codebook."""

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from baselines.families.ldm import LDMAutoencoder, LDMConfig
+from baselines.families.quantisers import codes_to_signs, finite, signs_to_codes
 from baselines.hub import checkpoint, fill, read_tensors
-from baselines.ldm import LDMAutoencoder, LDMConfig
 from baselines.pretrained import Codes, Continuous, wrap
 from baselines.published import PUBLISHED
 from ssdd_models.layers import ResBlock
@@ -172,16 +173,12 @@ class LookupFree(nn.Module):
 
     def encode(self, x: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """[B, 3, H, W] in [-1, 1] -> (codes,)"""
-        signs = (self.encoder(x) > 0).unflatten(1, (self.config.groups, self.config.bits))
-        return ((signs.long() << self.places(x)).sum(2),)
+        return (signs_to_codes(self.encoder(x).unflatten(1, (self.config.groups, self.config.bits)), 2),)
 
     def decode(self, codes: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """codes -> ([B, 3, H, W],)"""
-        signs = (codes[:, :, None] >> self.places(codes) & 1).flatten(1, 2) * 2 - 1
+        signs = codes_to_signs(codes, self.config.bits, 2).flatten(1, 2)
         return (self.decoder(signs.to(self.decoder.conv_in.weight.dtype)),)
-
-    def places(self, like: Tensor) -> Tensor:
-        return torch.arange(self.config.bits, device=like.device)[:, None, None]
 
 
 class IndexBackpropagation(LDMAutoencoder):
@@ -189,7 +186,7 @@ class IndexBackpropagation(LDMAutoencoder):
 
     def encode(self, x: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """[B, 3, H, W] in [-1, 1] -> (codes int64 [B, h, w],)"""
-        h = self.quant_conv(self.encoder(x))
+        h = finite(self.quant_conv(self.encoder(x)))
         codebook = self.quantize.embedding.weight
         return (torch.stack([(image.permute(1, 2, 0) @ codebook.T).argmax(-1) for image in h]),)
 

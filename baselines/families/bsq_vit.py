@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from baselines.families.quantisers import codes_to_signs, signs_to_codes
+from baselines.families.transformers import Block
 from baselines.hub import checkpoint, fill, read_tensors
 from baselines.pretrained import Codes, Continuous, wrap
 from baselines.published import PUBLISHED
-from baselines.titok import Block
 
 PATCH, RESOLUTION, WIDTH, DEPTH, HEADS, HIDDEN = 8, 256, 768, 12, 12, 3072
 CONFIGS = {"bsq-vit-18bit": 18, "bsq-vit-18bit-grouped": 18, "bsq-vit-36bit": 36}  # bits of a code
@@ -69,18 +70,14 @@ class BSQViT(nn.Module):
 
     def encode(self, x: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """[B, 3, 256, 256] in [-1, 1] -> (codes,)"""
-        signs = self.quant_embed(self.encoder(x)) > 0
         side = RESOLUTION // PATCH
-        return ((signs.long() << self.places(x)).sum(2).unflatten(1, (side, side)),)
+        return (signs_to_codes(self.quant_embed(self.encoder(x)).flip(2), 2).unflatten(1, (side, side)),)
 
     def decode(self, z: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """codes -> ([B, 3, 256, 256],)"""
-        signs = (z.flatten(1)[..., None] >> self.places(z) & 1) * 2 - 1
+        signs = codes_to_signs(z.flatten(1), self.bits, 2).flip(2)
         units = signs.to(self.post_quant_embed.weight.dtype) / self.bits**0.5
         return (self.decoder(self.post_quant_embed(units)),)
-
-    def places(self, like: Tensor) -> Tensor:
-        return torch.arange(self.bits - 1, -1, -1, device=like.device)
 
 
 def own_names(held: dict[str, Any]) -> dict[str, Tensor]:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from baselines.families.ldm import LDMAutoencoder, LDMConfig
+from baselines.families.quantisers import nearest_codes
 from baselines.hub import checkpoint, fill, read_tensors
-from baselines.ldm import LDMAutoencoder, LDMConfig
-from baselines.pretrained import Codes, Continuous, nearest_codes, wrap
+from baselines.pretrained import Codes, Continuous, wrap
 from baselines.published import PUBLISHED
 
 SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # of the maps, in codes

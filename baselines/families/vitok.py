@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.flowmo import rotary, rotate
+from baselines.families.transformers import rotary, rotate
 from baselines.hub import fetch, fill, read_tensors
 from baselines.pretrained import Continuous, wrap
 from baselines.published import PUBLISHED

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from baselines.families.transformers import to_pixels
 from baselines.hub import checkpoint, fill, read_tensors
 from baselines.pretrained import Continuous, Sequence, wrap
 from baselines.published import PUBLISHED
@@ -81,8 +82,7 @@ class Decoder(Side):
     def forward(self, tokens: Tensor) -> Tensor:
         side = RESOLUTION // PATCH
         h = self.run(self.mask_token.expand(len(tokens), side**2, -1), tokens)[:, 1 : 1 + side**2]
-        pixels = self.to_pixel.model(h).unflatten(2, (PATCH, PATCH, 3)).unflatten(1, (side, side))
-        return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return to_pixels(self.to_pixel.model(h), PATCH, side)
 
 
 class SoftQuantizer(nn.Module):

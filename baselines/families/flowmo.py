@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from baselines.families.quantisers import codes_to_signs, signs_to_codes
+from baselines.families.transformers import rotary, rotate, to_patches, to_pixels
 from baselines.hub import checkpoint, fill, read_tensors
 from baselines.pretrained import Codes, Continuous, wrap
 from baselines.published import PUBLISHED
@@ -133,23 +135,6 @@ def norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def rotate(x: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of neighbouring channels: [B, heads, N, d] with cosines and sines [N, d / 2]."""
-    cos, sin = places
-    even, odd = x.float().unflatten(3, (-1, 2)).unbind(4)
-    return torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=4).flatten(3).to(x.dtype)
-
-
-def rotary(positions: Tensor, channels: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [N, d / 2] of positions [N, axes], `channels` of them for each axis."""
-    angles = []
-    for axis, size in enumerate(channels):
-        frequencies = 10000.0 ** -(torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size)
-        angles.append(positions[:, axis, None] * frequencies)
-    joined = torch.cat(angles, dim=1)
-    return joined.cos().float(), joined.sin().float()
-
-
 class Last(nn.Module):
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
@@ -179,18 +164,15 @@ class Transformer(nn.Module):
     def forward(self, image: Tensor, codes: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
         """[B, 3, H, W], [B, N, c], times [B] or None -> the same shapes"""
         rows, columns = image.shape[2] // PATCH, image.shape[3] // PATCH
-        patches = image.unflatten(3, (columns, PATCH)).unflatten(2, (rows, PATCH))  # [B, 3, rows, ph, columns, pw]
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         index = torch.arange(rows * columns, device=image.device)
         grid = torch.stack((torch.zeros_like(index), index // columns, index % columns), dim=1)
         order = torch.arange(codes.shape[1], device=image.device)[:, None].expand(-1, 3)
         places = rotary(torch.cat((order, grid)), self.channels)
         time = None if t is None else self.time_in(t)
-        txt, img = self.txt_in(codes), self.img_in(patches)
+        txt, img = self.txt_in(codes), self.img_in(to_patches(image, PATCH))
         for block in self.double_blocks:
             txt, img = block(txt, img, time, places)
-        out = self.final_layer_img(img, time).unflatten(2, (PATCH, PATCH, 3)).unflatten(1, (rows, columns))
-        return out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3), self.final_layer_txt(txt, time)
+        return to_pixels(self.final_layer_img(img, time), PATCH, columns), self.final_layer_txt(txt, time)
 
 
 class FlowMo(nn.Module):
@@ -206,14 +188,11 @@ class FlowMo(nn.Module):
     def encode(self, x: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """[B, 3, 256, 256] in [-1, 1] -> (codes,); bit i of a code is the sign of its i-th channel"""
         z = self.encoder(x, x.new_zeros(len(x), TOKENS, self.config.bits * self.config.codes), None)[1]
-        signs = (z > 0).unflatten(2, (self.config.bits, self.config.codes))
-        places = torch.arange(self.config.bits, device=x.device)[:, None]
-        return ((signs.long() << places).sum(2).flatten(1),)
+        return (signs_to_codes(z.unflatten(2, (self.config.bits, self.config.codes)), 2).flatten(1),)
 
     def signs(self, codes: Tensor) -> Tensor:
         """codes -> [B, 256, channels + 1], the last channel one: "there is a code"."""
-        places = torch.arange(self.config.bits, device=codes.device)[:, None]
-        signs = (codes.unflatten(1, (TOKENS, 1, -1)) >> places & 1).flatten(2) * 2 - 1
+        signs = codes_to_signs(codes.unflatten(1, (TOKENS, -1)), self.config.bits, 2).flatten(2)
         return F.pad(signs.float(), (0, 1), value=1.0)
 
     def decode(self, z: Tensor, return_dict: bool = False) -> tuple[Tensor]:

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from baselines.families.quantisers import Codebook, nearest_codes
+from baselines.families.transformers import Block, to_pixels
 from baselines.hub import checkpoint, fill, read_tensors
-from baselines.pretrained import Codes, Continuous, Sequence, nearest_codes, wrap
+from baselines.pretrained import Codes, Continuous, Sequence, wrap
 from baselines.published import PUBLISHED
 from ssdd_models.encoder import Posterior
 from ssdd_models.layers import ResBlock
@@ -46,25 +48,6 @@ CONFIGS = {
     "titok-bl64-vae": TiTokConfig("B", "L", 64, 16),
     "titok-bl128-vae": TiTokConfig("B", "L", 128, 16),
 }
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block in CLIP's spelling."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        layers = {"c_fc": nn.Linear(width, 4 * width), "gelu": nn.GELU(), "c_proj": nn.Linear(4 * width, width)}
-        self.mlp = nn.Sequential()
-        for name, layer in layers.items():
-            self.mlp.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, width] -> the same"""
-        h = self.ln_1(x)
-        x = x + self.attn(h, h, h, need_weights=False)[0]
-        return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
@@ -130,10 +113,8 @@ class Decoder(Transformer):
 
 
 class Pixels(nn.Module):
-    """[B, 16 * 16 * 3, 16, 16], row, column and colour of a patch, -> [B, 3, 256, 256]"""
-
     def forward(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (PATCH, PATCH, 3)).permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
+        return to_pixels(x.flatten(2).mT, PATCH, GRID)
 
 
 MASKGIT_WIDTHS = (128, 128, 256, 256, 512)
@@ -185,12 +166,6 @@ class MaskGITDecoder(nn.Module):
         for level in reversed(self.up):
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
-
-
-class Codebook(nn.Module):
-    def __init__(self, size: int, channels: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(size, channels)
 
 
 class TiTok(nn.Module):
