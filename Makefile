@@ -59,7 +59,7 @@ gpu-check:  ## tests and speed on a GPU
 
 PRESET ?= cpu
 study: $(VENV)/.installed  ## the study: PRESET=cpu|gpu TRAIN=FOLDER
-	$(BIN)/python results/study/run.py --preset $(PRESET) --train $(TRAIN)
+	$(BIN)/python -m results.study.run --preset $(PRESET) --train $(TRAIN)
 
 # After results/ has changed; a test fails where this was forgotten.
 leaderboard: $(VENV)/.installed  ## tables and plots of results/

@@ -1,46 +1,34 @@
 """The statistics of the controlled study (results/study/contrasts.py) and the split that its driver makes."""
 
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from results import stages
+from results.study import analyse, contrasts
 from tests import ROOT
 from tokbench.report.tables import markdown
 
 STUDY = ROOT / "results" / "study"
 
 
-@pytest.fixture(scope="module")
-def study() -> Iterator[tuple]:
-    sys.path.insert(0, str(STUDY))
-    import analyse
-    import contrasts
-    import run
-
-    yield contrasts, run, analyse
-    sys.path.remove(str(STUDY))
-
-
-def test_holm_is_the_step_down_correction(study: tuple) -> None:
+def test_holm_is_the_step_down_correction() -> None:
     # Worked by hand: sorted .01 .03 .04 times 3 2 1 is .03 .06 .04, and may not fall again.
-    assert study[0].holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
-    assert study[0].holm([0.9, 0.8]) == [1.0, 1.0]
+    assert contrasts.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert contrasts.holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-def test_crossed_bootstrap_has_the_variance_of_both_factors(study: tuple) -> None:
+def test_crossed_bootstrap_has_the_variance_of_both_factors() -> None:
     """Additive effects: Var = var(seeds) / S + var(images) / N, of the empirical distributions."""
     rows, columns = np.array([-1.0, 0.0, 3.0]), np.linspace(0, 4, 12)
-    draws = study[0].crossed_bootstrap(rows[:, None] + columns[None], np.random.default_rng(0))
+    draws = contrasts.crossed_bootstrap(rows[:, None] + columns[None], np.random.default_rng(0))
     assert draws.mean() == pytest.approx(rows.mean() + columns.mean(), abs=0.04)
     assert draws.var() == pytest.approx(rows.var() / 3 + columns.var() / 12, rel=0.05)
 
 
-def test_a_claim_needs_the_corrected_test_and_every_seed(study: tuple) -> None:
-    contrasts = study[0]
+def test_a_claim_needs_the_corrected_test_and_every_seed() -> None:
     tables = {
         "c-student-0": {"lpips-alex": np.linspace(0.1, 0.2, 20), "psnr": np.full(20, 21.0)},
         "c-student-1": {"lpips-alex": np.linspace(0.1, 0.2, 20), "psnr": np.full(20, 21.0)},
@@ -65,8 +53,8 @@ def test_a_claim_needs_the_corrected_test_and_every_seed(study: tuple) -> None:
     ]  # fmt: skip
 
 
-def test_the_split_is_the_plans(study: tuple, tmp_path: Path) -> None:
-    run, photographs = study[1], tmp_path / "photographs"
+def test_the_split_is_the_plans(tmp_path: Path) -> None:
+    photographs = tmp_path / "photographs"
     photographs.mkdir()
     listed = (STUDY / "development.txt").read_text().split()
     plan = (STUDY / "PLAN.md").read_text()
@@ -75,15 +63,15 @@ def test_the_split_is_the_plans(study: tuple, tmp_path: Path) -> None:
     for name in listed[:3]:
         (photographs / f"{name}.jpg").touch()
     with pytest.raises(SystemExit, match=rf"lacks development photographs of PLAN.md: {listed[3]} .*"):
-        run.split(photographs, tmp_path)
+        stages.split(photographs, tmp_path)
     for name in (*listed, "castle"):
         (photographs / f"{name}.jpg").touch()
-    assert run.split(photographs, tmp_path).read_text() == f"{photographs / 'castle.jpg'}\n"
+    assert stages.split(photographs, tmp_path).read_text() == f"{photographs / 'castle.jpg'}\n"
     assert len((tmp_path / "development.txt").read_text().splitlines()) == len(listed)
 
 
-def test_the_tables_of_the_report_are_what_the_records_say(study: tuple, tmp_path: Path) -> None:
-    report, analyse = (STUDY / "REPORT.md").read_text(), study[2]
+def test_the_tables_of_the_report_are_what_the_records_say(tmp_path: Path) -> None:
+    report = (STUDY / "REPORT.md").read_text()
     found = re.search(r"preset `(\w+)`", report)
     assert found is not None
     records = STUDY / found[1]

@@ -1,6 +1,6 @@
 """Tables and figures of the study from the records that run.py kept. REPORT.md, written by hand, holds these tables.
 
-python results/study/analyse.py results/study/cpu [runs/study/cpu]     (the second has the pictures)
+python -m results.study.analyse results/study/cpu [runs/study/cpu]     (the second has the pictures)
 """
 
 import json
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from contrasts import Contrast, Tables, conclusions, contrast, crossed_bootstrap, holm, values, verdict
 from PIL import Image
-from run import ARMS, FRONT, STEPS
 
+from results.study.contrasts import Contrast, Tables, conclusions, contrast, crossed_bootstrap, holm, values, verdict
+from results.study.run import ARMS, FRONT, STEPS
 from tokbench.metrics import METRICS
 from tokbench.records.files import per_image_path, read_per_image
 from tokbench.records.result import EvalResult, SpeedResult, read_result
@@ -30,9 +30,8 @@ SUFFIXES = {steps: f"-steps{steps}" if steps > 1 else "" for steps in STEPS}
 Results = dict[str, EvalResult]
 
 
-def main() -> None:
+def show(folder: Path, pictures: Path) -> None:
     """Print the tables as Markdown and what follows from them; draw the figures beside this file."""
-    folder, pictures = Path(sys.argv[1]), Path(sys.argv[-1])
     for table in tables(folder):
         print(markdown(table))
     for question, answer in answers(folder).items():
@@ -229,4 +228,4 @@ def strips(folder: Path, path: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    show(Path(sys.argv[1]), Path(sys.argv[-1]))
