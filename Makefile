@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-compiled test-weights format lint check bench gpu-check study leaderboard verify
+.PHONY: help demo test test-compiled test-weights format lint check bench gpu-check study sweep leaderboard verify
 
 demo: $(VENV)/.installed  ## measure the two bundled tokenizers on the bundled photographs
 	$(BIN)/tokbench run --models ssdd,klvae --res 256
@@ -60,6 +60,9 @@ gpu-check:  ## tests and speed on a GPU
 PRESET ?= cpu
 study: $(VENV)/.installed  ## the study: PRESET=cpu|gpu TRAIN=FOLDER
 	$(BIN)/python -m results.study.run --preset $(PRESET) --train $(TRAIN)
+
+sweep: $(VENV)/.installed  ## both decoders on four latents: PRESET=cpu|gpu TRAIN=FOLDER
+	$(BIN)/python -m results.sweep.run --preset $(PRESET) --train $(TRAIN)
 
 # After results/ has changed; a test fails where this was forgotten.
 leaderboard: $(VENV)/.installed  ## tables and plots of results/
