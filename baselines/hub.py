@@ -1,9 +1,11 @@
 """Files of published models: from the hub, its cache or a folder, with errors that say what to do."""
 
 import json
+import re
 import socket
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,16 +26,21 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from baselines.published import Published
 from tokbench.checkpoints import load_strictly
-from tokbench.errors import CellError, InputError, first_line
+from tokbench.errors import CellError, InputError, first_line, preview
 from tokbench.records.cache import cache_folder
 from tokbench.weights.files import WeightsError, check_file, offline
 from tokbench.weights.transfer import download
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UnpicklingError)
+# Sets of weights that lie side by side in one file. Averages come first: authors evaluate those where they have them.
+SETS = ("ema", "params_ema", "ema_state_dict", "model_ema_state_dict", "model_ema", "state_dict", "model", "params",
+        "model_state_dict")  # fmt: skip
+# What processes, compilers and latent diffusion put before the names of tensors.
+WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|first_stage_model)\.)+|(?<=\.)_orig_mod\.")
 REFUSED = "holds more than tensors: refused, for reading it would run its code; if you trust it, save it as safetensors"
 
 
@@ -48,6 +55,8 @@ def load_model(source: str, subfolder: str, kind: str | None, name: str) -> Any:
         config_file = Path(source, subfolder, "config.json")
         if not config_file.is_file():
             raise CellError(f"{name}: {Path(source, subfolder)} has no config.json of a diffusers model")
+    elif Path(source).is_file():
+        raise CellError(f"{name}: {source} is a file; give a folder of diffusers, or write NAME:{source}")
     else:
         config_file = fetch(source, f"{subfolder}/config.json" if subfolder else "config.json", name)
     try:
@@ -113,25 +122,73 @@ def fetch(repo: str, file: str, name: str) -> Path:
         raise CellError(f"{name}: {repo} cannot be fetched ({first_line(error)})") from error
 
 
-def read_tensors(path: Path, name: str, sets: Sequence[str] = ("state_dict", "model")) -> dict[str, Any]:
-    """What a .safetensors, .pt or .ckpt file holds, unwrapped from the first of `sets` that it has.
+def load_weights(
+    model: nn.Module,
+    path: Path,
+    row: Published,
+    weights: str | None,
+    own_names: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] = dict,
+) -> Published:
+    """Fill a model from the set `weights` of a file; the row, with a note where the file holds others.
 
-    Raises CellError for a damaged file and for one that torch's weights_only reader refuses.
+    `own_names` gives the tensors under the model's names. Raises CellError as `read_tensors` and `fill`.
     """
+    tensors, note = read_tensors(path, row.name, weights)
+    fill(model, own_names(tensors), path, row.name)
+    return replace(row, note="; ".join(dict.fromkeys(filter(None, (*row.note.split("; "), note)))))
+
+
+def read_tensors(path: Path, name: str, weights: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """One set of weights of a .safetensors, .pt or .ckpt file, and a note on the others.
+
+    `weights` is one of SETS; None is the first of them that the file holds. Raises CellError for a damaged file, for
+    one that torch's weights_only reader refuses, and for one without such weights.
+    """
+    held = _read(path, name)
+    found = {key: tensors for key, tensors in _sets(held).items() if tensors}
+    if not found:
+        raise CellError(f"{name}: {path} holds {preview([str(key) for key in held]) or 'nothing'}: no named tensors")
+    chosen = weights or min(found, key=SETS.index)
+    if chosen not in found:
+        raise CellError(f"{name}: {path} holds the weights {', '.join(found)}; not {chosen}")
+    others = [other for other in found if other != chosen]
+    note = f"weights {chosen} of a file that also holds {' and '.join(others)} (@weights={others[0]})" if others else ""
+    return found[chosen], note
+
+
+def _sets(held: Mapping[Any, Any], called: str = "model") -> dict[str, dict[str, Tensor]]:
+    """Every set of weights below a mapping, by its name there."""
+    inner = {key: held[key] for key in SETS if isinstance(held.get(key), Mapping)}
+    if inner:
+        return {name: tensors for key, value in inner.items() for name, tensors in _sets(value, key).items()}
+    tensors = _unwrapped(held)
+    plain = {key: value for key, value in tensors.items() if not key.startswith("model_ema.")}
+    # Latent diffusion keeps averages under the names of what they are averages of, without dots.
+    average = {key: tensors.get(f"model_ema.{key.replace('.', '')}", value) for key, value in plain.items()}
+    averaged = any(average[key] is not value for key, value in plain.items())
+    return {"model_ema": average, called: plain} if averaged else {called: tensors}
+
+
+def _unwrapped(held: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Tensors under the names that their model gives them; of a whole diffusion model its first stage alone."""
+    names = {str(key): key for key, value in held.items() if isinstance(value, Tensor)}
+    names = {name: key for name, key in names.items() if "first_stage_model." in name} or names
+    tensors = {WRAPPERS.sub("", name): held[key] for name, key in names.items()}
+    return tensors if len(tensors) == len(names) else {name: held[key] for name, key in names.items()}
+
+
+def _read(path: Path, name: str) -> Mapping[Any, Any]:
     try:
         if path.suffix == ".safetensors":
-            return dict(load_file(path))
+            return load_file(path)
         held = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise CellError(f"{name}: {path} {REFUSED}") from error
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
         raise CellError(f"{name}: {path} is damaged or half downloaded ({first_line(error)})") from error
-    for key in sets:
-        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
-            held = held[key]
     if not isinstance(held, Mapping):
         raise CellError(f"{name}: {path} holds a {type(held).__name__}, not named tensors")
-    return dict(held)
+    return held
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Any], path: Path, name: str) -> None:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.families.quantisers import code_bits, nearest_codes
-from baselines.hub import load_model, model_class
+from baselines.hub import load_model, load_weights, model_class
 from baselines.published import PUBLISHED, VERIFIED, Published
 from tokbench.data.pixels import to_float
 from tokbench.errors import CellError, InputError
@@ -207,14 +208,19 @@ ADAPTERS: dict[str, type[Continuous]] = {
 }
 
 
-def published(name: str, file: Path | None = None, random_weights: bool = False) -> Any:
-    """A row of the table, from the hub, from the diffusers folder `file`, or with random weights.
+def published(name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None) -> Any:
+    """A row of the table, from the hub, from a diffusers folder or one file of weights, or with random weights.
 
     Raises CellError if it cannot be fetched or does not fit the row.
     """
     row = PUBLISHED[name]
-    if random_weights:
-        model = model_class(name, row.kind)(**(row.config or {})).eval()
+    if random_weights or (file is not None and file.is_file()):
+        config: dict[str, Any] = dict(row.config or {})
+        if row.scale is not None and not random_weights:  # a file of weights states neither
+            config |= {"scaling_factor": row.scale, "shift_factor": row.shift}
+        model = model_class(name, row.kind)(**config).eval()
+        if file is not None and not random_weights:
+            row = load_weights(model, file, row, weights, partial(diffusers_names, config=model.config))
     else:
         model = load_model(str(file) if file else row.repo, "" if file else row.subfolder, row.kind, name)
         downsample, channels = latent_shape(row.kind, model.config, name)
@@ -224,6 +230,16 @@ def published(name: str, file: Path | None = None, random_weights: bool = False)
                 f"{row.channels}; load it as hf:{file or row.repo}"
             )
     return wrap(model, row, random_weights)
+
+
+def diffusers_names(held: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """An AutoencoderKL's tensors from the names of latent diffusion; others as they are."""
+    if "encoder.down.0.block.0.conv1.weight" not in held:
+        return held
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    converted: dict[str, Tensor] = convert_ldm_vae_checkpoint(dict(held), config)
+    return converted
 
 
 def any_autoencoder(source: str, latent_space: str = "") -> Any:

@@ -110,13 +110,20 @@ def _codec(file_format: str) -> Callable[..., Any]:
 def _published(name: str) -> Callable[..., Any]:
     kind = PUBLISHED[name].kind  # a class of diffusers, or the module of a family
 
-    def factory(file: Path | None = None, random_weights: bool = False) -> Any:
-        module = import_module(f"baselines.{f'families.{kind}' if kind.islower() else 'pretrained'}")
-        return module.published(name, file, random_weights)
+    def scripted(file: Path | None = None, random_weights: bool = False) -> Any:
+        from baselines.families.cosmos import published
 
-    def stepped(file: Path | None = None, random_weights: bool = False, steps: int = 25) -> Any:
+        return published(name, file, random_weights)
+
+    def factory(file: Path | None = None, random_weights: bool = False, weights: str | None = None) -> Any:
+        module = import_module(f"baselines.{f'families.{kind}' if kind.islower() else 'pretrained'}")
+        return module.published(name, file, random_weights, weights)
+
+    def stepped(
+        file: Path | None = None, random_weights: bool = False, weights: str | None = None, steps: int = 25
+    ) -> Any:
         from baselines.families.flowmo import published
 
-        return published(name, file, random_weights, steps)
+        return published(name, file, random_weights, weights, steps)
 
-    return stepped if kind == "flowmo" else factory
+    return {"flowmo": stepped, "cosmos": scripted}.get(kind, factory)

@@ -1,10 +1,11 @@
 """The one interface a tokenizer has to offer."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from tokbench.errors import InputError
@@ -37,6 +38,25 @@ class Tokenizer(Protocol):
         ...
 
     # optional: bits(latents) -> float64 Tensor [B], the measured size of the code, for codecs and discrete tokenizers
+
+
+class NotFiniteError(ValueError):
+    """NaN or infinity where a model may have none; `rows` are the images of the batch that are concerned."""
+
+    def __init__(self, where: str, rows: Sequence[int]) -> None:
+        super().__init__(f"NaN or infinity in {where}")
+        self.rows = rows
+
+
+def finite(x: Tensor, where: str) -> Tensor:
+    """`x` [B, ...] itself. NotFiniteError, in which the harness names the images, if it holds NaN or infinity.
+
+    To be called before a quantiser, which makes some code of whatever it is given.
+    """
+    good = torch.isfinite(x).reshape(len(x), -1).all(1)
+    if not good.all():
+        raise NotFiniteError(where, (~good).nonzero().flatten().tolist())
+    return x
 
 
 def _latents(info: TokenizerInfo) -> str:

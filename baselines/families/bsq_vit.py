@@ -5,7 +5,6 @@ length one. A file holds the trained weights and their moving average, which is 
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from baselines.families.quantisers import codes_to_signs, signs_to_codes
 from baselines.families.transformers import Block
-from baselines.hub import checkpoint, fill, read_tensors
+from baselines.hub import checkpoint, load_weights
 from baselines.pretrained import Codes, Continuous, wrap
 from baselines.published import PUBLISHED
 
@@ -80,19 +79,19 @@ class BSQViT(nn.Module):
         return (self.decoder(self.post_quant_embed(units)),)
 
 
-def own_names(held: dict[str, Any]) -> dict[str, Tensor]:
-    """Without what processes and averaging put before the names, and without the quantiser's tables."""
-    names = {key: key.removeprefix("module.").removeprefix("module.") for key in held}
-    return {name: held[key] for key, name in names.items() if not name.startswith(("quantize.", "n_averaged"))}
+def own_names(held: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the averaging's counter and the quantiser's tables."""
+    return {name: value for name, value in held.items() if not name.startswith(("quantize.", "n_averaged"))}
 
 
-def published(name: str, file: Path | None = None, random_weights: bool = False) -> Continuous:
+def published(
+    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None
+) -> Continuous:
     """A row of CONFIGS from `file`, or with random weights.
 
     Raises CellError if the file is missing, damaged, pickled or does not fit.
     """
     row, model = PUBLISHED[name], BSQViT(CONFIGS[name])
     if not random_weights:
-        path = checkpoint(row, file)
-        fill(model, own_names(read_tensors(path, name, ("ema_state_dict", "state_dict"))), path, name)
+        row = load_weights(model, checkpoint(row, file), row, weights, own_names)
     return wrap(model.eval(), row, random_weights, Codes)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from baselines.families.quantisers import before_codes
 from baselines.hub import fetch
 from baselines.pretrained import Codes, Continuous, wrap
 from baselines.published import PUBLISHED
@@ -27,7 +28,10 @@ class Scripted(nn.Module):
     def encode(self, x: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """[B, 3, H, W] in [-1, 1] -> ([B, 16, h, w],) or (codes int64 [B, h, w],)"""
         out = self.encoder(x)
-        z = out if isinstance(out, Tensor) else out[0]
+        z, *beside = (out,) if isinstance(out, Tensor) else out
+        if not z.is_floating_point():
+            for values in beside[:1]:  # what the codes stand for
+                before_codes(values)
         return (z if z.is_floating_point() else z.long(),)
 
     def decode(self, z: Tensor, return_dict: bool = False) -> tuple[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from baselines.families.quantisers import codes_to_signs, signs_to_codes
 from baselines.families.transformers import rotary, rotate, to_patches, to_pixels
-from baselines.hub import checkpoint, fill, read_tensors
+from baselines.hub import checkpoint, load_weights
 from baselines.pretrained import Codes, Continuous, wrap
 from baselines.published import PUBLISHED
 from ssdd_models.layers import timestep_embedding
@@ -239,7 +239,7 @@ def own_names(held: Mapping[str, Any]) -> dict[str, Tensor]:
     return {re.sub(r"\.(img|txt)_(mod|attn|mlp)\.", r".\1.\2.", key): value for key, value in held.items()}
 
 
-def published(name: str, file: Path | None, random_weights: bool, steps: int) -> Continuous:
+def published(name: str, file: Path | None, random_weights: bool, weights: str | None, steps: int) -> Continuous:
     """A row of CONFIGS from `file`, or from the hub, or with random weights.
 
     Raises InputError for less than one step, CellError if the file is missing, damaged, pickled or does not fit.
@@ -249,8 +249,7 @@ def published(name: str, file: Path | None, random_weights: bool, steps: int) ->
     model = FlowMo(CONFIGS[name])
     row = replace(PUBLISHED[name], decode_steps=steps + sum(map(guided, schedule(steps))))
     if not random_weights:
-        path = checkpoint(row, file)
-        fill(model, own_names(read_tensors(path, name, ("model_ema_state_dict",))), path, name)
+        row = load_weights(model, checkpoint(row, file), row, weights, own_names)
     tokenizer = wrap(model.eval(), row, random_weights, Stochastic)
     assert isinstance(tokenizer, Stochastic)
     tokenizer.model, tokenizer.steps = model, steps

@@ -6,13 +6,14 @@ names are translated. Everything is checked strictly against these names and sha
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.families.quantisers import Codebook
-from baselines.hub import checkpoint, fetch, fill, read_tensors
+from baselines.hub import checkpoint, fetch, load_weights, read_tensors
 from baselines.kl_vae import ConvDecoder, ConvDecoderConfig
 from baselines.pretrained import Continuous, wrap
 from baselines.published import PUBLISHED
@@ -93,21 +94,15 @@ def ldm_name(key: str, levels: int) -> str:
     return key
 
 
-def load(path: Path, config: LDMConfig, name: str) -> LDMAutoencoder:
-    """The autoencoder in a file; discriminators, loss networks and counters beside it are ignored.
-
-    Raises CellError if a parameter is missing, left over or of another shape.
-    """
-    model = LDMAutoencoder(config)
+def own_names(held: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
+    """The networks' tensors; discriminators, loss networks and counters beside them are ignored."""
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.embedding.")
-    held = {ldm_name(key, len(config.channel_mult)): value for key, value in read_tensors(path, name).items()}
-    fill(model, {key: value for key, value in held.items() if key.startswith(parts)}, path, name)
-    return model.eval()
+    return {ldm_name(key, levels): value for key, value in held.items() if key.startswith(parts)} or held
 
 
 def statistics(path: Path, channels: int, name: str) -> tuple[Tensor, Tensor]:
     """Shift and scale of each latent channel, [c, 1, 1] each, from a file of statistics."""
-    held = read_tensors(path, name)
+    held, _ = read_tensors(path, name)
     mean, deviation = held.get("mean"), held.get("std")
     shift, scale = held.get("latents_bias", mean), held.get("latents_scale")
     if scale is None and isinstance(deviation, Tensor):
@@ -117,20 +112,21 @@ def statistics(path: Path, channels: int, name: str) -> tuple[Tensor, Tensor]:
     return shift.float().reshape(-1, 1, 1), scale.float().reshape(-1, 1, 1)
 
 
-def published(name: str, file: Path | None = None, random_weights: bool = False) -> Continuous:
+def published(
+    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None
+) -> Continuous:
     """A row of CONFIGS from `file`, or from the hub where its authors keep it there, or with random weights.
 
     Raises CellError if the file is missing, damaged, pickled or does not fit.
     """
     row, config = PUBLISHED[name], CONFIGS[name]
-    if random_weights:
-        model = LDMAutoencoder(config).eval()
-    else:
+    model = LDMAutoencoder(config)
+    if not random_weights:
         file = checkpoint(row, file)
-        model = load(file, config, name)
+        row = load_weights(model, file, row, weights, partial(own_names, levels=len(config.channel_mult)))
     if config.unit_codes:  # only directions count: distances to unit codes order as products with them
         model.quantize.embedding.weight.data = F.normalize(model.quantize.embedding.weight.data, dim=-1)
-    tokenizer = wrap(model, row, random_weights)
+    tokenizer = wrap(model.eval(), row, random_weights)
     if name in STATISTICS and file is not None:
         beside = file.with_name(STATISTICS[name])
         path = beside if beside.is_file() else fetch(row.repo, STATISTICS[name], name)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from tokbench.tokenizer import finite
+
 
 class Codebook(nn.Module):
     """[K, d] under the name that published files give it."""
@@ -12,11 +14,9 @@ class Codebook(nn.Module):
         self.embedding = nn.Embedding(size, dimensions)
 
 
-def finite(z: Tensor) -> Tensor:
-    """`z` as it is. Raises ValueError for NaN or infinity, which would become some code."""
-    if not torch.isfinite(z).all():
-        raise ValueError("NaN or infinity in the encoder's output, before the codebook")
-    return z
+def before_codes(z: Tensor) -> Tensor:
+    """What is about to be quantised, [B, ...]. NotFiniteError for NaN or infinity, which would become some code."""
+    return finite(z, "the encoder's output, before its quantiser")
 
 
 def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
@@ -25,12 +25,12 @@ def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
     One image at a time: the distances of a 256 px image at f4 to 16,384 codes are 268 MB already.
     """
     halved = codebook.square().sum(1) / 2
-    return torch.stack([(halved - image.permute(1, 2, 0) @ codebook.T).argmin(-1) for image in finite(z)])
+    return torch.stack([(halved - image.permute(1, 2, 0) @ codebook.T).argmin(-1) for image in before_codes(z)])
 
 
 def signs_to_codes(z: Tensor, dim: int) -> Tensor:
     """float [..., bits, ...] -> int64 without dimension `dim`; bit i of a code is one where entry i is positive."""
-    signs = (finite(z) > 0).long().movedim(dim, -1)
+    signs = (before_codes(z) > 0).long().movedim(dim, -1)
     return (signs << torch.arange(signs.shape[-1], device=z.device)).sum(-1)
 
 

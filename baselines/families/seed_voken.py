@@ -4,8 +4,8 @@ Facts from github.com/TencentARC/SEED-Voken and github.com/zhuangshaobin/WeTok. 
 trained weights and their moving average, which is what its authors evaluate.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.families.ldm import LDMAutoencoder, LDMConfig
-from baselines.families.quantisers import codes_to_signs, finite, signs_to_codes
-from baselines.hub import checkpoint, fill, read_tensors
+from baselines.families.ldm import LDMAutoencoder, LDMConfig, own_names
+from baselines.families.quantisers import before_codes, codes_to_signs, signs_to_codes
+from baselines.hub import checkpoint, load_weights
 from baselines.pretrained import Codes, Continuous, wrap
 from baselines.published import PUBLISHED
 from ssdd_models.layers import ResBlock
@@ -186,7 +186,7 @@ class IndexBackpropagation(LDMAutoencoder):
 
     def encode(self, x: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """[B, 3, H, W] in [-1, 1] -> (codes int64 [B, h, w],)"""
-        h = finite(self.quant_conv(self.encoder(x)))
+        h = before_codes(self.quant_conv(self.encoder(x)))
         codebook = self.quantize.embedding.weight
         return (torch.stack([(image.permute(1, 2, 0) @ codebook.T).argmax(-1) for image in h]),)
 
@@ -195,14 +195,9 @@ class IndexBackpropagation(LDMAutoencoder):
         return super().decode(self.quantize.embedding(z).permute(0, 3, 1, 2))
 
 
-def averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The networks' weights, each in its moving average, which is stored under its name without dots."""
-    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.embedding.")
-    own = {key: value for key, value in tensors.items() if key.startswith(parts)}
-    return {key: tensors.get(f"model_ema.{key.replace('.', '')}", value) for key, value in own.items()}
-
-
-def published(name: str, file: Path | None = None, random_weights: bool = False) -> Continuous:
+def published(
+    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None
+) -> Continuous:
     """A row of CONFIGS from `file`, or from the hub, or with random weights.
 
     Raises CellError if the file is missing, damaged, pickled or does not fit.
@@ -210,6 +205,5 @@ def published(name: str, file: Path | None = None, random_weights: bool = False)
     row, config = PUBLISHED[name], CONFIGS[name]
     model = LookupFree(config) if isinstance(config, LookupConfig) else IndexBackpropagation(config)
     if not random_weights:
-        path = checkpoint(row, file)
-        fill(model, averaged(read_tensors(path, name)), path, name)
+        row = load_weights(model, checkpoint(row, file), row, weights, partial(own_names, levels=0))
     return wrap(model.eval(), row, random_weights, Codes)

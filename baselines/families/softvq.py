@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.families.transformers import to_pixels
-from baselines.hub import checkpoint, fill, read_tensors
+from baselines.hub import checkpoint, load_weights
 from baselines.pretrained import Continuous, Sequence, wrap
 from baselines.published import PUBLISHED
 
@@ -119,15 +119,20 @@ class SoftVQ(nn.Module):
         return (self.decoder(self.post_quant_conv(z.mT)),)
 
 
-def published(name: str, file: Path | None = None, random_weights: bool = False) -> Continuous:
+def without_training(held: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that decode and encode."""
+    unused = ("repa_model.", "projection.", "quantize.codebook_used")
+    return {key: value for key, value in held.items() if not key.startswith(unused)}
+
+
+def published(
+    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None
+) -> Continuous:
     """A row of CONFIGS from `file`, or from the hub, or with random weights; what only training needs is ignored.
 
     Raises CellError if the file is missing, damaged, pickled or does not fit.
     """
     row, model = PUBLISHED[name], SoftVQ(CONFIGS[name])
     if not random_weights:
-        path = checkpoint(row, file)
-        unused = ("repa_model.", "projection.", "quantize.codebook_used")
-        held = {key: value for key, value in read_tensors(path, name).items() if not key.startswith(unused)}
-        fill(model, held, path, name)
+        row = load_weights(model, checkpoint(row, file), row, weights, without_training)
     return wrap(model.eval(), row, random_weights, Sequence)

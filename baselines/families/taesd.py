@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.hub import checkpoint, fetch_url, fill, read_tensors
+from baselines.hub import checkpoint, fetch_url, load_weights
 from baselines.pretrained import Continuous, wrap
 from baselines.published import PUBLISHED
 
@@ -105,7 +105,9 @@ class TAESD(nn.Module):
         return (self.decoder(F.pixel_shuffle(z, self.config.patch)) * 2 - 1,)
 
 
-def published(name: str, file: Path | None = None, random_weights: bool = False) -> Continuous:
+def published(
+    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None
+) -> Continuous:
     """A row of CONFIGS from the folder `file` with NAME_encoder.pth and NAME_decoder.pth, else from upstream or random.
 
     Raises CellError if a file cannot be had, is damaged, pickled or does not fit.
@@ -117,5 +119,5 @@ def published(name: str, file: Path | None = None, random_weights: bool = False)
             path = fetch_url(f"{UPSTREAM}/{part}", FILES[part], name)
         else:
             path = checkpoint(row, file) / part
-        fill(getattr(model, side), read_tensors(path, name), path, name)
+        row = load_weights(getattr(model, side), path, row, weights)
     return wrap(model.eval(), row, random_weights)

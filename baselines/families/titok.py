@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from baselines.families.quantisers import Codebook, nearest_codes
 from baselines.families.transformers import Block, to_pixels
-from baselines.hub import checkpoint, fill, read_tensors
+from baselines.hub import checkpoint, load_weights
 from baselines.pretrained import Codes, Continuous, Sequence, wrap
 from baselines.published import PUBLISHED
 from ssdd_models.encoder import Posterior
@@ -203,15 +203,19 @@ class TiTok(nn.Module):
         return F.normalize(weight, dim=1) if self.config.first_version else weight
 
 
-def published(name: str, file: Path | None = None, random_weights: bool = False) -> Continuous:
+def own_names(held: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's tokens lie beside it."""
+    return {"encoder.latent_tokens" if key == "latent_tokens" else key: value for key, value in held.items()}
+
+
+def published(
+    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None
+) -> Continuous:
     """A row of CONFIGS from `file`, or from the hub, or with random weights.
 
     Raises CellError if the file is missing, damaged, pickled or does not fit.
     """
     row, model = PUBLISHED[name], TiTok(CONFIGS[name])
     if not random_weights:
-        path = checkpoint(row, file)
-        held = read_tensors(path, name)
-        held["encoder.latent_tokens"] = held.pop("latent_tokens", None)
-        fill(model, held, path, name)
+        row = load_weights(model, checkpoint(row, file), row, weights, own_names)
     return wrap(model.eval(), row, random_weights, Codes if row.codebook_size else Sequence)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from baselines.families.ldm import LDMAutoencoder, LDMConfig
 from baselines.families.quantisers import nearest_codes
-from baselines.hub import checkpoint, fill, read_tensors
+from baselines.hub import checkpoint, load_weights
 from baselines.pretrained import Codes, Continuous, wrap
 from baselines.published import PUBLISHED
 
@@ -70,13 +70,14 @@ def own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def published(name: str, file: Path | None = None, random_weights: bool = False) -> Continuous:
+def published(
+    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None
+) -> Continuous:
     """A row of CONFIGS from `file`, or from the hub, or with random weights.
 
     Raises CellError if the file is missing, damaged, pickled or does not fit.
     """
     row, model = PUBLISHED[name], MultiScale(CONFIGS[name])
     if not random_weights:
-        path = checkpoint(row, file)
-        fill(model, own_names(read_tensors(path, name)), path, name)
+        row = load_weights(model, checkpoint(row, file), row, weights, own_names)
     return wrap(model.eval(), row, random_weights, Codes)

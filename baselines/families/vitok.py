@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.families.transformers import rotary, rotate
-from baselines.hub import fetch, fill, read_tensors
+from baselines.hub import fetch, load_weights
 from baselines.pretrained import Continuous, wrap
 from baselines.published import PUBLISHED
 
@@ -138,7 +138,9 @@ class ViTok(nn.Module):
         return (self.decoder(z),)
 
 
-def published(name: str, file: Path | None = None, random_weights: bool = False) -> Continuous:
+def published(
+    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None
+) -> Continuous:
     """A row of CONFIGS from the folder `file` with encoder.safetensors and decoder.safetensors, or from the hub, or
     with random weights.
 
@@ -148,5 +150,5 @@ def published(name: str, file: Path | None = None, random_weights: bool = False)
     for side in () if random_weights else ("encoder", "decoder"):
         part = f"{side}.safetensors"
         path = file / part if file else fetch(row.repo, part, name)
-        fill(getattr(model, side), read_tensors(path, name), path, name)
+        row = load_weights(getattr(model, side), path, row, weights)
     return wrap(model.eval(), row, random_weights)

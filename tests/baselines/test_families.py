@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from baselines.families import bsq_vit, flowmo, seed_voken, softvq, titok, var, vitok
+from baselines import pretrained
+from baselines.families import bsq_vit, flowmo, ldm, seed_voken, softvq, titok, var, vitok
 from baselines.families.bsq_vit import BSQViT
 from baselines.families.flowmo import FlowMo
 from baselines.families.ldm import LDMConfig
@@ -23,10 +24,15 @@ from baselines.families.softvq import SoftVQ
 from baselines.families.titok import TiTok
 from baselines.families.var import MultiScale
 from baselines.families.vitok import ViTok
+from baselines.hub import read_tensors
 from baselines.published import PUBLISHED
-from tests.baselines.test_pretrained import both_ways
+from tests.baselines.test_pretrained import CLASSES, both_ways, save
+from tokbench.data.pixels import to_float
 from tokbench.errors import CellError, InputError
+from tokbench.evaluation.reconstruct import Timer, reconstruct
+from tokbench.records.measurement import Measurement
 from tokbench.registry import create
+from tokbench.runtime.device import hash_state
 from tokbench.runtime.seeding import normal
 
 FAMILIES = ("seed_voken", "var", "titok", "cosmos", "flowmo", "softvq", "vitok", "bsq_vit")
@@ -223,6 +229,50 @@ def test_a_row_loads_from_its_published_layout_and_keeps_the_contract(name: str,
         torch.testing.assert_close(alone[1], decoded[1:], rtol=0, atol=near)
     assert torch.equal(both_ways(tokenizer, pixels, SEEDS)[1], decoded)
     assert torch.equal(both_ways(tokenizer, pixels, SEEDS + 1)[1], decoded) == tokenizer.info.deterministic
+
+
+ONE_EACH = {row.kind: row.name for row in PUBLISHED.values() if row.kind in FAMILIES}
+
+
+@pytest.mark.parametrize("kind", sorted(ONE_EACH.keys() - {"cosmos", "vitok"}))  # whose files can hold one set alone
+def test_every_reader_takes_the_average_of_a_file_with_two_sets_and_says_so(kind: str, tmp_path: Path) -> None:
+    name = ONE_EACH[kind]
+    spec = SAVED[kind](name, tmp_path)[1].partition("@")[0]
+    (file,) = tmp_path.iterdir()
+    tensors, _ = read_tensors(file, name)
+    torch.save({"model": {key: one * 0 for key, one in tensors.items()}, "ema": tensors}, tmp_path / "two.pt")
+    several = create(f"{name}:{tmp_path / 'two.pt'}")
+    assert "weights ema of a file that also holds model (@weights=model)" in several.info.note
+    alone, trained = create(spec), create(f"{name}:{tmp_path / 'two.pt'}@weights=model")
+    assert hash_state(several) == hash_state(alone) != hash_state(trained)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize(
+    "name", ["open-magvit2-f16", "ibq-f16-1024", "wetok-f8", "var-f16", "titok-l32", "titok-bl64-vq", "cosmos-di8x8",
+             "flowmo-lo", "bsq-vit-18bit", "vq-f8", "llamagen-vq16", "vq-f4"]
+)  # fmt: skip
+def test_nan_before_the_codes_of_any_family_fails_and_names_the_images(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, pixels = PUBLISHED[name], images(name)
+    if row.kind in SAVED:
+        tokenizer = create(SAVED[row.kind](name, tmp_path)[1])
+    elif row.kind == "ldm":
+        monkeypatch.setattr(ldm, "CONFIGS", {name: small(ldm.CONFIGS[name])})
+        tokenizer = create(name, random_weights=True)
+    else:
+        tokenizer = create(str(save("VQModel", CLASSES["VQModel"][0], tmp_path)))
+
+    def spoilt(images: Tensor) -> Tensor:
+        return to_float(images).index_fill(0, torch.tensor([1]), float("nan"))
+
+    batch = ["good", "bad"], pixels, SEEDS[:, None]
+    measured = Measurement(resolution=64)
+    reconstruct(tokenizer, batch, measured.rules, torch.float32, Timer(torch.device("cpu")))
+    monkeypatch.setattr(pretrained, "to_float", spoilt)
+    with pytest.raises(CellError, match=r"NaN or infinity in the encoder's output, before its quantiser of bad$"):
+        reconstruct(tokenizer, batch, measured.rules, torch.float32, Timer(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("name", ["titok-l32", "var-f16"])

@@ -2,7 +2,9 @@
 
 import pickle
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from baselines import pretrained
 from baselines.families import ldm
-from baselines.families.ldm import CONFIGS, LDMAutoencoder, LDMConfig, ldm_name, load
+from baselines.families.ldm import CONFIGS, LDMAutoencoder, LDMConfig, ldm_name, own_names
+from baselines.hub import SETS, read_tensors
 from baselines.kl_vae import KLVAE, ConvDecoderConfig, KLVAEConfig, PatchGAN
 from baselines.published import PUBLISHED
 from ssdd_models.encoder import EncoderConfig
+from tests.baselines.test_pretrained import SD, save
 from tokbench.errors import CellError
 from tokbench.registry import create
+from tokbench.runtime.device import hash_state
 
 diffusers = pytest.importorskip("diffusers", reason="a machine may have torch and no diffusers")
 
@@ -133,9 +139,85 @@ def test_llamagens_names_are_read_as_the_same_network(tmp_path: Path) -> None:
     } < set(names)
     assert "decoder.conv_blocks.0.upsample.conv.weight" in names
     torch.save({"model": {key: value.clone() for key, value in names.items()}}, tmp_path / "vq.pt")
-    again = load(tmp_path / "vq.pt", config, "vq").state_dict()
+    again = own_names(read_tensors(tmp_path / "vq.pt", "vq")[0], 4)
     assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
     assert all(ldm_name(key, 4) == key for key in again)
+
+
+def before(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def averaged(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Trained weights, here zeros, and what latent diffusion calls their averages."""
+    average = {f"model_ema.{key.replace('.', '')}": value for key, value in state.items()}
+    return {key: torch.zeros_like(value) for key, value in state.items()} | average
+
+
+WRAPPED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "bare": dict,
+    **{key: lambda state, key=key: {key: state, "epoch": 3, "optimizer": {}} for key in SETS},
+    **{prefix: partial(before, prefix) for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "module.module.")},
+    "compiled part": lambda state: {re.sub("^encoder", "encoder._orig_mod", key): one for key, one in state.items()},
+    "first stage": lambda state: {
+        "state_dict": before("first_stage_model.", state) | before("model.diffusion_model.", state)
+        | {"model_ema.diffusion_modelencoderconv_inweight": torch.zeros(1), "encoder.of_text": torch.zeros(1)}
+    },
+    "averages by name": averaged,
+    "of a module": lambda state: {"model": before("module.", averaged(state))},
+    "empty average": lambda state: {"ema": {}, "model": state},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_whatever_is_around_the_tensors_the_same_weights_load(wrapped: str, shrunk: None, tmp_path: Path) -> None:
+    state = autoencoder(small("mar-kl16")).state_dict()
+    torch.save(WRAPPED[wrapped](state), tmp_path / "kl.ckpt")
+    tensors, note = read_tensors(tmp_path / "kl.ckpt", "kl")
+    found = own_names(tensors, 5)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+    assert bool(note) == ("averages" in wrapped or wrapped == "of a module")
+
+
+def test_a_row_of_diffusers_loads_from_one_file_in_either_spelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(pretrained.PUBLISHED, "sd-vae-ft-mse", replace(PUBLISHED["sd-vae-ft-mse"], config=SD))
+    state = diffusers.AutoencoderKL.from_pretrained(save("AutoencoderKL", SD, tmp_path / "folder")).state_dict()
+    spelling = {
+        diffusers_name(key, 4): key for key in autoencoder(LDMConfig((1, 1, 1, 2), 4, 4, width=32)).state_dict()
+    }
+    ldm_state = {}
+    for key, value in state.items():
+        is_convolution = re.search(r"\.to_(q|k|v|out\.0)\.weight", key)
+        ldm_state[spelling[key]] = value[..., None, None] if is_convolution else value
+    torch.save({"state_dict": before("first_stage_model.", ldm_state)}, tmp_path / "ldm.ckpt")
+    save_file(state, tmp_path / "own.safetensors")
+    folder, *files = (create(f"sd-vae-ft-mse:{tmp_path / one}") for one in ("folder", "ldm.ckpt", "own.safetensors"))
+    for tokenizer in files:
+        assert hash_state(tokenizer) == hash_state(folder)
+        assert (tokenizer.scale, tokenizer.info.note) == (folder.scale, folder.info.note)
+    torch.save({"state_dict": before("vae.", ldm_state)}, tmp_path / "odd.ckpt")
+    with pytest.raises(CellError, match=r"odd.ckpt: .* unexpected: vae.decoder.conv_in.bias"):
+        create(f"sd-vae-ft-mse:{tmp_path / 'odd.ckpt'}")
+    with pytest.raises(CellError, match=r"ldm.ckpt is a file; give a folder of diffusers, or write NAME:"):
+        create(f"hf:{tmp_path / 'ldm.ckpt'}")
+
+
+@torch.no_grad()
+def test_of_several_sets_the_average_is_taken_and_said_and_another_can_be_chosen(shrunk: None, tmp_path: Path) -> None:
+    state = autoencoder(small("llamagen-vq8")).state_dict()
+    trained = {key: torch.zeros_like(value) for key, value in state.items()}
+    file = tmp_path / "vq.pt"
+    torch.save({"model": trained, "ema": state, "optimizer": {}, "steps": 4}, file)
+    average, chosen = create(f"llamagen-vq8:{file}"), create(f"llamagen-vq8:{file}@weights=model")
+    assert average.info.note == "weights ema of a file that also holds model (@weights=model)"
+    assert chosen.info.note == "weights model of a file that also holds ema (@weights=ema)"
+    assert average.networks["decoder"].parts[0].conv_in.weight.any()
+    assert not chosen.networks["decoder"].parts[0].conv_in.weight.any()
+    with pytest.raises(CellError, match=r"vq.pt holds the weights ema, model; not params"):
+        create(f"llamagen-vq8:{file}@weights=params")
 
 
 @torch.no_grad()
@@ -165,6 +247,8 @@ def test_the_published_sizes_are_those_of_the_papers() -> None:
         ("keys", "missing: decoder.conv_in.bias"),
         ("shape", "shape: post_quant_conv.weight"),
         ("number", "holds a float, not named tensors"),
+        ("others", "holds epoch, optimizer: no named tensors"),
+        ("names", "unexpected: vae.decoder.conv_in.bias"),
         ("statistics", "does not hold mean and std of 32 channels"),
     ],
 )
@@ -174,7 +258,8 @@ def test_a_bad_file_costs_its_row_with_one_line(fault: str, said: str, shrunk: N
         del state["decoder.conv_in.bias"]
     if fault == "shape":
         state["post_quant_conv.weight"] = torch.zeros(1)
-    torch.save({"number": 1.0, "model": state}["number" if fault == "number" else "model"], file)
+    held = {"number": 1.0, "others": {"epoch": 3, "optimizer": {"lr": 1.0}}, "names": before("vae.", state)}
+    torch.save(held.get(fault, state), file)
     torch.save({"mean": torch.zeros(32)}, tmp_path / ldm.STATISTICS["va-vae-f16d32"])
     if fault == "objects":
         file.write_bytes(pickle.dumps({"state_dict": Path("x")}, protocol=2))

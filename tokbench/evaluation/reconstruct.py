@@ -21,7 +21,7 @@ from tokbench.protocols import Protocol, sides_of
 from tokbench.records.measurement import Measurement
 from tokbench.records.samples import SampleStore
 from tokbench.runtime.device import find_dtype, is_out_of_memory, precision, release
-from tokbench.tokenizer import Tokenizer
+from tokbench.tokenizer import NotFiniteError, Tokenizer, finite
 
 PIXELS_PER_BATCH = {"cpu": 8 * 256 * 256, "cuda": 64 * 256 * 256}
 TYPICAL = (1024, 1024)  # what native images are taken for; a batch that does not fit into memory is halved
@@ -84,10 +84,14 @@ class Timer:
 
 
 @contextmanager
-def model_errors_as_cell_errors(name: str) -> Iterator[None]:
-    """Whatever a model's code raises, except for want of memory, becomes a CellError that names it."""
+def model_errors_as_cell_errors(name: str, ids: Sequence[str] = ()) -> Iterator[None]:
+    """Whatever a model's code raises, except for want of memory, becomes a CellError that names it, and images `ids`
+    that are not finite."""
     try:
         yield
+    except NotFiniteError as error:
+        images = f" of {preview([ids[row] for row in error.rows])}" if ids else ""
+        raise CellError(f"{name}: {error}{images}") from error
     except MODEL_ERRORS as error:
         if is_out_of_memory(error):
             raise
@@ -98,17 +102,13 @@ def model_errors_as_cell_errors(name: str) -> Iterator[None]:
 def decode(
     tokenizer: Tokenizer, latents: Tensor, seeds: Tensor, size: tuple[int, int], ids: Sequence[str], timer: Timer
 ) -> Tensor:
-    """latents -> float [B, 3, H, W]. CellError naming images of NaN or infinity, or for a wrong shape."""
+    """latents -> float [B, 3, H, W]. NotFiniteError for NaN or infinity, CellError for a wrong shape or type."""
     images = timer.time("decode", len(ids), partial(tokenizer.decode, latents, seeds=seeds, size=size))
     if images.shape != (len(ids), 3, *size):
         raise CellError(f"{tokenizer.info.name}: decode gave {tuple(images.shape)}, expected {(len(ids), 3, *size)}")
     if not images.is_floating_point():
         raise CellError(f"{tokenizer.info.name}: decode gave {images.dtype}, expected floats, nominally from -1 to 1")
-    finite = torch.isfinite(images).flatten(1).all(1).tolist()
-    if not all(finite):
-        bad = [sample for sample, good in zip(ids, finite, strict=True) if not good]
-        raise CellError(f"{tokenizer.info.name}: NaN or infinity in the reconstruction of {preview(bad)}")
-    return images
+    return finite(images, "the reconstruction")
 
 
 def reconstruct(
@@ -125,12 +125,14 @@ def reconstruct(
     sample, size = protocol.posterior == "sample", (real.shape[2], real.shape[3])
     decoded: list[Tensor] = []
     latents: list[Tensor] = []
-    with model_errors_as_cell_errors(tokenizer.info.name), precision(real.device, dtype):
+    with model_errors_as_cell_errors(tokenizer.info.name, ids), precision(real.device, dtype):
         for own in seeds.unbind(1):
             if sample or not latents:
                 # A copy: what an encoder writes into its input must not change the image that it is measured against.
                 encode = partial(tokenizer.encode, real.clone(), sample=sample, seeds=own)
                 latents.append(timer.time("encode", len(ids), encode))
+                if latents[-1].is_floating_point():  # a decoder may quantise them
+                    finite(latents[-1], "the latents")
             decoded.append(decode(tokenizer, latents[-1], own, size, ids, timer)[..., :height, :width])
     return decoded, latents[0]
 

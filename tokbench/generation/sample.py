@@ -245,7 +245,7 @@ def decode_latents(
         latents, timer, side = latents.to(device), Timer(device), draw.generator.space.resolution
         if draw.generator.space.dtype == "uint8":
             latents = latents.round().clamp(0, 255).to(torch.uint8)
-        with model_errors_as_cell_errors(name), precision(device, autocast_dtype(measurement)):
+        with model_errors_as_cell_errors(name, ids), precision(device, autocast_dtype(measurement)):
             fake = quantise(decode(tokenizer, latents, seeds, (side, side), ids, timer), "nearest")
         write_images(images, {sample: image for sample, image in zip(ids, fake, strict=True) if sample in saved})
         with torch.inference_mode():
