@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-compiled test-weights format lint check bench gpu-check study sweep leaderboard verify
+.PHONY: help docs demo test test-compiled test-weights format lint check bench gpu-check study sweep leaderboard verify
 
 demo: $(VENV)/.installed  ## measure the two bundled tokenizers on the bundled photographs
 	$(BIN)/tokbench run --models ssdd,klvae --res 256
@@ -56,6 +56,12 @@ bench: $(VENV)/.installed  ## our speed beside other software's
 # Everything that needs CUDA. PYTHON=python3 runs it from the checkout alone, without an environment of its own.
 gpu-check:  ## tests and speed on a GPU
 	if [ -x $(BIN)/python ]; then $(BIN)/python -m tests.gpu_check; else $(PYTHON) -m tests.gpu_check; fi
+
+# Commands of the tutorials run while it is built, in build/docs; their real output is what is shown.
+docs: $(VENV)/.installed  ## the documentation site, into build/site
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	rm -rf build/docs && mkdir -p build/docs
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 PRESET ?= cpu
 study: $(VENV)/.installed  ## the study: PRESET=cpu|gpu TRAIN=FOLDER

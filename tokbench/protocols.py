@@ -100,7 +100,7 @@ PROTOCOLS: dict[str, Protocol] = {
             notes=(
                 "its LPIPS sees the decoder's unclamped output (lpips-vgg-unclamped)",
                 "its latents are a sample of the posterior, so its numbers depend on the seed",
-                "its SSIM is of images in [-1, 1], range 2, and reads higher: ssim-gauss-signed",
+                "its SSIM is of images in [-1, 1], range 2, another number: ssim-gauss-signed",
                 "its SSIM sees the decoder's output before it is rounded to 8 bits, averages batch means and counts a "
                 "padded border; ours is of 8-bit images, their mean, inside the border",
                 "its model sees the resized image before it is rounded to 8 bits",

@@ -254,7 +254,7 @@ METRICS: dict[str, Metric] = {
                **_DREAMSIM | {"networks": ("dino-vitb16", "dreamsim-dino")}),
         # What some papers measured under the names above; a protocol says which are its own.
         Metric("ssim-range2", "higher", "ssim with constants for a range of 2: too high", **_SSIM),
-        Metric("ssim-gauss-signed", "higher", "ssim-gauss of images in [-1, 1]: reads higher", **_SSIM),
+        Metric("ssim-gauss-signed", "higher", "ssim-gauss of images in [-1, 1]: another number", **_SSIM),
         Metric("lpips-vgg-unclamped", "lower", "lpips-vgg of the decoder's own output, unclamped",
                networks=("lpips-vgg",), **_PERCEPTUAL),
         Metric("dreamsim-native", "lower", "DreamSim ensemble at the image's own size", **_DREAMSIM),
