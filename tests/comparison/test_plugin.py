@@ -1,4 +1,4 @@
-"""The README's example of guarding a model's quality, run as a user's repository would."""
+"""The tutorial's example of guarding a model's quality, run as a user's repository would."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 from tests import ROOT, TESTS
 
-README = ROOT / "README.md"
+TUTORIAL = ROOT / "docs" / "tutorials" / "guard.md"
 EXAMPLE = TESTS / "example_tokenizer.py"
 
 
@@ -19,8 +19,8 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """my_model.py and the README's test of it."""
-    block = next(part for part in README.read_text().split("```python\n") if part.startswith("# test_quality.py"))
+    """my_model.py and the tutorial's test of it."""
+    block = next(part for part in TUTORIAL.read_text().split("```python\n") if part.startswith("# test_quality.py"))
     (tmp_path / "test_quality.py").write_text(block.split("```")[0])
     (tmp_path / "my_model.py").write_text(EXAMPLE.read_text() + "\n\ndef load():\n    return Mine()\n")
     return tmp_path
