@@ -59,10 +59,7 @@ def load_model(source: str, subfolder: str, kind: str | None, name: str) -> Any:
         raise CellError(f"{name}: {source} is a file; give a folder of diffusers, or write NAME:{source}")
     else:
         config_file = fetch(source, f"{subfolder}/config.json" if subfolder else "config.json", name)
-    try:
-        found = json.loads(config_file.read_text(encoding="utf-8")).get("_class_name", "a model without _class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CellError(f"{name}: {config_file} is not readable ({error})") from error
+    found = read_config(config_file, name).get("_class_name", "a model without _class_name")
     if kind is not None and found != kind:
         raise CellError(f"{name}: {source} holds {found}, expected {kind}")
     try:
@@ -204,6 +201,22 @@ def checkpoint(row: Published, file: Path | None) -> Path:
     if file is None and not row.repo:
         raise CellError(f"{row.name}: not on the hub; download {row.file} ({row.note}) and write {row.name}:{row.file}")
     return file or fetch(row.repo, row.file, row.name)
+
+
+def part(row: Published, folder: Path | None, file: str) -> Path:
+    """A file of a row that has several: below the folder given, or from the hub."""
+    return folder / file if folder else fetch(row.repo, file, row.name)
+
+
+def read_config(path: Path, name: str) -> dict[str, Any]:
+    """A config.json. Raises CellError if it is none."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CellError(f"{name}: {path} is not readable ({first_line(error)})") from error
+    if not isinstance(held, dict):
+        raise CellError(f"{name}: {path} holds no named values")
+    return held
 
 
 def fetch_url(url: str, sha256: str, name: str) -> Path:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.families.quantisers import code_bits, nearest_codes
-from baselines.hub import load_model, load_weights, model_class
+from baselines.hub import checkpoint, load_model, load_weights, model_class
 from baselines.published import PUBLISHED, VERIFIED, Published
 from tokbench.data.pixels import to_float
 from tokbench.errors import CellError, InputError
@@ -262,6 +262,23 @@ def any_autoencoder(source: str, latent_space: str = "") -> Any:
     if kind == "VQModel":
         row = replace(row, channels=None, codebook_size=model.config.num_vq_embeddings)
     return wrap(model, row, random_weights=False)
+
+
+def from_file(
+    row: Published,
+    file: Path | None,
+    random_weights: bool,
+    weights: str | None,
+    build: Callable[[], nn.Module],
+    own_names: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] = dict,
+    adapter: type[Continuous] | None = None,
+) -> Continuous:
+    """A family's row from its one file, or with random weights: what `build` makes, filled as by `load_weights`."""
+    path = None if random_weights else checkpoint(row, file)  # before a large network is built
+    model = build()
+    if path is not None:
+        row = load_weights(model, path, row, weights, own_names)
+    return wrap(model.eval(), row, random_weights, adapter)
 
 
 def wrap(model: Any, row: Published, random_weights: bool, adapter: type[Continuous] | None = None) -> Continuous:

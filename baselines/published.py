@@ -72,9 +72,22 @@ def _dc(levels: int, channels: int) -> dict[str, Any]:
 
 _CONFIGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ("sd-vae-ft-mse", "sd-vae-ft-ema", "sd15-vae", "sdxl-vae", "sdxl-vae-fp16-fix", "eq-vae", "eq-vae-ema"), _kl(4)
+        (
+            "sd-vae-ft-mse",
+            "sd-vae-ft-ema",
+            "sd15-vae",
+            "sdxl-vae",
+            "sdxl-vae-fp16-fix",
+            "eq-vae",
+            "eq-vae-ema",
+            "e2e-sdvae",
+            "flextok-vae-c4",
+        ),
+        _kl(4),
     ),
-    **dict.fromkeys(("sd3-vae", "flux1-vae"), _kl(16, quant=False)),
+    "flextok-vae-c8": _kl(8),
+    "flextok-vae-c16": _kl(16),
+    **dict.fromkeys(("sd3-vae", "flux1-vae", "e2e-sd3.5-vae", "e2e-flux-vae"), _kl(16, quant=False)),
     **dict.fromkeys(("dc-ae-f32c32-in", "dc-ae-f32c32-mix"), _dc(6, 32)),
     **dict.fromkeys(("dc-ae-f64c128-in", "dc-ae-f64c128-mix"), _dc(7, 128)),
     **dict.fromkeys(("dc-ae-f128c512-in", "dc-ae-f128c512-mix"), _dc(8, 512)),
@@ -84,6 +97,14 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "decoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
         "downsample_block_type": "conv",
         "upsample_block_type": "interpolate",
+    },
+    "dc-ae-lite-f32c32-sana": {
+        "latent_channels": 32,
+        "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        "decoder_block_types": "ResBlock",
+        "decoder_layers_per_block": (0, 3, 5, 4, 4, 4),
+        "downsample_block_type": "conv",
+        "decoder_conv_act_fn": "silu",
     },
     "taesd3": {"latent_channels": 16},
     "taef1": {"latent_channels": 16},

@@ -107,23 +107,25 @@ def _codec(file_format: str) -> Callable[..., Any]:
     return factory
 
 
+STEPS = {"flowmo": 25, "capacitor": 1}  # of families that decode by steps, unless a spec says otherwise
+
+
 def _published(name: str) -> Callable[..., Any]:
     kind = PUBLISHED[name].kind  # a class of diffusers, or the module of a family
+    module = f"baselines.{f'families.{kind}' if kind.islower() else 'pretrained'}"
 
     def scripted(file: Path | None = None, random_weights: bool = False) -> Any:
-        from baselines.families.cosmos import published
-
-        return published(name, file, random_weights)
+        return import_module(module).published(name, file, random_weights)
 
     def factory(file: Path | None = None, random_weights: bool = False, weights: str | None = None) -> Any:
-        module = import_module(f"baselines.{f'families.{kind}' if kind.islower() else 'pretrained'}")
-        return module.published(name, file, random_weights, weights)
+        return import_module(module).published(name, file, random_weights, weights)
 
     def stepped(
-        file: Path | None = None, random_weights: bool = False, weights: str | None = None, steps: int = 25
+        file: Path | None = None,
+        random_weights: bool = False,
+        weights: str | None = None,
+        steps: int = STEPS.get(kind, 1),
     ) -> Any:
-        from baselines.families.flowmo import published
+        return import_module(module).published(name, file, random_weights, weights, steps)
 
-        return published(name, file, random_weights, weights, steps)
-
-    return {"flowmo": stepped, "cosmos": scripted}.get(kind, factory)
+    return stepped if kind in STEPS else {"cosmos": scripted}.get(kind, factory)

@@ -4,6 +4,7 @@ Facts from github.com/zhaoyue-zephyrus/bsq-vit: images in [-1, 1] at 256 px; wha
 length one. A file holds the trained weights and their moving average, which is taken.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,8 +13,7 @@ from torch import Tensor, nn
 
 from baselines.families.quantisers import codes_to_signs, signs_to_codes
 from baselines.families.transformers import Block
-from baselines.hub import checkpoint, load_weights
-from baselines.pretrained import Codes, Continuous, wrap
+from baselines.pretrained import Codes, Continuous, from_file
 from baselines.published import PUBLISHED
 
 PATCH, RESOLUTION, WIDTH, DEPTH, HEADS, HIDDEN = 8, 256, 768, 12, 12, 3072
@@ -91,7 +91,5 @@ def published(
 
     Raises CellError if the file is missing, damaged, pickled or does not fit.
     """
-    row, model = PUBLISHED[name], BSQViT(CONFIGS[name])
-    if not random_weights:
-        row = load_weights(model, checkpoint(row, file), row, weights, own_names)
-    return wrap(model.eval(), row, random_weights, Codes)
+    build = partial(BSQViT, CONFIGS[name])
+    return from_file(PUBLISHED[name], file, random_weights, weights, build, own_names, Codes)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.families.quantisers import before_codes
-from baselines.hub import fetch
+from baselines.hub import part
 from baselines.pretrained import Codes, Continuous, wrap
 from baselines.published import PUBLISHED
 from tokbench.errors import CellError, first_line
@@ -56,6 +56,6 @@ def published(name: str, file: Path | None = None, random_weights: bool = False)
     row = PUBLISHED[name]
     if random_weights:
         raise CellError(f"{name}: its network is in its files only, there is none for random weights")
-    paths = [file / part if file else fetch(row.repo, part, name) for part in ("encoder.jit", "decoder.jit")]
+    paths = [part(row, file, one) for one in ("encoder.jit", "decoder.jit")]
     model = Scripted(*(read_script(path, name) for path in paths))
     return wrap(model, row, random_weights, Codes if row.codebook_size else None)

@@ -9,6 +9,7 @@ muP base is their own width, so that its readouts are plain linear layers.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 
 from baselines.families.quantisers import codes_to_signs, signs_to_codes
 from baselines.families.transformers import rotary, rotate, to_patches, to_pixels
-from baselines.hub import checkpoint, load_weights
-from baselines.pretrained import Codes, Continuous, wrap
+from baselines.pretrained import Codes, Continuous, from_file
 from baselines.published import PUBLISHED
 from ssdd_models.layers import timestep_embedding
 from tokbench.errors import InputError
+from tokbench.records.result import TokenizerInfo
 from tokbench.runtime.seeding import normal
 
 PATCH, TOKENS, HEADS = 4, 256, 12
@@ -225,8 +226,11 @@ def guided(t: float) -> bool:
 class Stochastic(Codes):
     """Decodes from noise that belongs to each image's seed."""
 
-    model: FlowMo
     steps: int
+
+    def __init__(self, model: FlowMo, info: TokenizerInfo, shift: Any = 0.0, scale: Any = 1.0) -> None:
+        super().__init__(model, info)
+        self.model = model
 
     def decode(self, latents: Tensor, *, seeds: Tensor, size: tuple[int, int]) -> Tensor:
         """codes int64 [B, N] -> float32 [B, 3, H, W]; `seeds` give the noise."""
@@ -246,11 +250,8 @@ def published(name: str, file: Path | None, random_weights: bool, weights: str |
     """
     if steps < 1:
         raise InputError(f"{name}: steps must be at least 1, not {steps}")
-    model = FlowMo(CONFIGS[name])
     row = replace(PUBLISHED[name], decode_steps=steps + sum(map(guided, schedule(steps))))
-    if not random_weights:
-        row = load_weights(model, checkpoint(row, file), row, weights, own_names)
-    tokenizer = wrap(model.eval(), row, random_weights, Stochastic)
+    tokenizer = from_file(row, file, random_weights, weights, partial(FlowMo, CONFIGS[name]), own_names, Stochastic)
     assert isinstance(tokenizer, Stochastic)
-    tokenizer.model, tokenizer.steps = model, steps
+    tokenizer.steps = steps
     return tokenizer

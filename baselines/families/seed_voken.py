@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from baselines.families.ldm import LDMAutoencoder, LDMConfig, own_names
 from baselines.families.quantisers import before_codes, codes_to_signs, signs_to_codes
-from baselines.hub import checkpoint, load_weights
-from baselines.pretrained import Codes, Continuous, wrap
+from baselines.pretrained import Codes, Continuous, from_file
 from baselines.published import PUBLISHED
 from ssdd_models.layers import ResBlock
 
@@ -202,8 +201,6 @@ def published(
 
     Raises CellError if the file is missing, damaged, pickled or does not fit.
     """
-    row, config = PUBLISHED[name], CONFIGS[name]
-    model = LookupFree(config) if isinstance(config, LookupConfig) else IndexBackpropagation(config)
-    if not random_weights:
-        row = load_weights(model, checkpoint(row, file), row, weights, partial(own_names, levels=0))
-    return wrap(model.eval(), row, random_weights, Codes)
+    config, names = CONFIGS[name], partial(own_names, levels=0)
+    build = partial(LookupFree, config) if isinstance(config, LookupConfig) else partial(IndexBackpropagation, config)
+    return from_file(PUBLISHED[name], file, random_weights, weights, build, names, Codes)

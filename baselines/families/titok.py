@@ -5,6 +5,7 @@ VQGAN, whose decoder lies in the same file; the later ones predict pixels.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 
 from baselines.families.quantisers import Codebook, nearest_codes
 from baselines.families.transformers import Block, to_pixels
-from baselines.hub import checkpoint, load_weights
-from baselines.pretrained import Codes, Continuous, Sequence, wrap
+from baselines.pretrained import Codes, Continuous, Sequence, from_file
 from baselines.published import PUBLISHED
 from ssdd_models.encoder import Posterior
 from ssdd_models.layers import ResBlock
@@ -215,7 +215,6 @@ def published(
 
     Raises CellError if the file is missing, damaged, pickled or does not fit.
     """
-    row, model = PUBLISHED[name], TiTok(CONFIGS[name])
-    if not random_weights:
-        row = load_weights(model, checkpoint(row, file), row, weights, own_names)
-    return wrap(model.eval(), row, random_weights, Codes if row.codebook_size else Sequence)
+    row, build = PUBLISHED[name], partial(TiTok, CONFIGS[name])
+    adapter = Codes if row.codebook_size else Sequence
+    return from_file(row, file, random_weights, weights, build, own_names, adapter)

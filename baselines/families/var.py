@@ -4,6 +4,7 @@ Facts from github.com/FoundationVision/VAR: VQGAN's network 160 wide; ten maps o
 the maps before it left over, smoothed by one of four convolutions. Images are in [-1, 1].
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,8 +13,7 @@ from torch import Tensor, nn
 
 from baselines.families.ldm import LDMAutoencoder, LDMConfig
 from baselines.families.quantisers import nearest_codes
-from baselines.hub import checkpoint, load_weights
-from baselines.pretrained import Codes, Continuous, wrap
+from baselines.pretrained import Codes, Continuous, from_file
 from baselines.published import PUBLISHED
 
 SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # of the maps, in codes
@@ -77,7 +77,5 @@ def published(
 
     Raises CellError if the file is missing, damaged, pickled or does not fit.
     """
-    row, model = PUBLISHED[name], MultiScale(CONFIGS[name])
-    if not random_weights:
-        row = load_weights(model, checkpoint(row, file), row, weights, own_names)
-    return wrap(model.eval(), row, random_weights, Codes)
+    build = partial(MultiScale, CONFIGS[name])
+    return from_file(PUBLISHED[name], file, random_weights, weights, build, own_names, Codes)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.families.transformers import rotary, rotate
-from baselines.hub import fetch, load_weights
+from baselines.hub import load_weights, part
 from baselines.pretrained import Continuous, wrap
 from baselines.published import PUBLISHED
 
@@ -148,7 +148,6 @@ def published(
     """
     row, model = PUBLISHED[name], ViTok(CONFIGS[name])
     for side in () if random_weights else ("encoder", "decoder"):
-        part = f"{side}.safetensors"
-        path = file / part if file else fetch(row.repo, part, name)
+        path = part(row, file, f"{side}.safetensors")
         row = load_weights(getattr(model, side), path, row, weights)
     return wrap(model.eval(), row, random_weights)

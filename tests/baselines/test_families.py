@@ -3,9 +3,12 @@
 The networks were also run beside their authors' code with equal random weights; that code is not kept here.
 """
 
+import json
 import math
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from baselines import pretrained
-from baselines.families import bsq_vit, flowmo, ldm, seed_voken, softvq, titok, var, vitok
+from baselines.families import bsq_vit, capacitor, flowmo, ldm, raev2, seed_voken, softvq, titok, var, vitok
 from baselines.families.bsq_vit import BSQViT
 from baselines.families.flowmo import FlowMo
 from baselines.families.ldm import LDMConfig
+from baselines.families.raev2 import RAEv2
+from baselines.families.rotary_vit import ViTConfig
 from baselines.families.seed_voken import IndexBackpropagation, LookupConfig, LookupFree
 from baselines.families.softvq import SoftVQ
 from baselines.families.titok import TiTok
 from baselines.families.var import MultiScale
 from baselines.families.vitok import ViTok
+from baselines.families.vtp import DEFAULTS, VTP
 from baselines.hub import read_tensors
 from baselines.published import PUBLISHED
 from tests.baselines.test_pretrained import CLASSES, both_ways, save
@@ -35,8 +41,6 @@ from tokbench.registry import create
 from tokbench.runtime.device import hash_state
 from tokbench.runtime.seeding import normal
 
-FAMILIES = ("seed_voken", "var", "titok", "cosmos", "flowmo", "softvq", "vitok", "bsq_vit")
-NAMES = [row.name for row in PUBLISHED.values() if row.kind in FAMILIES]
 SEEDS = torch.tensor([1, 2])
 
 
@@ -57,8 +61,12 @@ def shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     configs = {name: replace(config, **tiny) for name, config in flowmo.CONFIGS.items()}
     monkeypatch.setattr(flowmo, "CONFIGS", configs)
     monkeypatch.setattr(flowmo, "PATCH", 16)
-    monkeypatch.setattr(softvq, "SIZES", dict.fromkeys("BL", "vit_tiny_patch16_224"))
-    monkeypatch.setattr(softvq, "CODES", 16)
+    tiny = {"encoder_model": "vit_tiny_patch16_224", "decoder_model": "vit_tiny_patch16_224", "codebook_size": 16}
+    soft = {name: replace(config, **tiny) for name, config in softvq.CONFIGS.items()}
+    monkeypatch.setattr(softvq, "CONFIGS", soft)
+    monkeypatch.setattr(raev2, "CONFIGS", dict.fromkeys(raev2.CONFIGS, (0, 1)))
+    monkeypatch.setattr(raev2, "ENCODER", ViTConfig(32, 2, 2, layer_scale=True))
+    monkeypatch.setattr(raev2, "DECODER", {"width": 32, "depth": 1, "heads": 2, "hidden": 32})
     for constant, value in {"PATCH": 16, "WIDTH": 24, "DEPTH": 1, "HEADS": 2, "HIDDEN": 8}.items():
         monkeypatch.setattr(bsq_vit, constant, value)
     shallow = {name: replace(config, depth=2) for name, config in vitok.CONFIGS.items()}
@@ -161,9 +169,13 @@ def from_noise(name: str, folder: Path) -> tuple[Any, str]:
 
 
 def soft(name: str, folder: Path) -> tuple[Any, str]:
-    model = randomise(SoftVQ(softvq.CONFIGS[name]))
-    rest = {"quantize.codebook_used": torch.zeros(4, 16), "projection.0.weight": torch.zeros(1)}
+    config = softvq.CONFIGS[name]
+    model = randomise(SoftVQ(config))
+    rest = {"encoder.mask_token": torch.zeros(1), "quantize.codebook_used": torch.zeros(4, 16)}
+    rest |= {"encoder.freqs_t_x": torch.zeros(1), "projection.0.weight": torch.zeros(1)}
     save_file(dict(model.state_dict()) | rest, folder / "model.safetensors")
+    stated = asdict(config) | {"num_codebooks": config.num_codebooks or 1, "vq_mean": 0.0}
+    (folder / "config.json").write_text(json.dumps(stated))
     return model, f"{name}:{folder / 'model.safetensors'}"
 
 
@@ -183,10 +195,62 @@ def binary(name: str, folder: Path) -> tuple[Any, str]:
     return model, f"{name}:{folder / 'bsq.pt'}"
 
 
+def with_text_side(name: str, folder: Path) -> tuple[Any, str]:
+    sizes = {"vision_embed_dim": 32, "vision_depth": 1, "vision_num_heads": 2, "vision_init_values": 1e-5}
+    sizes |= {"decoder_embed_dim": 48, "decoder_depth": 2, "decoder_num_heads": 2, "decoder_use_qk_norm": True}
+    model = randomise(VTP(DEFAULTS | sizes))
+    held = {f"trunk.{key}": value for key, value in model.encoder.state_dict().items()}
+    held |= {f"pixel_decoder.{key}": value for key, value in model.decoder.state_dict().items()}
+    rest = {"trunk.mask_token": torch.zeros(1, 32), "visual_proj.weight": torch.zeros(1), "logit_scale": torch.ones(1)}
+    save_file(held | rest, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(sizes | {"model_type": "vtp"}))
+    return model, f"{name}:{folder}"
+
+
+def with_frozen_encoder(name: str, folder: Path) -> tuple[Any, str]:
+    model: Any = randomise(RAEv2(raev2.CONFIGS[name]))
+    held = dict(model.encoder.state_dict())
+    for key in [key for key in held if key.endswith("qkv.bias")]:
+        mask = torch.ones(3, 32)
+        mask[1] = 0
+        held[f"{key}_mask"] = mask.flatten()
+        model.encoder.get_parameter(key).data *= mask.flatten()
+    held |= {"mask_token": torch.zeros(1), "norm.weight": torch.zeros(1), "norm.bias": torch.zeros(1)}
+    path, place = folder / raev2.ENCODER_FILE, folder / PUBLISHED[name].subfolder
+    path.parent.mkdir(parents=True)
+    torch.save(held, path)
+    names = {"to_q": "attention.query", "to_k": "attention.key", "to_v": "attention.value", "to_out.0": "output.dense"}
+    place.mkdir(parents=True)
+    held = {re.sub("|".join(names), lambda found: names[found[0]], key): value
+            for key, value in model.decoder.state_dict().items()}  # fmt: skip
+    torch.save(held, place / "decoder.pt")
+    mean, variance = torch.randn(32, 16, 16), torch.rand(32, 16, 16) + 0.5
+    torch.save({"mean": mean, "var": variance}, place / "stats.pt")
+    encode, decode = model.encode, model.decode
+    model.encode = lambda x: ((encode(x)[0] - mean) / (variance + 1e-5).sqrt(),)
+    model.decode = lambda z: decode(z * (variance + 1e-5).sqrt() + mean)
+    return model, f"{name}:{folder}"
+
+
 SAVED: dict[str, Callable[[str, Path], tuple[Any, str]]] = {
     "seed_voken": voken, "var": multi_scale, "titok": one_dimensional, "cosmos": scripted,
     "flowmo": from_noise, "softvq": soft, "vitok": in_two_files, "bsq_vit": binary,
+    "vtp": with_text_side, "raev2": with_frozen_encoder,
 }  # fmt: skip
+# A row for each way that a network is built; the others differ in numbers that the table states.
+NAMES = [
+    *(
+        "open-magvit2-f8",
+        "ibq-f16-1024",
+        "wetok-f32-general",
+        "var-f16",
+        "titok-l32",
+        "titok-bl64-vq",
+        "titok-ll32-vae",
+    ),
+    *("cosmos-ci8x8", "cosmos-di16x16", "flowmo-lo", "softvq-b-32", "maetok-b-128", "vitok-v2-350m-f16c32"),
+    *("vitok-v2-5b-f32c64", "bsq-vit-18bit", "vtp-s", "raev2-k7"),
+]
 
 
 def images(name: str) -> Tensor:
@@ -216,7 +280,7 @@ def test_a_row_loads_from_its_published_layout_and_keeps_the_contract(name: str,
         assert latents[0].numel() == row.tokens_per_image * (row.channels or 1)
         assert tokenizer.info.tokens_per_image == row.tokens_per_image
     elif row.kind != "bsq_vit":  # its patches are larger here
-        assert latents.shape[-2:] == (64 // row.downsample, 64 // row.downsample)
+        assert latents.shape[-2:] == (pixels.shape[2] // row.downsample, pixels.shape[3] // row.downsample)
     if row.codebook_size:
         assert latents.dtype == torch.int64
         assert latents.unique().numel() > 1
@@ -231,14 +295,55 @@ def test_a_row_loads_from_its_published_layout_and_keeps_the_contract(name: str,
     assert torch.equal(both_ways(tokenizer, pixels, SEEDS + 1)[1], decoded) == tokenizer.info.deterministic
 
 
-ONE_EACH = {row.kind: row.name for row in PUBLISHED.values() if row.kind in FAMILIES}
+def test_every_row_has_a_configuration_that_agrees_with_the_table() -> None:
+    kinds = {row.kind for row in PUBLISHED.values() if row.kind.islower()}
+    assert kinds == {*SAVED, "ldm", "taesd", "capacitor"}
+    assert kinds - {"taesd", "ldm", "capacitor"} == {PUBLISHED[name].kind for name in NAMES}
+    for row in PUBLISHED.values():
+        module: Any = import_module(f"baselines.families.{row.kind}") if row.kind in kinds else None
+        if not hasattr(module, "CONFIGS"):  # diffusers' classes, and what states its sizes in its files
+            continue
+        config = module.CONFIGS[row.name]
+        for column, field in (("tokens_per_image", "tokens"), ("tokens_per_image", "num_latent_tokens"),
+                              ("channels", "codebook_embed_dim"), ("resolution", "image_size")):  # fmt: skip
+            if hasattr(config, field):
+                assert getattr(row, column) == getattr(config, field), row.name
+        if hasattr(config, "bits"):
+            assert row.codebook_size == 2**config.bits, row.name
 
 
-@pytest.mark.parametrize("kind", sorted(ONE_EACH.keys() - {"cosmos", "vitok"}))  # whose files can hold one set alone
+def test_a_decoder_alone_takes_flux2s_normalised_latents_and_has_no_encoder(tmp_path: Path) -> None:
+    sizes = {"model_dim": 24, "decoder_depth": 3, "decoder_start_blocks": 1, "decoder_end_blocks": 1}
+    sizes |= {"adaln_low_rank_rank": 4, "mlp_ratio": 2.0}
+    network = randomise(capacitor.Decoder(capacitor.DEFAULTS | sizes))
+    held = {f"decoder.{key}": value for key, value in network.state_dict().items()}
+    save_file(held | {"decoder.path_drop_mask_feature": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    tokenizer: Any = create(f"capacitor-decoder:{tmp_path}@steps=2")
+    latents = torch.randn(2, 128, 4, 4)
+    decoded = tokenizer.decode(latents, seeds=SEEDS, size=(64, 64))
+    with torch.no_grad():  # DDIM by hand: to the middle, where signal and noise are alike, and to the end
+        x = normal(SEEDS, (3, 64, 64), device="cpu") * 0.558 * math.cos(math.atan(math.exp(-5)))
+        for t, angle, following in ((1.0, math.pi / 2 - math.atan(math.exp(-5)), math.pi / 4),
+                                    (0.5, math.pi / 4, math.atan(math.exp(-5)))):  # fmt: skip
+            image = network(x, torch.full((2,), t), latents)
+            x = math.cos(following) * image + math.sin(following) * (x - math.cos(angle) * image) / math.sin(angle)
+    torch.testing.assert_close(decoded, x, rtol=1e-4, atol=1e-4)
+    assert (tokenizer.info.decode_steps, tokenizer.info.deterministic) == (2, False)
+    with pytest.raises(CellError, match=r"a decoder alone; write flux2-vae\+capacitor-decoder"):
+        tokenizer.encode(images("capacitor-decoder"), sample=False, seeds=SEEDS)
+    shared = create(f"taef2+capacitor-decoder:{tmp_path}", random_weights=True)
+    assert both_ways(shared, images("capacitor-decoder"), SEEDS)[1].shape == (2, 3, 64, 64)
+
+
+ONE_EACH = {PUBLISHED[name].kind: name for name in NAMES}
+
+
+@pytest.mark.parametrize("kind", sorted(ONE_EACH.keys() - {"cosmos", "vitok", "vtp", "raev2"}))  # of one file
 def test_every_reader_takes_the_average_of_a_file_with_two_sets_and_says_so(kind: str, tmp_path: Path) -> None:
     name = ONE_EACH[kind]
     spec = SAVED[kind](name, tmp_path)[1].partition("@")[0]
-    (file,) = tmp_path.iterdir()
+    (file,) = (one for one in tmp_path.iterdir() if one.suffix != ".json")
     tensors, _ = read_tensors(file, name)
     torch.save({"model": {key: one * 0 for key, one in tensors.items()}, "ema": tensors}, tmp_path / "two.pt")
     several = create(f"{name}:{tmp_path / 'two.pt'}")
