@@ -111,7 +111,7 @@ def train(config: KLVAETraining, options: TrainOptions) -> Path:
         model, origin = build(config, options)
         source, trained, held_out = open_images(options.data, run)
         crops = PhotoCrops(source, trained, config.crops, run.seed)
-        place([model.encoder, model.decoder], run, session.device, (ResBlock, AttentionBlock))
+        place([model.encoder, model.decoder], session.run, session.device, (ResBlock, AttentionBlock))
         losses = Losses(config, model, session.device)
         critic = make_critic(gan, session.device)
         critic_optim = replace(config.optim, name="adamw", learning_rate=gan.learning_rate)

@@ -32,7 +32,6 @@ class Budget:
     seeds: tuple[int, ...]
     encoder_steps: int
     device: str
-    workers: int  # processes that cut crops
 
     @property
     def settings(self) -> list[str]:
@@ -40,9 +39,8 @@ class Budget:
         return [
             "--preset", "small", f"run.batch_size={self.batch_size}", f"run.device={self.device}",
             f"crops.size={self.crop}", f"crops.late_size={self.late_crop}", "crops.late_share=0.15",
-            *([f"run.workers={self.workers}"] if self.workers else []), "run.held_out=0",
-            "run.eval_every=1000000", "run.sample_every=1000000", "run.save_every=50", "optim.name=adamw",
-            "optim.learning_rate=1e-3", "optim.warmup_steps=20", "ema.decay=0.99",
+            "run.held_out=0", "run.eval_every=1000000", "run.sample_every=1000000", "run.save_every=50",
+            "optim.name=adamw", "optim.learning_rate=1e-3", "optim.warmup_steps=20", "ema.decay=0.99",
         ]  # fmt: skip
 
 

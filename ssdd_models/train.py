@@ -51,7 +51,7 @@ def train(config: SSDDTraining, options: TrainOptions) -> Path:
         model, origin = build(config, options)
         source, trained, held_out = open_images(options.data, run)
         crops = PhotoCrops(source, trained, config.crops, run.seed)
-        place([model.encoder, model.decoder], run, session.device, RECOMPUTED)
+        place([model.encoder, model.decoder], session.run, session.device, RECOMPUTED)
         losses = Losses(config, model, session.device)
         critic = Discriminator().to(session.device) if config.weights.gan else None
         critic_optimizer = make_optimizer(critic.named_parameters(), config.optim) if critic is not None else None

@@ -24,6 +24,8 @@ def parse_value(text: str, annotation: Any, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if text.lower() in ("none", "auto") and type(None) in args:
             return None
+        if any(text in typing.get_args(arg) for arg in args if typing.get_origin(arg) is typing.Literal):
+            return text  # `int | Literal["auto"]`
         return parse_value(text, next(arg for arg in args if arg is not type(None)), key)
     if origin is typing.Literal:
         if text in (by_text := {str(arg): arg for arg in args}):

@@ -36,9 +36,9 @@ class Preset(Budget):
 
 PRESETS = {
     # 3,200 crops a decoder: with two seeds at most 25 minutes a latent on two idle cores, its encoder 10 minutes.
-    "cpu": Preset(200, 16, 64, 128, (0, 1), 400, "cpu", 0),
+    "cpu": Preset(200, 16, 64, 128, (0, 1), 400, "cpu"),
     # One H100, 25 minutes for everything: sized for 11 steps a second, not yet timed.
-    "gpu": Preset(500, 64, 96, 160, (0, 1), 1200, "cuda", 12),
+    "gpu": Preset(500, 64, 96, 160, (0, 1), 1200, "cuda"),
 }
 
 

@@ -3,9 +3,10 @@
 import json
 import math
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -216,3 +217,29 @@ def test_photographs_that_do_not_fit_into_memory_give_the_same_crops(monkeypatch
     assert all(torch.equal(streamed[number, 16][0], kept[number]) for number in range(4))
     with pytest.raises(InputError, match="sample_by=area"):
         crops(CropConfig(16, (24, 40), sample_by="area"))
+
+
+def test_what_is_left_to_auto_follows_from_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr("tokbench.training.optimisation.find_spec", lambda name: name)
+    for flags, dtype in ({"avx2"}, "float32"), ({"avx2", "avx512_bf16"}, "bfloat16"):
+        monkeypatch.setattr("tokbench.runtime.device.cpu_flags", lambda flags=flags: flags)
+        assert (RunConfig().on(cpu).dtype, RunConfig().on(cpu).compile) == (dtype, False)
+    assert (RunConfig().on(gpu).dtype, RunConfig().on(gpu).compile) == ("float32", True)
+    assert not RunConfig(steps=500).on(gpu).compile
+    said = override(RunConfig(), ["dtype=bfloat16", "compile=false", "workers=3"])
+    assert said.on(gpu) == said
+    assert override(said, ["workers=auto", "dtype=auto", "compile=auto"]) == RunConfig()
+
+
+def test_emulated_bfloat16_is_warned_of(
+    tokbench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = ["run", "--models", "identity", "--res", "32", "--limit", "1", "--metrics", "psnr", "--dtype", "bfloat16"]
+    timed = ["speed", "--models", "bicubic-f8", "--res", "32", "--quick", "--dtype", "bfloat16"]
+    for flags, warned in (set(), True), ({"amx_bf16"}, False):
+        monkeypatch.setattr("tokbench.runtime.device.cpu_flags", lambda flags=flags: flags)
+        for arguments in run, timed:
+            said = tokbench(*arguments, "--device", "cpu", "--out", tmp_path / str(warned)).err
+            assert ("has no bfloat16" in said) == warned

@@ -18,6 +18,7 @@ from tokbench.data.decode import ENLARGED, NOTES
 from tokbench.data.sources import Source
 from tokbench.errors import InputError, preview
 from tokbench.protocols import NATIVE, Protocol, Resolution, sides_of
+from tokbench.runtime.processes import cores
 from tokbench.runtime.seeding import image_seeds
 
 
@@ -210,8 +211,7 @@ class Loader:
 
 def default_workers(num_images: int) -> int:
     """0 for up to 64 images, where starting processes costs more than it saves; else one a core, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if num_images <= 64 else min(8, cores)
+    return 0 if num_images <= 64 else min(8, cores())
 
 
 def refuse_unusable(source: Source, resolution: Resolution, protocol: Protocol, advice: str = "") -> None:

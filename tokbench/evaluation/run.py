@@ -19,11 +19,12 @@ from tokbench.errors import CellError, InputError
 from tokbench.evaluation.cell import suite_for
 from tokbench.evaluation.evaluate import check_images, checked, evaluate_cell
 from tokbench.evaluation.model import check_size
+from tokbench.evaluation.reconstruct import autocast_dtype
 from tokbench.protocols import Resolution, size_text
 from tokbench.records.files import hold, result_path, write_whole
 from tokbench.records.measurement import Measurement
 from tokbench.records.result import EvalResult, read_result
-from tokbench.runtime.device import describe_device, release, select_device
+from tokbench.runtime.device import describe_device, release, select_device, warn_of_emulation
 from tokbench.runtime.processes import Processes, join
 from tokbench.runtime.terminal import say
 
@@ -62,6 +63,7 @@ def run(
     measurements = [checked(replace(measurement, resolution=side)) for side in dict.fromkeys(resolutions)]
     with join() as processes:
         device = select_device(measurement.device, processes.local_rank)
+        warn_of_emulation(autocast_dtype(measurement), device)
         source = open_source(data, split, limit)
         share_facts(source, out, processes)
         summary = RunSummary()

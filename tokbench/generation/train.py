@@ -47,7 +47,7 @@ class DiTTraining:
     ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.9999, start_step=0))
     run: RunConfig = field(
         default_factory=lambda: RunConfig(
-            steps=7_000_000, batch_size=256, compile=True, log_every=100, sample_every=10_000, save_every=5_000
+            steps=7_000_000, batch_size=256, log_every=100, sample_every=10_000, save_every=5_000
         )
     )
 
@@ -71,9 +71,7 @@ PRESETS: dict[str, DiTTraining] = {
         latents=LatentConfig(resolution=128, crops=16, cut=CropConfig(short_side=(128, 256), flip=False)),
         optim=replace(_PAPER.optim, learning_rate=5e-4, clip=1.0, warmup_steps=100, schedule="cosine"),
         ema=EmaConfig(decay=0.999, start_step=0),
-        run=replace(
-            _PAPER.run, steps=3000, batch_size=32, compile=False, log_every=20, sample_every=500, save_every=250
-        ),
+        run=replace(_PAPER.run, steps=3000, batch_size=32, log_every=20, sample_every=500, save_every=250),
     ),
 }
 
@@ -137,7 +135,7 @@ def train(config: DiTTraining, options: TrainOptions) -> Path:
         tokenizer = create(config.tokenizer)
         prepare(tokenizer, session.device)
         space = latent_space(tokenizer, config.latents.resolution, session.device)
-        images = Images(options.data, config.latents, run.seed, run.workers or None)
+        images = Images(options.data, config.latents, run.seed, None if run.workers == "auto" else run.workers)
         encode(
             tokenizer, config.tokenizer, images, out / "latents",
             seed=run.seed, processes=session.processes, device=session.device,
@@ -152,7 +150,7 @@ def train(config: DiTTraining, options: TrainOptions) -> Path:
         # Model. All processes start from the same weights.
         torch.manual_seed(run.seed)
         dit = make_dit(config, latents.shape[0], len(images.classes)).to(session.device)
-        model = torch.compile(dit, dynamic=False) if run.compile else dit
+        model = torch.compile(dit, dynamic=False) if session.run.compile else dit
         session.start(dit, dit.named_parameters())
         info = {
             "space": to_dict(space),

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tokbench.errors import CellError, InputError
+from tokbench.runtime.terminal import say
 from tokbench.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,6 +39,27 @@ def select_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16; without, torch emulates it many times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags())
+
+
+def cpu_flags() -> set[str]:
+    """What Linux says that this processor can do (x86: flags, ARM: Features); elsewhere nothing."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
+    return set()
+
+
+def warn_of_emulation(dtype: torch.dtype, device: torch.device) -> None:
+    """Say so where a run in bfloat16 will be slower than one in float32."""
+    if dtype == torch.bfloat16 and not has_bfloat16(device):
+        say(f"warning: {describe_device(device)} has no bfloat16; emulated it is many times slower than float32")
 
 
 def describe_device(device: torch.device) -> str:

@@ -102,6 +102,12 @@ class Processes:
             ) from error
 
 
+def cores() -> int:
+    """CPU cores for each process of this machine."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 @contextmanager
 def join() -> Iterator[Processes]:
     """The processes that torchrun (or Slurm with its variables) has started, connected inside; one without it.

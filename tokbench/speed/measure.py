@@ -37,7 +37,7 @@ from tokbench.records import provenance
 from tokbench.records.files import slug, write_whole
 from tokbench.records.result import SpeedResult, Stage, TokenizerInfo, to_json
 from tokbench.registry import Spec, create, parse_all
-from tokbench.runtime.device import describe_device, precision, prepare
+from tokbench.runtime.device import describe_device, precision, prepare, warn_of_emulation
 from tokbench.speed.timing import (
     QUICK,
     STANDARD,
@@ -129,6 +129,7 @@ def measure(
     `batch_sizes` None: doubled until memory ends. The budget QUICK also means: batches of 1 and 2, no equality check.
     Raises InputError for a wrong spec before anything is loaded.
     """
+    warn_of_emulation(dtype, device)
     tokenizers = load(models, device, random_weights=random_weights)
     largest = 2 if budget == QUICK else LARGEST_BATCH[device.type]
     sizes = batch_sizes or [2**power for power in range(largest.bit_length())]

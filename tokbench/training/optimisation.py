@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from tokbench.data.training_crops import CropConfig
 from tokbench.errors import InputError, first_line
+from tokbench.runtime.device import has_bfloat16
 from tokbench.runtime.processes import Processes
+
+COMPILED_FROM = 5000  # steps: compilation takes minutes
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,11 @@ class RunConfig:
     batch_size: int = 256  # over all processes
     accumulate: int = 1  # the batch of a process is taken in this many parts
     seed: int = 0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of autocast; weights and losses stay float32
+    # Of autocast; weights and losses stay float32. auto: bfloat16 where the hardware has it, else float32.
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: int = 0  # processes that cut crops
-    compile: bool = False  # torch.compile
+    workers: int | Literal["auto"] = "auto"  # processes that read images; auto: see Session.workers
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on CUDA, for runs long enough to repay it
     checkpoint_activations: bool = False  # recompute in the backward pass instead of keeping
     log_every: int = 20
     sample_every: int = 1000
@@ -67,6 +72,16 @@ class RunConfig:
     eval_metrics: tuple[str, ...] = ("psnr", "lpips-alex")
     best_by: str = "lpips-alex"  # the held-out metric that chooses best.safetensors
     loss_limit: float = 1e4  # a loss above this stops the run
+
+    def on(self, device: torch.device) -> "RunConfig":
+        """The settings with `auto` decided for a device, but for `workers`, which depends on the data too."""
+        exact, long = "bfloat16" if has_bfloat16(device) else "float32", self.steps >= COMPILED_FROM
+        compiled = device.type == "cuda" and find_spec("triton") is not None and long
+        return replace(
+            self,
+            dtype=exact if self.dtype == "auto" else self.dtype,  # type: ignore[arg-type]
+            compile=compiled if self.compile == "auto" else self.compile,
+        )
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -19,6 +19,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -33,8 +34,8 @@ from tokbench.data.training_crops import PhotoCrops, batches
 from tokbench.errors import InputError
 from tokbench.records.files import write_whole
 from tokbench.registry import TrainOptions
-from tokbench.runtime.device import describe_device, select_device
-from tokbench.runtime.processes import Processes, join
+from tokbench.runtime.device import describe_device, find_dtype, select_device, warn_of_emulation
+from tokbench.runtime.processes import Processes, cores, join
 from tokbench.runtime.terminal import bar, say
 from tokbench.tokenizer import Tokenizer
 from tokbench.training.held_out import score
@@ -86,9 +87,11 @@ class Session:
             parts = f"{processes.size} x {run.accumulate} parts"
             raise InputError(f"run.batch_size={run.batch_size} cannot be cut into {parts}")
         self.device = select_device(run.device, processes.local_rank)
+        self.run = run.on(self.device)
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        self.name, self.config, self.out, self.processes, self._stack = name, config, out, processes, stack
+        self.config: TrainingConfig = replace(config, run=self.run)  # type: ignore[type-var]
+        self.name, self.out, self.processes, self._stack = name, out, processes, stack
         self.checkpoint, self.first_step = out / "last.ckpt", 0
         self.interruptions: Sequence[int] = ()
 
@@ -111,11 +114,18 @@ class Session:
 
     def batches(self, crops: PhotoCrops) -> Iterator[tuple[Sequence[int], Tensor, list[str]]]:
         """This process's share of every step that is left: sample numbers, uint8 [B, 3, s, s], sample ids."""
-        run = self.config.run
+        run = self.run
         return batches(
             crops, first_step=self.first_step, num_steps=run.steps, batch_size=run.batch_size,
-            rank=self.processes.rank, world=self.processes.size, num_workers=run.workers,
+            rank=self.processes.rank, world=self.processes.size, num_workers=self.workers(bool(crops.kept)),
         )  # fmt: skip
+
+    def workers(self, decoded: bool) -> int:
+        """Processes that read images for this one: as `run.workers` says; auto: one a core of this process's share, at
+        most 12, or none where a CPU, busy with the network, trains on images that are kept `decoded` in memory."""
+        if self.run.workers != "auto":
+            return self.run.workers
+        return 0 if decoded and self.device.type == "cpu" else min(12, cores())
 
     def steps(self, shares: Iterable[Batch]) -> Iterator["Step[Batch]"]:
         """A step for each share of a batch; after its body the run is saved, or stopped if that was asked for.
@@ -124,7 +134,11 @@ class Session:
         """
         from tokbench.report.curves import training_curves  # with it comes matplotlib: only once a run has begun
 
-        run, main = self.config.run, self.processes.main
+        run, main = self.run, self.processes.main
+        if main:
+            how = f"{run.dtype}{', compiled' if run.compile else ''}"
+            say(f"train {self.name}: {self.processes.size} x {describe_device(self.device)}, {how}")
+            warn_of_emulation(find_dtype(run.dtype), self.device)
         self.interruptions = self._stack.enter_context(interrupts())
         self.advance = self._stack.enter_context(bar(f"train {self.name}", run.steps, "steps", self.first_step, main))
         for number, share in enumerate(shares, self.first_step + 1):
@@ -145,7 +159,7 @@ class Session:
         return to_float(moved).contiguous(memory_format=torch.channels_last)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.dtype == "bfloat16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.dtype == "bfloat16")
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -159,7 +173,7 @@ class Session:
         return {
             "stage": stage,
             "started_from": dict(origin),
-            "images_seen": (records[-1]["step"] if records else 0) * self.config.run.batch_size,
+            "images_seen": (records[-1]["step"] if records else 0) * self.run.batch_size,
             "seconds": round(sum(record["seconds"] for record in records), 1),
             "machine": describe_device(self.device),
             "command": shlex.join(["tokbench", *sys.argv[1:]]),
@@ -168,7 +182,7 @@ class Session:
 
     def score(self, tokenizer: Tokenizer, held_out: Tensor, step: int) -> bool:
         """Log the means over held-out images, uint8 [N, 3, R, R]; whether they are the best so far."""
-        run = self.config.run
+        run = self.run
         with torch.compiler.set_stance("force_eager"):  # of another size than crops: not worth a graph of its own
             scores = score(tokenizer, held_out, run.eval_metrics, self.device)
         self.log.write(step=step, **scores)
@@ -180,19 +194,19 @@ class Step(Generic[Batch]):
 
     def __init__(self, session: Session, number: int, batch: Batch) -> None:
         self.session, self.number, self.batch = session, number, batch
-        self.rate = learning_rate(number - 1, session.config.run.steps, session.config.optim)
+        self.rate = learning_rate(number - 1, session.run.steps, session.config.optim)
         self.stopping = False
         self._terms: dict[str, Tensor] = {}
 
     def parts(self) -> Iterator[slice]:
         """The share cut into `run.accumulate` parts, to be taken one after the other."""
-        run = self.session.config.run
+        run = self.session.run
         size = run.batch_size // self.session.processes.size // run.accumulate
         return (slice(first, first + size) for first in range(0, size * run.accumulate, size))
 
     def backward(self, loss: Tensor, /, **terms: Tensor) -> None:
         """Add the gradient of a part's loss; `terms` are what the log says of it."""
-        accumulate = self.session.config.run.accumulate
+        accumulate = self.session.run.accumulate
         (loss / accumulate).backward()
         for name, value in terms.items():
             self._terms[name] = self._terms.get(name, 0) + value.detach() / accumulate
@@ -202,7 +216,7 @@ class Step(Generic[Batch]):
 
         Raises CellError for a loss that is no number or above the limit, naming the step's samples.
         """
-        session, run = self.session, self.session.config.run
+        session, run = self.session, self.session.run
         norm = optimizer_step(
             session.optimizer, session.parameters, self.rate, session.config.optim.clip, session.processes
         )
@@ -220,22 +234,22 @@ class Step(Generic[Batch]):
 
     def due(self, every: int) -> bool:
         """Whether something done `every` so many steps, and at the end, is to be done after this step. 0: never."""
-        return every > 0 and (self.number % every == 0 or self.number == self.session.config.run.steps)
+        return every > 0 and (self.number % every == 0 or self.number == self.session.run.steps)
 
     @property
     def shows(self) -> bool:
         """Whether this process is to draw a picture after this step."""
-        return self.session.processes.main and self.due(self.session.config.run.sample_every)
+        return self.session.processes.main and self.due(self.session.run.sample_every)
 
     @property
     def scores(self) -> bool:
         """Whether this process is to score held-out images after this step."""
-        return self.session.processes.main and self.due(self.session.config.run.eval_every)
+        return self.session.processes.main and self.due(self.session.run.eval_every)
 
     @property
     def saves(self) -> bool:
         """Whether the run is saved after this step."""
-        return self.stopping or self.due(self.session.config.run.save_every)
+        return self.stopping or self.due(self.session.run.save_every)
 
     def show(self, picture: Image.Image) -> None:
         save_image(picture, self.session.out / "samples" / f"{self.number:07d}.png")
