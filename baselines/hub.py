@@ -32,7 +32,7 @@ from baselines.published import Published
 from tokbench.checkpoints import load_strictly
 from tokbench.errors import CellError, InputError, first_line, preview
 from tokbench.records.cache import cache_folder
-from tokbench.weights.files import WeightsError, check_file, offline
+from tokbench.weights.files import WeightsError, check_file, file_sha256, offline
 from tokbench.weights.transfer import download
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UnpicklingError)
@@ -44,8 +44,14 @@ WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|first_stage_model)\.)+|(?<=\.)_o
 REFUSED = "holds more than tensors: refused, for reading it would run its code; if you trust it, save it as safetensors"
 
 
-def load_model(source: str, subfolder: str, kind: str | None, name: str) -> Any:
-    """A diffusers model in float32, from a hub repository or a local folder; `kind` is the class that it must be.
+class KeysDiffer(CellError):
+    """A file's tensors are not those of the network, by name or shape."""
+
+
+def load_model(source: str, subfolder: str, kind: str | None, name: str) -> tuple[Any, tuple[Path, ...]]:
+    """A diffusers model in float32, from a hub repository or a local folder, and the files that its weights lie in.
+
+    `kind` is the class that it must be.
 
     Raises CellError, one line: gated, missing or unreachable repository, wrong folder, another class, damaged or
     pickled weights (torch's weights_only reader is the only one used), weights that do not fill the model.
@@ -77,8 +83,19 @@ def load_model(source: str, subfolder: str, kind: str | None, name: str) -> Any:
         raise CellError(f"{name}: {source} does not load ({reason})") from error
     missing = [*report["missing_keys"], *(key for key, *_ in report.get("mismatched_keys", []))]
     if missing:
-        raise CellError(f"{name}: {source} lacks {len(missing)} tensors of {found}, the first is {min(missing)}")
-    return model.eval().float()
+        raise KeysDiffer(f"{name}: {source} lacks {len(missing)} tensors of {found}, the first is {min(missing)}")
+    return model.eval().float(), weight_files(config_file.parent)
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """Those of a diffusers model that are read: safetensors where there are any."""
+    return tuple(sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")))
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of a file, which the hub's cache calls its large files by."""
+    name = path.resolve().name
+    return name if re.fullmatch("[0-9a-f]{64}", name) else file_sha256(path)
 
 
 @cache
@@ -132,7 +149,8 @@ def load_weights(
     """
     tensors, note = read_tensors(path, row.name, weights)
     fill(model, own_names(tensors), path, row.name)
-    return replace(row, note="; ".join(dict.fromkeys(filter(None, (*row.note.split("; "), note)))))
+    files = (*row.files, path) if weights is None else ()  # of the set that its authors evaluate
+    return replace(row, note="; ".join(dict.fromkeys(filter(None, (*row.note.split("; "), note)))), files=files)
 
 
 def read_tensors(path: Path, name: str, weights: str | None = None) -> tuple[dict[str, Tensor], str]:
@@ -193,7 +211,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Any], path: Path, name: str) -
     try:
         load_strictly(module, {key: value.float() for key, value in tensors.items()}, path)
     except InputError as error:
-        raise CellError(f"{name}: {error}") from error
+        raise KeysDiffer(f"{name}: {error}") from error
 
 
 def checkpoint(row: Published, file: Path | None) -> Path:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.families.quantisers import code_bits, nearest_codes
-from baselines.hub import checkpoint, load_model, load_weights, model_class
+from baselines.hub import checkpoint, file_hash, load_model, load_weights, model_class
 from baselines.published import PUBLISHED, VERIFIED, Published
 from tokbench.data.pixels import to_float
 from tokbench.errors import CellError, InputError
@@ -50,6 +50,7 @@ class Continuous:
     """
 
     resolution: int | None = None  # the only one it works at
+    files: tuple[Path, ...] = ()  # of its weights
 
     def __init__(self, model: Any, info: TokenizerInfo, shift: Any = 0.0, scale: Any = 1.0) -> None:
         self.info = info
@@ -222,7 +223,8 @@ def published(name: str, file: Path | None = None, random_weights: bool = False,
         if file is not None and not random_weights:
             row = load_weights(model, file, row, weights, partial(diffusers_names, config=model.config))
     else:
-        model = load_model(str(file) if file else row.repo, "" if file else row.subfolder, row.kind, name)
+        model, files = load_model(str(file) if file else row.repo, "" if file else row.subfolder, row.kind, name)
+        row = replace(row, files=files)
         downsample, channels = latent_shape(row.kind, model.config, name)
         if (downsample, channels) != (row.downsample, row.channels or channels):
             raise CellError(
@@ -254,7 +256,7 @@ def any_autoencoder(source: str, latent_space: str = "") -> Any:
         raise InputError(f'"{source}": write hf:OWNER/NAME or hf:OWNER/NAME:FOLDER')
     if not subfolder and Path(repo, "vae", "config.json").is_file() and not Path(repo, "config.json").is_file():
         subfolder = "vae"  # a whole pipeline
-    model = load_model(repo, subfolder, None, source)
+    model, _ = load_model(repo, subfolder, None, source)
     kind = type(model).__name__
     downsample, channels = latent_shape(kind, model.config, source)
     note = f"{kind}; scale and shift from its config"
@@ -288,7 +290,7 @@ def wrap(model: Any, row: Published, random_weights: bool, adapter: type[Continu
     """
     shift, scale = config_scale(model)
     facts = [row.note]
-    verified = not random_weights and (row.name in VERIFIED or row.family == ANY)
+    verified = not random_weights and (row.family == ANY or is_verified(row))
     if row.scale is not None:
         if not random_weights and (shift, scale) != (row.shift, row.scale):
             found = "states neither" if row.kind == "ldm" else f"says {shift} and {scale}"
@@ -315,8 +317,14 @@ def wrap(model: Any, row: Published, random_weights: bool, adapter: type[Continu
     )
     adapter = adapter or (Codebook if row.codebook_size else ADAPTERS.get(row.kind, Continuous))
     tokenizer = adapter(model, info, shift, scale)
-    tokenizer.resolution = tokenizer.resolution or row.resolution
+    tokenizer.resolution, tokenizer.files = tokenizer.resolution or row.resolution, row.files
     return tokenizer
+
+
+def is_verified(row: Published) -> bool:
+    """The files that were read are those of the table."""
+    known = VERIFIED.get(row.name)
+    return known is not None and " ".join(map(file_hash, row.files)) == known["files"]
 
 
 def config_scale(model: Any) -> tuple[Any, Any]:

@@ -40,6 +40,7 @@ class Published:
     paper: str = ""
     note: str = ""
     config: Mapping[str, Any] | None = None
+    files: tuple[Path, ...] = ()  # that its weights were read from, once they are
 
 
 def _levels(count: int) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def _row(line: Mapping[str, str]) -> Published:
 with (Path(__file__).parent / "published.csv").open(newline="", encoding="utf-8") as _file:
     PUBLISHED = {row.name: row for row in map(_row, csv.DictReader(_file))}
 
-# Rows that were run with their published files: day, PSNR on the bundled photographs (adm) and the sha256 of the
-# state, as records have it; `make verify` adds to it.
+# Rows that were run with their published files: day, PSNR on the bundled photographs (adm), the sha256 of each file,
+# and that of the state, as records have it; `make verify` adds to it.
 with (Path(__file__).parent / "verified.csv").open(newline="", encoding="utf-8") as _file:
     VERIFIED = {line["name"]: line for line in csv.DictReader(_file)}

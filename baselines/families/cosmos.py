@@ -5,6 +5,7 @@ on 8, 8, 8, 5, 5 and 5 levels; both in bfloat16. Reading TorchScript runs its ow
 """
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -58,4 +59,4 @@ def published(name: str, file: Path | None = None, random_weights: bool = False)
         raise CellError(f"{name}: its network is in its files only, there is none for random weights")
     paths = [part(row, file, one) for one in ("encoder.jit", "decoder.jit")]
     model = Scripted(*(read_script(path, name) for path in paths))
-    return wrap(model, row, random_weights, Codes if row.codebook_size else None)
+    return wrap(model, replace(row, files=tuple(paths)), random_weights, Codes if row.codebook_size else None)

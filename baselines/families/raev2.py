@@ -23,7 +23,6 @@ from baselines.published import PUBLISHED
 from tokbench.errors import CellError
 
 ENCODER = ViTConfig(1024, 24, 16, layer_scale=True)
-ENCODER_FILE = "encoders/dinov3/dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth"
 PATCH, SIDE, STORAGE_TOKENS = 16, 16, 4
 DECODER = {"width": 1152, "depth": 28, "heads": 16, "hidden": 4096}
 CONFIGS = {  # layers that are averaged
@@ -105,7 +104,7 @@ def published(
     row, model = PUBLISHED[name], RAEv2(CONFIGS[name])
     if random_weights:
         return wrap(model.eval(), row, random_weights)
-    row = load_weights(model.encoder, part(row, file, ENCODER_FILE), row, weights, encoder_names)
+    row = load_weights(model.encoder, part(row, file, row.file), row, weights, encoder_names)
     row = load_weights(model.decoder, part(row, file, f"{row.subfolder}/decoder.pt"), row, weights, decoder_names)
     path, shape = part(row, file, f"{row.subfolder}/stats.pt"), (ENCODER.width, SIDE, SIDE)
     held, _ = read_tensors(path, name)

@@ -216,7 +216,7 @@ def with_frozen_encoder(name: str, folder: Path) -> tuple[Any, str]:
         held[f"{key}_mask"] = mask.flatten()
         model.encoder.get_parameter(key).data *= mask.flatten()
     held |= {"mask_token": torch.zeros(1), "norm.weight": torch.zeros(1), "norm.bias": torch.zeros(1)}
-    path, place = folder / raev2.ENCODER_FILE, folder / PUBLISHED[name].subfolder
+    path, place = folder / PUBLISHED[name].file, folder / PUBLISHED[name].subfolder
     path.parent.mkdir(parents=True)
     torch.save(held, path)
     names = {"to_q": "attention.query", "to_k": "attention.key", "to_v": "attention.value", "to_out.0": "output.dense"}
