@@ -11,6 +11,7 @@ import torch
 from tests.metrics.test_metrics import Stored
 from tokbench.errors import InputError
 from tokbench.metrics import METRICS, distribution, frechet, kernel_of
+from tokbench.metrics.statistics import from_half_samples
 
 
 def features(num: int, dim: int, seed: int, scale: float = 1.0) -> np.ndarray:
@@ -116,7 +117,7 @@ def test_half_sample_error_is_the_spread_over_fresh_samples() -> None:
         real = features(400, 8, seed)
         fake = real + 0.5 * features(400, 8, 1000 + seed)
         values.append(fd(real, fake))
-        errors.append(frechet.half_sample_error(real, fake))
+        errors.append(from_half_samples(0.0, frechet.half_sample_distances(real, fake)).error)
     assert np.median(errors) == pytest.approx(np.std(values), rel=0.35)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokbench.comparison.differences import Difference, Rules, cell_key, cell_name, differences, readable
+from tokbench.comparison.differences import Difference, Rules, cell_key, cell_name, differences, judged, readable
 from tokbench.errors import InputError
 from tokbench.metrics import METRICS
 from tokbench.records.files import per_image_path, read_results, result_path, write_whole
@@ -37,6 +37,7 @@ def check(new: Path, against: Path, rules: Rules = Rules()) -> CheckResult:
         found += compare_cells(base, entry, rules)
     if not found:
         raise InputError(f"{new}: nothing was compared; measure something that {against} holds")
+    found = judged(found, exact=rules.exact)
     return CheckResult(found, [d for d in found if d.fails(rules.strict)])
 
 
@@ -71,17 +72,15 @@ def update(new: Path, against: Path, rules: Rules = Rules(), *, accept: bool = F
     candidates = readable(new)
     results = read_results(against)[0] if against.exists() else []
     known = {cell_key(result): ResultEntry(result, path) for path, result in results}
-    lines = []
-    for entry in candidates:
-        base = known.get(cell_key(entry.result))
-        if base is None:
-            lines.append(f"{cell_name(entry)}: new")
-        for d in compare_cells(base, entry, rules) if base else []:
-            change = f"{d.cell}: {d.metric} {d.base:.5g} -> {d.new:.5g}"
-            if d.fails(rules.strict) and not accept:
-                raise InputError(f"{change} is worse; --accept takes it")
-            if d.change:
-                lines.append(f"{change} ({d.verdict})")
+    pairs = [(known.get(cell_key(entry.result)), entry) for entry in candidates]
+    lines = [f"{cell_name(entry)}: new" for base, entry in pairs if base is None]
+    found = [d for base, entry in pairs if base is not None for d in compare_cells(base, entry, rules)]
+    for d in judged(found, exact=rules.exact):
+        change = f"{d.cell}: {d.metric} {d.base:.5g} -> {d.new:.5g}"
+        if d.fails(rules.strict) and not accept:
+            raise InputError(f"{change} is worse; --accept takes it")
+        if d.change:
+            lines.append(f"{change} ({d.verdict})")
     for entry in candidates:
         assert entry.path is not None
         target = result_path(against, entry.result)

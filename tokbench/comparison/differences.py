@@ -2,71 +2,64 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from tokbench.errors import InputError
 from tokbench.metrics import FRECHET_MINIMUM, METRICS, Metric, frechet
 from tokbench.metrics.statistics import (
+    FALSE_ALARM,
+    Direction,
+    Estimate,
     Verdict,
-    half_sample_error,
+    estimate,
+    from_half_samples,
     images_needed,
     judge,
-    mean_and_error,
-    paired_interval,
-    t_quantile,
+    paired,
 )
 from tokbench.protocols import size_text
 from tokbench.records.files import read_results
 from tokbench.records.result import EvalResult
 from tokbench.records.samples import SampleStore
-from tokbench.report.columns import (
-    Conditions,
-    ResultEntry,
-    conditions,
-    differing,
-    is_training_loss,
-    number,
-    paired_columns,
-)
+from tokbench.report.columns import Conditions, ResultEntry, conditions, differing, is_training_loss, number
 from tokbench.report.tables import DAGGER, Heading, Table, plain
 
-Z = 1.959964  # of a 95 % interval, where there are no degrees of freedom to count
 BY_IMAGE, BY_HALVES = "paired by image", "paired half-samples"
 UNPAIRED, UNKNOWN = "unpaired: wider than need be", "no error known"
+TOGETHER = f"worse, better: of all rows together; without any change {FALSE_ALARM:.0%} of tables hold one (Holm)"
+NEEDED = "needs N: as many images find a loss of twice the tolerance in nine runs of ten"
 STYLES = {"worse": "bold red", "better": "green", "same": "", "inconclusive": "yellow"}
 CellKey = tuple[Conditions, str, int | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One metric of two results: new - base, with its 95 % interval; None where no error is known."""
+    """One metric of two results: new - base with its error, and what `judged` made of it among all others."""
 
     cell: str
     metric: str
     base: float
     new: float
-    low: float | None
-    high: float | None
-    how: str  # how the interval came about
+    estimate: Estimate | None  # of new - base; None where no error is known
+    how: str  # how the error came about
     tolerance: float
-    better: Literal["higher", "lower", "neither"]
-    verdict: Verdict
+    better: Direction
     n: int  # images
-    needed: int | None  # images that would settle an inconclusive one; None: no number would, or settled
     trained: tuple[bool, bool]  # whether the metric's network was in the base's, the new's loss
+    verdict: Verdict = "inconclusive"
+    needed: int | None = None  # images that would settle an inconclusive one; None: no number would, or settled
 
     @property
     def change(self) -> float:
         return self.new - self.base
 
     @property
-    def bounds(self) -> tuple[float, float]:
-        """The interval; of a bare difference the difference alone."""
-        return (self.change, self.change) if self.low is None or self.high is None else (self.low, self.high)
+    def interval(self) -> tuple[float, float]:
+        """95 %; of a bare difference the difference alone."""
+        return (self.change, self.change) if self.estimate is None else self.estimate.interval()
 
     def loss(self, change: float) -> float:
         """How much worse a change is, in the metric's unit; of a metric without a direction its size."""
@@ -75,12 +68,11 @@ class Difference:
     def fails(self, strict: bool) -> bool:
         """What is worse fails a check; if `strict`, also what may be, by its interval.
 
-        Where no per-image rows tell chance from loss, that excuses nothing: the difference alone decides.
+        Where no error is known to tell chance from loss, that excuses nothing: the difference alone decides.
         """
         if self.verdict != "inconclusive":
             return self.verdict == "worse"
-        at_worst = max(map(self.loss, self.bounds)) if strict else -math.inf
-        return max(at_worst, self.loss(self.change) if self.how in (UNPAIRED, UNKNOWN) else at_worst) > self.tolerance
+        return (strict or self.estimate is None) and max(map(self.loss, self.interval)) > self.tolerance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +104,7 @@ class Rules:
 
 
 def differences(base: ResultEntry, new: ResultEntry, metrics: Iterable[str], rules: Rules) -> list[Difference]:
-    """Differences of these metrics, of which both results have a value.
+    """Differences of these metrics, of which both results have a value, yet to be `judged`.
 
     InputError for results that were not measured on the same images under the same protocol.
     """
@@ -134,7 +126,26 @@ def compare(path_a: Path, path_b: Path) -> list[Difference]:
         raise InputError(
             f"{path_a} and {path_b} have no metric of a cell in common; two models are compared by two files"
         )
-    return found
+    return judged(found)
+
+
+def judged(found: Sequence[Difference], *, exact: bool = False) -> list[Difference]:
+    """All differences of one comparison with their verdicts: as many as they are, they share one chance of an error.
+
+    Of `exact` rules the verdicts are there already; of a metric without an error the difference alone tells.
+    """
+    if exact:
+        return list(found)
+    sure = [(d.estimate, d.tolerance, d.better) for d in found if d.estimate is not None]
+    verdicts = iter(judge(sure))
+    return [_settled(d, next(verdicts) if d.estimate is not None else None, len(sure)) for d in found]
+
+
+def _settled(d: Difference, verdict: Verdict | None, comparisons: int) -> Difference:
+    if d.estimate is None or verdict is None:
+        return replace(d, verdict="same" if abs(d.change) <= d.tolerance else "inconclusive")
+    needed = images_needed(d.estimate, d.n, d.tolerance, comparisons) if verdict == "inconclusive" else None
+    return replace(d, verdict=verdict, needed=needed)
 
 
 def readable(path: Path) -> list[ResultEntry]:
@@ -161,67 +172,51 @@ def _difference(metric: Metric, base: ResultEntry, new: ResultEntry, rules: Rule
     x, y = base.result.metrics[name], new.result.metrics[name]
     assert x.value is not None
     assert y.value is not None
-    change, n = y.value - x.value, min(x.n, y.n)
-    low, high, how = _interval(metric, base, new)
-    better = "neither" if rules.two_sided else metric.better
-    tolerance = 0.0 if rules.exact else rules.tolerance(name, x.value)
+    found, how = _change(metric, base, new)
+    verdict: Verdict = "inconclusive"
     if rules.exact:
-        same = x.value == y.value and np.array_equal(*paired_columns(base, new, _column(metric)))
-        verdict: Verdict = "same" if same else "worse"
-    elif low is None or high is None:
-        verdict = "same" if abs(change) <= tolerance else "inconclusive"
-    else:
-        verdict = judge(low, high, tolerance, better)
-    needed = None
-    if verdict == "inconclusive" and low is not None and high is not None:
-        needed = images_needed(change, low, high, n, tolerance)
+        same = x.value == y.value and np.array_equal(*_terms(metric, base, new))
+        verdict = "same" if same else "worse"
     return Difference(
-        cell=cell_name(new), metric=name, base=x.value, new=y.value, low=low, high=high, how=how, tolerance=tolerance,
-        better=better, verdict=verdict, n=n, needed=needed,
+        cell=cell_name(new), metric=name, base=x.value, new=y.value, estimate=found, how=how,
+        tolerance=0.0 if rules.exact else rules.tolerance(name, x.value),
+        better="neither" if rules.two_sided else metric.better, n=min(x.n, y.n), verdict=verdict,
         trained=(is_training_loss(base.result, name), is_training_loss(new.result, name)),
     )  # fmt: skip
 
 
-def _column(metric: Metric) -> str:
-    """The per-image column that a metric is a function of."""
-    return "mse" if metric.name == "psnr-global" else metric.name
+def _terms(metric: Metric, base: ResultEntry, new: ResultEntry) -> tuple[np.ndarray, np.ndarray]:
+    """What each image adds to a metric [N], of both results; both empty where their rows are not of the same images."""
+    found = []
+    for entry in (base, new):
+        ids, columns = entry.rows
+        reads = metric.reads if metric.terms else (metric.name,)
+        if not columns.keys() >= set(reads) or ids != base.rows[0]:
+            return np.empty(0), np.empty(0)
+        found.append(metric.terms(columns) if metric.terms else columns[metric.name])
+    return found[0], found[1]
 
 
-def _interval(metric: Metric, base: ResultEntry, new: ResultEntry) -> tuple[float | None, float | None, str]:
-    """The 95 % interval of new - base: paired by per-image rows or kept features, else from the two standard errors."""
+def _change(metric: Metric, base: ResultEntry, new: ResultEntry) -> tuple[Estimate | None, str]:
+    """new - base with its error: paired by per-image rows or kept features, else from the two standard errors."""
     x, y = base.result.metrics[metric.name], new.result.metrics[metric.name]
     assert x.value is not None
     assert y.value is not None
     change = y.value - x.value
-    first, second = paired_columns(base, new, _column(metric))
-    if len(first) > 1 and base.rows[0] == new.rows[0]:
-        if metric.name != "psnr-global":
-            return *paired_interval(second, first, share=metric.share), BY_IMAGE
-        if (half := _half_of_logarithms(first, second)) is not None:
-            return change - half, change + half, BY_IMAGE
-    if (half := _half_of_features(metric, base, new)) is not None:
-        return change - half, change + half, BY_HALVES
+    first, second = _terms(metric, base, new)
+    if len(first) > 1:
+        if metric.terms:
+            return replace(estimate(second - first), value=change), BY_IMAGE
+        return paired(second, first, share=metric.share), BY_IMAGE
+    if (halves := _halves(metric, base, new)) is not None:
+        return from_half_samples(change, halves), BY_HALVES
     if x.stderr is None or y.stderr is None:
-        return None, None, UNKNOWN
-    half = Z * float(np.hypot(x.stderr, y.stderr))
-    return change - half, change + half, UNPAIRED
+        return None, UNKNOWN
+    return Estimate(change, float(np.hypot(x.stderr, y.stderr))), UNPAIRED
 
 
-def _half_of_logarithms(base: np.ndarray, new: np.ndarray) -> float | None:
-    """Half the interval of the difference of two PSNR of mean squared errors [N]; None where one of them is zero.
-
-    Delta method: what each image's squared error adds to the difference of the two logarithms.
-    """
-    if not (base.any() and new.any()):
-        return None
-    slopes = mean_and_error(-10 / np.log(10) * (new / new.mean() - base / base.mean()))
-    assert slopes.high is not None
-    assert slopes.value is not None
-    return slopes.high - slopes.value
-
-
-def _half_of_features(metric: Metric, base: ResultEntry, new: ResultEntry) -> float | None:
-    """Half the interval of a difference of Fréchet distances, from half-samples of the features that both kept."""
+def _halves(metric: Metric, base: ResultEntry, new: ResultEntry) -> np.ndarray | None:
+    """Differences of Fréchet distances on half-samples of the features that both kept; None where they are not."""
     if metric.minimum < FRECHET_MINIMUM or metric.extractor is None or metric.sides != ("real", "fake"):
         return None
     folders = [entry.path.with_suffix(".features") for entry in (base, new) if entry.path is not None]
@@ -237,7 +232,7 @@ def _half_of_features(metric: Metric, base: ResultEntry, new: ResultEntry) -> fl
         ]
     except KeyError:  # features of other metrics were kept
         return None
-    return t_quantile(0.975, len(halves[0]) // 2) * half_sample_error(halves[1] - halves[0])
+    return np.asarray(halves[1] - halves[0])
 
 
 def _half_sample_distances(store: SampleStore, extractor: str, seeds: Sequence[int]) -> np.ndarray:
@@ -257,7 +252,9 @@ def difference_table(title: str, found: Sequence[Difference], names: tuple[str, 
         *(Heading(key=name) for name in names), Heading(key="difference"), Heading(key="95 % interval"),
         Heading(key="tolerated", minor=True), Heading(key="verdict", words=True),
     ]  # fmt: skip
-    notes = [DAGGER] if any(any(d.trained) for d in found) else []
+    notes = [TOGETHER] if found else []
+    notes += [NEEDED] if any(d.needed for d in found) else []
+    notes += [DAGGER] if any(any(d.trained) for d in found) else []
     return plain(title, headings, [cells(d) for d in found], notes, [STYLES[d.verdict] for d in found])
 
 
@@ -265,20 +262,22 @@ def cells(d: Difference) -> list[str]:
     """The texts of a difference's row."""
     digits = METRICS[d.metric].digits + 1
     values = [f"{v:z.{digits}f}{'†' if own else ''}" for v, own in zip((d.base, d.new), d.trained, strict=True)]
-    interval = "–" if d.low is None or d.high is None else f"[{d.low:+z.{digits}f}, {d.high:+z.{digits}f}]"
+    low, high = d.interval
+    interval = "–" if d.estimate is None else f"[{low:+z.{digits}f}, {high:+z.{digits}f}]"
     texts = [d.cell, d.metric, f"{d.n:,}", *values, f"{d.change:+z.{digits}f}", interval]
     return [*texts, f"±{d.tolerance:.{digits}f}", said(d)]
 
 
 def said(d: Difference) -> str:
     """The verdict, and what qualifies it."""
-    low, high = d.bounds
+    low, high = d.interval
     remarks = []
-    if d.verdict in ("same", "inconclusive") and d.low is not None and d.better != "neither" and (low > 0 or high < 0):
+    if d.verdict in ("same", "inconclusive") and d.estimate is not None and d.better != "neither" and low * high > 0:
         side = "worse" if d.loss(d.change) > 0 else "better"
-        remarks.append(f"certainly {side}, {'' if d.verdict == 'same' else 'perhaps '}within the tolerance")
+        within = "within the tolerance" if d.verdict == "same" else "by itself, perhaps within the tolerance"
+        remarks.append(f"{side} {within}")
     if d.needed:
-        remarks.append(f"would need N = {d.needed:,}")
+        remarks.append(f"needs N = {d.needed:,}")
     if d.how in (UNPAIRED, UNKNOWN):
         remarks.append(d.how)
     return d.verdict + (f" ({'; '.join(remarks)})" if remarks else "")

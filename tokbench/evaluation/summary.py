@@ -8,7 +8,7 @@ import numpy as np
 from tokbench.errors import InputError, preview
 from tokbench.evaluation.reconstruct import CODES, seed_column
 from tokbench.metrics import METRICS, Samples, too_few
-from tokbench.metrics.statistics import CONFIDENCE, t_quantile
+from tokbench.metrics.statistics import Estimate
 from tokbench.records.result import Value
 from tokbench.records.samples import SampleStore
 
@@ -54,8 +54,7 @@ def over_seeds(values: Sequence[Value]) -> Value:
     stderr = math.hypot(images, noise)
     note = f"{len(numbers)} seeds; standard error {noise:.2g} by noise, {images:.2g} by images"
     n = values[0].n
-    half = t_quantile((1 + CONFIDENCE) / 2, n - 1) * stderr if values[0].low is not None else None
-    low, high = (None, None) if half is None else (mean - half, mean + half)
+    low, high = Estimate(mean, stderr, n - 1).interval() if values[0].low is not None else (None, None)
     return Value(mean, stderr, low, high, n, "; ".join(filter(None, (values[0].note, note))))
 
 

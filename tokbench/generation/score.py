@@ -17,7 +17,7 @@ from tokbench.data.open import open_source
 from tokbench.errors import InputError
 from tokbench.metrics import FRECHET_MINIMUM, METRICS, find_metrics, frechet
 from tokbench.metrics.extractors import Extractor
-from tokbench.metrics.statistics import half_sample_error, half_samples
+from tokbench.metrics.statistics import from_half_samples, half_samples
 from tokbench.protocols import find_protocol
 from tokbench.records import provenance
 from tokbench.records.result import Value
@@ -262,4 +262,4 @@ def frechet_value(reference: Reference, fake: np.ndarray, extractor: str) -> Val
     # The reference stays whole: it is the same for everyone, and what varies is which images were generated.
     halves = [frechet.distance(real, frechet.moments(fake, rows)) for rows in half_samples(len(fake))]
     note = f"against {reference.name}; error: over the generated images, the reference taken as it is"
-    return Value(value, half_sample_error(np.array(halves)), n=len(fake), note=note)
+    return Value(value, from_half_samples(value, np.array(halves)).error, n=len(fake), note=note)

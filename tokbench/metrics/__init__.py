@@ -5,8 +5,8 @@ What fills them runs in torch: `metrics.suite` (columns) and `metrics.extractors
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -16,19 +16,19 @@ from tokbench import registry
 from tokbench.errors import InputError
 from tokbench.metrics import distribution, frechet
 from tokbench.metrics.statistics import (
-    CONFIDENCE,
-    half_sample_error,
+    Estimate,
+    estimate,
+    from_half_samples,
     half_samples,
     mean_and_error,
     share_and_error,
-    t_quantile,
 )
 from tokbench.records.result import Value
 
 INCEPTION_TENTHS = 10  # parts of the Inception score
 IDENTICAL = 100.0  # dB of images that do not differ, whose PSNR would be infinite; also the cap
 MANIFOLD_NOTE = "error of the images counted, the manifold taken as it is"
-HALVES = 8  # pairs of half-samples behind the error of a Fréchet distance: its degrees of freedom
+FRECHET_NOTE = "95 % interval: of the distance that so many images give on average, not of its limit"
 # Images: below it the covariance of 2048 features is singular, and the bias is most of the value.
 FRECHET_MINIMUM = 2048
 
@@ -49,7 +49,9 @@ class Metric:
     `score` takes real and fake images, uint8 [B, 3, H, W] tensors on one device, and gives a number an image, float
     [B], to the column of the metric's name. `compute` makes the value of what is stored; None is the mean of that
     column. `reads` names other columns that it needs, `extractor` and `sides` its features, `networks` are names in
-    `weights.NETWORKS`.
+    `weights.NETWORKS`. `terms` gives, from the columns that it reads, a number an image [N] whose spread is the
+    metric's error: its pseudo-values (n times the value, less n - 1 times that without the image); of a mean, which
+    needs none, they are the column itself.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Metric:
     sides: tuple[str, ...] = ("real", "fake")
     networks: tuple[str, ...] = ()
     scope: Literal["reconstruction", "generation", "both"] = "reconstruction"
+    terms: Callable[[Mapping[str, np.ndarray]], np.ndarray] | None = None
     rows: Callable[[Samples], np.ndarray] | None = None  # values per image [N] that the features give, for the table
     share: bool = False  # an image counts 1 or 0
     minimum: int = 1  # images; below it the value is null, and neither networks nor features are needed
@@ -96,18 +99,38 @@ def mean_psnr(samples: Samples) -> Value:
 
 
 def global_psnr(samples: Samples) -> Value:
-    """-10 log10 of the squared error over all images; its error by the delta method, its interval that of the error."""
-    errors = mean_and_error(samples.column("mse"))
-    assert errors.value is not None
-    if errors.value == 0:
-        return Value(IDENTICAL, 0.0, n=errors.n, note="all images identical")
-    decibel = min(IDENTICAL, -10 * float(np.log10(errors.value)))
-    stderr = None if errors.stderr is None else 10 / float(np.log(10)) * errors.stderr / errors.value
-    # The end of the interval at small errors may lie at or below zero.
-    low, high = (
-        None if e is None else min(IDENTICAL, -10 * math.log10(max(e, 1e-30))) for e in (errors.high, errors.low)
-    )
-    return Value(decibel, stderr, low, high, errors.n)
+    """-10 log10 of the squared error over all images, its error by the jackknife."""
+    errors = samples.column("mse")
+    value, note = float(decibels(errors.mean())), "" if errors.any() else "all images identical"
+    return of_terms(value, global_psnr_terms({"mse": errors}), (0.0, IDENTICAL), note)
+
+
+def decibels(errors: np.ndarray) -> np.ndarray:
+    """PSNR of mean squared errors."""
+    found: np.ndarray = -10 * np.log10(np.maximum(errors, 10 ** (-IDENTICAL / 10)))
+    return found
+
+
+def global_psnr_terms(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Pseudo-values of the PSNR of all images."""
+    errors = columns["mse"]
+    count = len(errors)
+    without = decibels((errors.sum() - errors) / max(1, count - 1))
+    return np.asarray(count * decibels(errors.mean()) - (count - 1) * without)
+
+
+def of_terms(value: float, terms: np.ndarray, limits: tuple[float, float], note: str = "") -> Value:
+    """A value with the error and the interval that its terms [N] give."""
+    if len(terms) < 2:
+        return Value(value, n=len(terms), note=note)
+    found = replace(estimate(terms), value=value)
+    return Value(value, found.error, *within(found, limits), len(terms), note)
+
+
+def within(found: Estimate, limits: tuple[float, float]) -> tuple[float, float]:
+    """The 95 % interval, cut to the values that are possible."""
+    low, high = found.interval()
+    return max(limits[0], low), min(limits[1], high)
 
 
 def frechet_of(extractor: str, samples: Samples) -> Value:
@@ -116,9 +139,9 @@ def frechet_of(extractor: str, samples: Samples) -> Value:
     if num_images < FRECHET_MINIMUM:
         return too_few(num_images, FRECHET_MINIMUM)
     real, fake = samples.features("real", extractor), samples.features("fake", extractor)
-    value, error = frechet.distance(frechet.moments(real), frechet.moments(fake)), frechet.half_sample_error(real, fake)
-    half = t_quantile((1 + CONFIDENCE) / 2, HALVES) * error  # of the distance that so many images have on average
-    return Value(value, error, max(0.0, value - half), value + half, num_images)
+    value = frechet.distance(frechet.moments(real), frechet.moments(fake))
+    found = from_half_samples(value, frechet.half_sample_distances(real, fake))
+    return Value(value, found.error, *within(found, (0.0, math.inf)), num_images, FRECHET_NOTE)
 
 
 def kernel_of(extractor: str, samples: Samples, *, subset: int = distribution.KID_SUBSET) -> Value:
@@ -177,27 +200,47 @@ def recall(samples: Samples) -> Value:
     # The reals share the fakes' manifold, so they are no independent hits: halves of both sides, each with its own.
     halves = zip(half_samples(len(real), 4), half_samples(len(fake), 4), strict=True)
     shares = [distribution.covered(real[rows], fake[others]).mean() for rows, others in halves]
-    return Value(value, half_sample_error(np.array(shares)), n=len(fake))
+    found = from_half_samples(value, np.array(shares))
+    return Value(value, found.error, *within(found, (0.0, 1.0)), len(fake))
 
 
 def perplexity(samples: Samples) -> Value:
     """exp of the entropy of the codes used over the whole set."""
     codes = samples.features("fake", "codes")
-    return Value(distribution.perplexity(codes), n=len(codes), note=f"{np.unique(codes).size} codes used")
+    return _of_codes(codes, distribution.perplexity, f"{np.unique(codes).size} codes used")
 
 
 def codebook_use(samples: Samples) -> Value:
     """How many different codes occur in the whole set."""
-    codes = samples.features("fake", "codes")
-    return Value(float(np.unique(codes).size), n=len(codes))
+    return _of_codes(samples.features("fake", "codes"), lambda codes: float(np.unique(codes).size))
+
+
+def _of_codes(codes: np.ndarray, statistic: Callable[[np.ndarray], float], note: str = "") -> Value:
+    """A statistic of all codes [N, L] with its error from half-samples of the images."""
+    value, count = statistic(codes), len(codes)
+    if count < 8:
+        return Value(value, n=count, note=note)
+    halves = np.array([statistic(codes[rows]) for rows in half_samples(count)])
+    return Value(value, from_half_samples(value, halves).error, n=count, note=note)
 
 
 def latent_deviation(samples: Samples) -> Value:
-    """Standard deviation of all numbers of all latents, and what would bring it to one."""
-    mean, square = samples.column("latent-mean").mean(), samples.column("latent-square").mean()
-    deviation = float(np.sqrt(max(0.0, square - mean**2)))
-    note = f"its scale times {1 / deviation:.4g} would make it 1" if deviation else "all latents are equal"
-    return Value(deviation, n=len(samples.ids), note=note)
+    """Standard deviation of all numbers of all latents, its error by the jackknife, and what would bring it to one."""
+    columns = {name: samples.column(name) for name in ("latent-mean", "latent-square")}
+    value = float(_deviation(*(column.mean() for column in columns.values())))
+    note = f"its scale times {1 / value:.4g} would make it 1" if value else "all latents are equal"
+    return of_terms(value, latent_deviation_terms(columns), (0.0, math.inf), note)
+
+
+def _deviation(mean: np.ndarray, square: np.ndarray) -> np.ndarray:
+    return np.asarray(np.sqrt(np.maximum(0.0, square - mean**2)))
+
+
+def latent_deviation_terms(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Pseudo-values of the standard deviation of all latents."""
+    both, count = [columns[name] for name in ("latent-mean", "latent-square")], len(columns["latent-mean"])
+    without = _deviation(*((column.sum() - column) / max(1, count - 1) for column in both))
+    return np.asarray(count * _deviation(*(column.mean() for column in both)) - (count - 1) * without)
 
 
 def too_few(num_images: int, minimum: int) -> Value:
@@ -242,7 +285,7 @@ METRICS: dict[str, Metric] = {
         Metric("psnr", "higher", "peak signal-to-noise ratio, mean over images", compute=mean_psnr,
                reads=("psnr", "mse"), **_PSNR),
         Metric("psnr-global", "higher", "PSNR of the squared error over all images", compute=global_psnr,
-               reads=("mse",), **_PSNR),
+               reads=("mse",), terms=global_psnr_terms, **_PSNR),
         Metric("ssim", "higher", "SSIM, uniform 7x7 window, sample covariance (scikit-image)", **_SSIM),
         Metric("ssim-gauss", "higher", "SSIM, 11x11 Gaussian window (Wang et al. 2004)", **_SSIM),
         Metric("ms-ssim", "higher", "multi-scale SSIM, five scales (Wang et al. 2003)", **_SSIM | {"low": 0.0}),
@@ -284,7 +327,7 @@ METRICS: dict[str, Metric] = {
                **_CODES),
         Metric("latent-mean", "neither", "mean of the normalised latents", tolerance=0.01),
         Metric("latent-std", "neither", "standard deviation of the normalised latents", low=0.0, tolerance=0.01,
-               compute=latent_deviation, reads=("latent-mean", "latent-square")),
+               compute=latent_deviation, reads=("latent-mean", "latent-square"), terms=latent_deviation_terms),
     )
 }  # fmt: skip
 

@@ -40,18 +40,22 @@ def kernel_error(real: np.ndarray, fake: np.ndarray) -> float:
     """Standard error of the kernel distance of features [N, D] and [M, D]: Hoeffding's variance of a U-statistic.
 
     Pairs (real, fake) are its samples, which has the pairing of reconstructions in it; of sides of unequal number the
-    smaller counts. Its two parts are estimated on at most VARIANCE_ROWS pairs. InputError for fewer than four samples.
+    smaller counts. The distance's kernels between an image and its own reconstruction, which are in no U-statistic,
+    add to what is linear. Both parts are estimated on at most VARIANCE_ROWS pairs. InputError below four samples.
     """
     count = min(len(real), len(fake))
     if count < 4:
         raise InputError("the error of a kernel distance needs four samples a side")
+    if np.array_equal(real, fake):
+        return 0.0
     rows = np.sort(np.random.default_rng(0).permutation(count)[:VARIANCE_ROWS])
     x, y = (np.asarray(side[rows], dtype=np.float64) for side in (real, fake))
     used, across = len(rows), _kernel(x, y)
     terms = _kernel(x, x) + _kernel(y, y) - across - across.T
     off_diagonal = terms[~np.eye(used, dtype=bool)]
     both = float(off_diagonal.var())  # of one term
-    means = (terms.sum(1) - np.diag(terms)) / (used - 1)
+    own = np.diag(across) - across.mean(0) - across.mean(1)
+    means = (terms.sum(1) - np.diag(terms)) / (used - 1) - own / count
     one = max(0.0, (float(means.var(ddof=1)) * (used - 1) - both) / (used - 2))  # of a term given one of its pairs
     return float(np.sqrt((4 * (count - 2) * one + 2 * both) / (count * (count - 1))))
 

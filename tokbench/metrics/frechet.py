@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokbench.errors import InputError
-from tokbench.metrics.statistics import half_sample_error as error_of_halves
 from tokbench.metrics.statistics import half_samples
 
 CHUNK = 4096  # rows turned to float64 at a time
@@ -126,8 +125,3 @@ def half_sample_distances(real: np.ndarray, fake: np.ndarray, repeats: int = 8) 
         else:
             values.append(distance(moments(real, rows), moments(fake, rows)))
     return np.array(values)
-
-
-def half_sample_error(real: np.ndarray, fake: np.ndarray, repeats: int = 8) -> float:
-    """Standard error of the distance between paired features [N, D]."""
-    return error_of_halves(half_sample_distances(real, fake, repeats))

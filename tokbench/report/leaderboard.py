@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tokbench.metrics import METRICS
-from tokbench.metrics.statistics import paired_interval
+from tokbench.metrics.statistics import paired
 from tokbench.protocols import sides_of, size_text
 from tokbench.records.result import EvalResult, TokenizerInfo, Value
 from tokbench.report.columns import (
@@ -169,7 +169,7 @@ def _tied(a: tuple[ResultEntry, Value], b: tuple[ResultEntry, Value], per_image:
     ours, theirs = paired_columns(first, second, per_image)
     if len(ours) < 2:
         return False
-    low, high = paired_interval(ours, theirs, share=per_image in METRICS and METRICS[per_image].share)
+    low, high = paired(ours, theirs, share=per_image in METRICS and METRICS[per_image].share).interval()
     return low <= 0 <= high
 
 
