@@ -101,8 +101,10 @@ def test_edited_code_changed_images_and_other_weights_are_measured_again(
     spec = f"m={code}:tiny"
     assert "1 done" in tokbench(*command, "--models", spec).err
     assert "1 cached" in tokbench(*command, "--models", spec).err
-    assert "1 done" in tokbench(*command, "--models", f"{spec}@bias=0.1").err
-    assert "1 done" in tokbench(*command, "--models", spec).err
+    ran = tokbench(*command, "--models", f"{spec}@bias=0.1")
+    assert "1 done" in ran.err
+    assert "runs/ holds another measurement of m: this one is m-2" in ran.err
+    assert "1 cached" in tokbench(*command, "--models", spec).err
     code.write_text(code.read_text() + "\n# edited\n")
     assert "1 done" in tokbench(*command, "--models", spec).err
     first = sorted(data.iterdir())[0]

@@ -41,20 +41,30 @@ from tokbench.protocols import NATIVE, sides_of, size_text
 from tokbench.records import provenance
 from tokbench.records.cache import cache_folder
 from tokbench.records.files import (
-    cell_path,
     hold,
     per_image_path,
     read_per_image,
+    result_path,
     writable,
     write_per_image,
     write_whole,
 )
 from tokbench.records.measurement import Measurement
-from tokbench.records.result import Dataset, EvalResult, Settings, TokenizerInfo, read_result, to_json
+from tokbench.records.places import placed
+from tokbench.records.result import (
+    Dataset,
+    EvalResult,
+    Provenance,
+    Settings,
+    TokenizerInfo,
+    Value,
+    read_result,
+    to_json,
+)
 from tokbench.records.samples import SampleStore
 from tokbench.runtime.device import describe_device
 from tokbench.runtime.processes import Processes
-from tokbench.runtime.terminal import bar
+from tokbench.runtime.terminal import bar, say
 
 log = logging.getLogger("tokbench")
 
@@ -104,12 +114,30 @@ class Cell:
         parts = [protocol.fingerprint(), images, self.measurement.resolution, self.device.type, repr(self.settings)]
         return None if self.model is None else provenance.key(self.model, *parts)
 
+    def record(self, metrics: Mapping[str, Value], num_images: int, made: Provenance) -> EvalResult:
+        """Its record, or what will be one."""
+        asked, source = self.measurement, self.source
+        data = Dataset(source.name, source.split, asked.resolution, num_images, source.fingerprint())
+        return EvalResult(
+            protocol=asked.rules.name,
+            protocol_fingerprint=asked.rules.fingerprint(),
+            tokenizer=self.info,
+            dataset=data,
+            metrics=metrics,
+            settings=self.settings,
+            measurement=asked,
+            provenance=made,
+        )
+
+    @property
+    def blank(self) -> EvalResult:
+        """Its record before anything is measured."""
+        return self.record({}, len(self.source), Provenance(device_type=self.device.type))
+
     @property
     def path(self) -> Path | None:
         """Of its record."""
-        asked = self.measurement
-        row = (asked.rules.name, self.source.name, asked.resolution, self.info.name)
-        return None if self.out is None else cell_path(self.out, *row)
+        return None if self.out is None else result_path(self.out, self.blank)
 
     def wanted(self) -> tuple[set[str], set[tuple[str, str]]]:
         """The columns and features that a sample must have to count as measured."""
@@ -176,7 +204,13 @@ def measure_cell(cell: Cell, pairs: Pairs, *, fresh: bool = False) -> tuple[Eval
     there. Raises CellError if the model fails and InputError if the images or the output folder do; what was measured
     until then stays for the next attempt.
     """
-    processes, path = cell.processes, cell.path
+    processes = cell.processes
+    if (out := cell.out) is not None:
+        name = cell.info.name
+        cell = replace(cell, info=processes.by_main(lambda: placed(out, cell.blank).tokenizer))
+        if processes.main and cell.info.name != name:
+            say(f"{out}/ holds another measurement of {name}: this one is {cell.info.name}")
+    path = cell.path
     earlier = processes.by_main(lambda: None if fresh else find_earlier(cell))
     if earlier is not None:
         whole = path is None or not cell.measurement.keep_features or path.with_suffix(".features").is_dir()
@@ -208,8 +242,11 @@ def find_earlier(cell: Cell) -> EvalResult | None:
         log.warning("%s: damaged, set aside as %s; the cell is measured again", cell.path, aside.name)
         return None
     may_lack = cell.measurement.skip_bad or cell.measurement.rules.small == "skip"
-    usable = result.provenance.cell == cell.key and (may_lack or not result.settings.skipped)
-    return result if usable else None
+    if result.provenance.cell == cell.key and (may_lack or not result.settings.skipped):
+        return result
+    if gone := sorted(set(result.metrics) - set(cell.measurement.metrics)):
+        log.warning("%s: of other code or weights, measured anew without %s", cell.path, ", ".join(gone))
+    return None
 
 
 def lacks(earlier: EvalResult, name: str, suite: MetricSuite) -> bool:
@@ -313,23 +350,17 @@ def write_rows(path: Path, store: SampleStore, columns: Mapping[str, np.ndarray]
 
 def new_record(cell: Cell, store: SampleStore, facts: Mapping[str, Any]) -> EvalResult:
     """The record of everything in a store; `facts` are fields of `Provenance`."""
-    measurement, source, suite = cell.measurement, cell.source, cell.suite
-    protocol, skipped = measurement.rules, sorted(set(source.ids) - set(store.ids))
+    measurement, suite, skipped = cell.measurement, cell.suite, sorted(set(cell.source.ids) - set(store.ids))
     names = [metric.name for metric in suite.metrics if metric.name not in suite.unavailable]
     made = provenance.collect(
         describe_device(cell.device), cell.device.type, cell.processes.size, extractors=suite.networks, cell=cell.key,
         **facts,
     )  # fmt: skip
-    return EvalResult(
-        protocol=protocol.name,
-        protocol_fingerprint=protocol.fingerprint(),
-        tokenizer=cell.info,
-        dataset=Dataset(source.name, source.split, measurement.resolution, len(store.ids), source.fingerprint()),
-        metrics={name: compute(name, store, measurement.seeds) for name in names},
+    metrics = {name: compute(name, store, measurement.seeds) for name in names}
+    return replace(
+        cell.record(metrics, len(store.ids), made),
         unavailable={**suite.unavailable, **cell.refused},
         settings=replace(cell.settings, skipped=len(skipped), skipped_ids=tuple(skipped[:100])),
-        measurement=measurement,
-        provenance=made,
     )
 
 

@@ -1,7 +1,9 @@
 """One tokenizer, measured: what `tokbench run` does with each, and what a notebook or a training loop calls."""
 
+import glob
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from tokbench.evaluation.reconstruct import Fakes, Timer, autocast_dtype, first_
 from tokbench.metrics import DEFAULT, find_metrics
 from tokbench.protocols import Resolution, parse_resolution
 from tokbench.records.measurement import Measurement
-from tokbench.records.result import EvalResult, Settings
+from tokbench.records.result import EvalResult, Settings, read_result
 from tokbench.runtime.device import find_dtype, prepare, select_device
 from tokbench.runtime.processes import Processes
 from tokbench.runtime.terminal import say
@@ -50,6 +52,16 @@ def check_images(source: Source, measurement: Measurement) -> None:
     """InputError for images that cannot be used, unless they may be left out."""
     if not measurement.skip_bad:
         refuse_unusable(source, measurement.resolution, measurement.rules, ADVICE)
+
+
+def tell_apart(source: Source, out: Path) -> None:
+    """Another name for images whose name `out` holds results of other images under: coco/val is not imagenet/val."""
+    for path in sorted(out.glob(f"*/{glob.escape(source.name)}-*/*.json")):
+        with suppress(InputError):
+            other = read_result(path).dataset
+            if other.name == source.name and other.fingerprint != source.fingerprint():
+                source.name = f"{source.name}.{source.split or len(source)}.{source.fingerprint()[:8]}"
+                return
 
 
 @dataclass
@@ -161,6 +173,8 @@ def evaluate(
     check_size(model, measurement.resolution)
     source = data if isinstance(data, Source) else open_source(data, limit=limit)
     check_images(source, measurement)
+    if out is not None:
+        tell_apart(source, Path(out))
     modules = [module for network in model.networks.values() for module in network.modules()]
     placed = next((p.device for module in modules for p in module.parameters(recurse=False)), None)
     stays = measurement.device == "auto" and placed is not None and tokenizer is model

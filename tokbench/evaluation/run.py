@@ -1,6 +1,5 @@
 """`tokbench run`: every model at every resolution, one cell after the other; table, plot and summary at the end."""
 
-import glob
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,13 +16,13 @@ from tokbench.data.open import open_source
 from tokbench.data.sources import Facts, Source
 from tokbench.errors import CellError, InputError
 from tokbench.evaluation.cell import suite_for
-from tokbench.evaluation.evaluate import check_images, checked, evaluate_cell
+from tokbench.evaluation.evaluate import check_images, checked, evaluate_cell, tell_apart
 from tokbench.evaluation.model import check_size
 from tokbench.evaluation.reconstruct import autocast_dtype
 from tokbench.protocols import Resolution, size_text
 from tokbench.records.files import hold, result_path, write_whole
 from tokbench.records.measurement import Measurement
-from tokbench.records.result import EvalResult, read_result
+from tokbench.records.result import EvalResult
 from tokbench.runtime.device import describe_device, release, select_device, warn_of_emulation
 from tokbench.runtime.processes import Processes, join
 from tokbench.runtime.terminal import say
@@ -82,16 +81,6 @@ def run(
     if strict and any(result.unavailable for _, result in summary.results):
         return max(summary.status, 1)
     return summary.status
-
-
-def tell_apart(source: Source, out: Path) -> None:
-    """Another name for images whose name `out` holds results of other images under: coco/val is not imagenet/val."""
-    for path in sorted(out.glob(f"*/{glob.escape(source.name)}-*/*.json")):
-        with suppress(InputError):
-            other = read_result(path).dataset
-            if other.name == source.name and other.fingerprint != source.fingerprint():
-                source.name = f"{source.name}.{source.fingerprint()[:8]}"
-                return
 
 
 def share_facts(source: Source, out: Path, processes: Processes) -> None:

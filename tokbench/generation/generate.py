@@ -36,6 +36,7 @@ from tokbench.metrics.suite import MetricSuite
 from tokbench.records import provenance
 from tokbench.records.files import result_path, write_whole
 from tokbench.records.measurement import Measurement
+from tokbench.records.places import placed
 from tokbench.records.result import Dataset, EvalResult, Settings, TokenizerInfo, to_json
 from tokbench.records.samples import SampleStore
 from tokbench.report.collect import known_results
@@ -44,6 +45,7 @@ from tokbench.report.leaderboard import blocks
 from tokbench.report.tables import show
 from tokbench.runtime.device import describe_device, find_dtype, prepare, select_device
 from tokbench.runtime.processes import Processes, join
+from tokbench.runtime.terminal import say
 from tokbench.training.log import image_grid, save_image
 from tokbench.weights.files import file_sha256
 
@@ -132,7 +134,10 @@ def _generate(
                 continue
             if processes.main:
                 store = SampleStore(place)
-                result = record(draw, info, spec.text, store, measurement, suite, reference, asked, seconds)
+                made = record(draw, info, spec.text, store, measurement, suite, reference, asked, seconds)
+                result = placed(out, made)
+                if result != made:
+                    say(f"{out}/ holds other images of {info.name}: these are {result.tokenizer.name}")
                 keep(result, asked, out, place / "images", labels)
                 results.append(result)
     return results, failures

@@ -17,7 +17,8 @@ from tokbench.records.result import EvalResult, TokenizerInfo, Value
 from tokbench.report.tables import Heading
 
 MINOR = ("psnr-global", "ssim-gauss", "ms-ssim", "encode", "params", "steps")
-WORDS = ("latent", "generator")
+WORDS = ("latent", "generator", "dtype", "seeds", "processor")
+VARIED = ("dtype", "seeds", "processor")  # shown where rows of one table differ in them
 TIMES = ["encode", "decode"]  # ranked on one machine only, as the next
 HEADLINE = ("rfid", "lpips-alex", "lpips-vgg", "psnr")  # the first that is there is a figure's default metric
 RATES = ["generator/s", "decoder/s", "both/s"]
@@ -126,6 +127,12 @@ def device(result: EvalResult) -> str:
     return result.provenance.device or "unknown device"
 
 
+def _seeds(result: EvalResult) -> str | None:
+    """None where nothing is drawn."""
+    seeds = result.settings.seeds
+    return None if result.tokenizer.deterministic and len(seeds) == 1 else ",".join(map(str, seeds))
+
+
 def _generator(result: EvalResult, fact: str) -> Any:
     return result.settings.generation.get("generator", {}).get(fact)
 
@@ -154,6 +161,9 @@ FACTS = {
         _fact("tokens", "latent positions of an image", _tokens),
         _fact("steps", "network evaluations of the decoder", lambda r: r.tokenizer.decode_steps),
         _fact("n", "images", lambda r: r.dataset.num_images),
+        _fact("dtype", "number format of the model", lambda r: r.settings.dtype),
+        _fact("seeds", "seeds of a stochastic decoder", _seeds),
+        _fact("processor", "kind of machine", lambda r: r.provenance.device_type or None),
         _fact("device", "machine", device),
         _fact("date", "day of the measurement", lambda r: r.provenance.date[:10]),
         _fact("generator", "what drew the latents", lambda r: _generator(r, "name")),
@@ -229,6 +239,7 @@ def default_columns(entries: Sequence[ResultEntry], known: Sequence[ResultEntry]
         metrics.insert(0, reconstruction_column(known))
     else:
         facts, times = ["latent", "steps", "params"], TIMES
+    facts[1:1] = [key for key in VARIED if len({FACTS[key].read(e.result) for e in entries} - {None}) > 1]
     columns = [*(FACTS[key] for key in facts), *metrics, *(FACTS[key] for key in times)]
     return [c for c in columns if any(number_of(c.read(entry.result)) is not None for entry in entries)]
 
