@@ -52,6 +52,7 @@ bench: $(VENV)/.installed  ## our speed beside other software's
 	$(BIN)/python -m tests.bench_report
 	$(BIN)/python -m tests.bench_data
 	$(BIN)/python -m tests.bench_ssdd
+	$(BIN)/python -m tests.bench_train
 
 # Everything that needs CUDA. PYTHON=python3 runs it from the checkout alone, without an environment of its own.
 gpu-check:  ## tests and speed on a GPU

@@ -24,6 +24,7 @@ from tokbench.errors import InputError
 from tokbench.registry import TrainOptions, choose
 from tokbench.runtime.processes import Processes
 from tokbench.runtime.seeding import normal, sample_seeds
+from tokbench.training.gradients import average_gradients
 from tokbench.training.held_out import open_images
 from tokbench.training.log import image_grid
 from tokbench.training.optimisation import (
@@ -142,9 +143,9 @@ def train(config: KLVAETraining, options: TrainOptions) -> Path:
                     critic_loss = hinge(critic(real), critic(fake.detach()))
                     step.backward(critic_loss, critic=critic_loss)
             if adversarial:
-                optimizer_step(
-                    critic_optimizer, list(critic.parameters()), gan.learning_rate, config.optim.clip, session.processes
-                )
+                weights = list(critic.parameters())
+                average_gradients(weights, session.processes)
+                optimizer_step(critic_optimizer, weights, gan.learning_rate, config.optim.clip)
             step.update(ids)
             if step.shows:
                 step.show(image_grid([real[:8], fake[:8]]))

@@ -22,6 +22,7 @@ from tokbench.data.training_crops import PhotoCrops
 from tokbench.errors import InputError, first_line
 from tokbench.registry import TrainOptions, choose
 from tokbench.runtime.seeding import normal, sample_seeds
+from tokbench.training.gradients import average_gradients
 from tokbench.training.held_out import open_images
 from tokbench.training.log import image_grid
 from tokbench.training.optimisation import (
@@ -78,7 +79,8 @@ def train(config: SSDDTraining, options: TrainOptions) -> Path:
                     step.backward(judged, critic=judged)
             if judge is not None and critic_optimizer is not None:
                 weights = list(judge.parameters())
-                optimizer_step(critic_optimizer, weights, step.rate, config.optim.clip, session.processes)
+                average_gradients(weights, session.processes)
+                optimizer_step(critic_optimizer, weights, step.rate, config.optim.clip)
             step.update(ids)
             if step.shows:
                 step.show(image_grid([real[:8], clean[:8]]))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import convolve
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -205,6 +206,23 @@ def test_dists_equals_its_formula(size: int, tmp_path: Path, monkeypatch: pytest
     (score,) = MetricSuite(["dists"], 1, 256).scorers
     expected = 1 - similarity / float(alpha.sum() + beta.sum())
     np.testing.assert_allclose(score(real, fake, None)["dists"], [expected], atol=1e-5)
+
+
+@here("lpips-vgg")
+def test_lpips_as_a_loss_in_bfloat16_is_that_in_float32() -> None:
+    network = perceptual.lpips_network("vgg").to(memory_format=torch.channels_last)
+    real = (photographs() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    blurred = F.interpolate(F.avg_pool2d(real, 4), scale_factor=4, mode="bicubic")
+    found = []
+    for enabled in (False, True):
+        fake = blurred.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = network(real, fake)
+        loss.sum().backward()
+        assert loss.dtype == torch.float32
+        found.append((loss.detach(), fake.grad))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0.01, atol=0)
+    assert F.cosine_similarity(found[0][1].flatten(), found[1][1].flatten(), 0) > 0.9
 
 
 @here("lpips-alex", "lpips-vgg", "dists", "mobilenet")

@@ -209,6 +209,27 @@ def test_a_tar_shard_gives_the_crops_of_its_folder(photographs: Path, tmp_path: 
         assert torch.equal(folder[number, 16][0], tar[number, 16][0])
 
 
+def test_imagenet_in_webdatasets_shards_gives_the_crops_of_its_class_folders(photographs: Path, tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    folders, shards = tmp_path / "folders" / "train", tmp_path / "shards" / "train"
+    shards.mkdir(parents=True)
+    with webdataset.ShardWriter(f"{shards}/imagenet-%06d.tar", maxcount=3, verbose=0) as writer:
+        for number, path in enumerate(sorted(photographs.iterdir(), reverse=True)):
+            label = f"n{number % 2:08d}"
+            (folders / label).mkdir(parents=True, exist_ok=True)
+            (folders / label / f"{label}_{number}{path.suffix}").write_bytes(path.read_bytes())
+            sample = {"__key__": f"{label}_{number}", path.suffix[1:]: path.read_bytes(), "cls": number % 2}
+            writer.write(sample)
+    both = [open_source(f"imagenet:{place.parent}", "train") for place in (folders, shards)]
+    assert len(list(shards.iterdir())) > 1
+    assert both[0].ids == both[1].ids
+    assert both[0].fingerprint() == both[1].fingerprint()
+    assert all(str(shards) in both[1].where(i) and ".tar:" in both[1].where(i) for i in range(len(both[1])))
+    folder, tar = (PhotoCrops(source, range(len(source.ids)), CropConfig(16, (24, 40)), seed=0) for source in both)
+    for number in range(4):
+        assert torch.equal(folder[number, 16][0], tar[number, 16][0])
+
+
 def test_photographs_that_do_not_fit_into_memory_give_the_same_crops(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = [crops(CONFIG)[number, 16][0] for number in range(4)]
     monkeypatch.setattr("tokbench.data.training_crops.KEEP_BYTES", 1)

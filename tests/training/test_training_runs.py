@@ -94,6 +94,20 @@ def test_two_processes_take_the_steps_of_one(model: str, photographs: Path, tmp_
         torch.testing.assert_close(ours[key], theirs[key], atol=1e-5, rtol=1e-4)
 
 
+def test_gradients_exchanged_in_buckets_beside_the_backward_pass_are_those_exchanged_at_once(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokbench.training.gradients.BUCKET", 1 << 14)
+    for name, devices in (("flat", ()), ("buckets", ("cpu",))):
+        monkeypatch.setattr("tokbench.training.gradients.OVERLAPPED", devices)
+        settings = ("run.steps=3", "run.accumulate=2")
+        for process in start(command("klvae", photographs, tmp_path / name, *settings), tmp_path, 2):
+            status, error = process.finish()
+            assert status == 0, error
+    ours, theirs = weights(tmp_path / "flat"), weights(tmp_path / "buckets")
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 @of_every_loop
 def test_a_process_told_to_stop_alone_stops_all_after_the_same_saved_step(
     model: str, photographs: Path, tmp_path: Path

@@ -14,6 +14,7 @@ from tokbench.data.named import SETS, check_set, require_set
 from tokbench.data.sources import (
     FileSource,
     HuggingFaceSource,
+    ShardSource,
     Source,
     TarSource,
     ZipSource,
@@ -96,9 +97,16 @@ def _samples(rest: str, split: str | None) -> Source:
     return _files("samples", None, SAMPLES)
 
 
-def _files(name: str, split: str | None, root: Path) -> Source:
+def _files(name: str, split: str | None, root: Path, to_id: Callable[[str], str] = sample_id) -> Source:
+    """Images of a folder and those below it; or of its tars, if it holds nothing else."""
     names, problems = list_folder(root)
-    return FileSource(name, split, root, unique_ids(names, root), names, problems)
+    tars = [] if names else sorted(root.glob("*.tar"))
+    if not tars:
+        return FileSource(name, split, root, unique_ids(names, root, to_id), names, problems)
+    listed = [(tar.name, *list_tar(tar)) for tar in tars]
+    entries = [(tar, member) for tar, members, _ in listed for member in members]
+    ids = unique_ids([member.name for _, member in entries], root, to_id)
+    return ShardSource(name, split, root, ids, entries, [problem for _, _, found in listed for problem in found])
 
 
 def _folder(root: str, split: str | None) -> Source:
@@ -158,8 +166,7 @@ def _imagenet(root: str, split: str | None) -> Source:
     else:
         if any((found / other).is_dir() for other in IMAGENET):
             raise InputError(f"{folder}: holds no {' or '.join(IMAGENET[split])}")
-        names, problems = list_folder(found)
-        source = FileSource(name, split, found, unique_ids(names, found, _stem), names, problems)
+        source = _files(name, split, found, _stem)
     source.sort()
     if len(source) != IMAGENET_IMAGES[split]:
         source.problems.append(f"{len(source)} images; ImageNet's {split} split has {IMAGENET_IMAGES[split]}")

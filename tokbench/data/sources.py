@@ -151,16 +151,38 @@ class TarSource(Source):
         return stamp_of(self.root)
 
     def read_bytes(self, index: int) -> bytes:
-        member: Member = self.entries[index]
-        with open(self.root, "rb", buffering=0) as file:  # a file of its own: forked readers must not share a position
-            file.seek(member.offset)
-            data = file.read(member.size)
-        if len(data) != member.size:
-            raise OSError("the archive ends inside it")
-        return data
+        return read_member(self.root, self.entries[index])
 
     def where(self, index: int) -> str:
         return printable(f"{self.root}:{self.entries[index].name}")
+
+
+class ShardSource(Source):
+    """Members of a folder's tars, WebDataset's layout, read in place; an entry is a tar's name and a Member.
+
+    In place, not as a stream: sample number k of a training run is any image, whatever was read before it.
+    """
+
+    def stamp(self, index: int) -> str:
+        return stamp_of(self.root / self.entries[index][0])
+
+    def read_bytes(self, index: int) -> bytes:
+        shard, member = self.entries[index]
+        return read_member(self.root / shard, member)
+
+    def where(self, index: int) -> str:
+        shard, member = self.entries[index]
+        return printable(f"{self.root / shard}:{member.name}")
+
+
+def read_member(tar: Path, member: Member) -> bytes:
+    """The bytes of a tar's member. Raises OSError."""
+    with open(tar, "rb", buffering=0) as file:  # a file of its own: forked readers must not share a position
+        file.seek(member.offset)
+        data = file.read(member.size)
+    if len(data) != member.size:
+        raise OSError("the archive ends inside it")
+    return data
 
 
 class ZipSource(Source):

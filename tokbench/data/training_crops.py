@@ -160,14 +160,25 @@ class BatchSampler:
 
 
 def batches(
-    crops: PhotoCrops, *, first_step: int, num_steps: int, batch_size: int, rank: int, world: int, num_workers: int
+    crops: PhotoCrops,
+    *,
+    first_step: int,
+    num_steps: int,
+    batch_size: int,
+    rank: int,
+    world: int,
+    num_workers: int,
+    pin_memory: bool = False,
 ) -> Iterator[tuple[list[int], Tensor, list[str]]]:
     """Steps first_step..num_steps-1: (sample numbers, uint8 [batch_size / world, 3, s, s], sample ids) of this rank.
 
     Raises InputError naming a photograph that cannot be read.
     """
     sampler = BatchSampler(crops.config, first_step, num_steps, batch_size, rank, world)
-    loader = DataLoader(crops, batch_sampler=sampler, num_workers=num_workers)
+    ahead = 4 if num_workers else None
+    loader = DataLoader(
+        crops, batch_sampler=sampler, num_workers=num_workers, prefetch_factor=ahead, pin_memory=pin_memory
+    )
     try:
         for items, (images, ids) in zip(sampler, loader, strict=True):
             yield [number for number, _ in items], images, list(ids)

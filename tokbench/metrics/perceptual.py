@@ -93,11 +93,13 @@ class LPIPS(nn.Module):
         return [self.normalised(tap) for tap in self.backbone((images - self.shift) / self.scale)]
 
     def distance(self, real: list[Tensor], fake: list[Tensor]) -> Tensor:
-        """Two lists of `features` -> [B]."""
+        """Two lists of `features` -> float32 [B]; what autocast made bfloat16 is not added up in it."""
         terms = []
-        for a, b, head in zip(real, fake, self.heads, strict=True):
-            squares = (a - b).square_().permute(0, 2, 3, 1)  # channels last: the product with the head copies nothing
-            terms.append((squares @ head).mean((1, 2)))
+        with torch.autocast(real[0].device.type, enabled=False):
+            for a, b, head in zip(real, fake, self.heads, strict=True):
+                squares = (a.float() - b.float()).square_()
+                # Channels last: the product with the head copies nothing.
+                terms.append((squares.permute(0, 2, 3, 1) @ head).mean((1, 2)))
         return torch.stack(terms).sum(0)
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:

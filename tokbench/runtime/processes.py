@@ -6,7 +6,7 @@ so small messages over gloo serve. Training averages gradients, over NCCL where 
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -77,20 +77,20 @@ class Processes:
             value /= self.size
         return value
 
-    def means(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Each scalar's mean over all processes, in one exchange."""
-        flat = self.mean(torch.stack([value.detach().float().reshape(()) for value in values.values()]))
-        return dict(zip(values, flat.tolist(), strict=True))
+    def start_sum(self, value: Tensor) -> Callable[[], None]:
+        """Begin to add a tensor up over all processes, in the tensor itself; what it returns waits for the sum."""
+        with self._lost_peer():
+            work = dist.all_reduce(value, async_op=True)
 
-    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """One flat all-reduce per step. Not DistributedDataParallel: it sees only `forward`, and its order of sums
-        depends on its buckets, while two optimisers, accumulation and adaptive weights want plain gradients."""
-        if self.size == 1:
-            return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = self.mean(torch.cat([g.flatten() for g in gradients]))
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        def wait() -> None:
+            with self._lost_peer():
+                work.wait()
+
+        return wait
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in some process. No device has to wait for it."""
+        return float(self.mean(torch.tensor(float(flag)))) > 0
 
     @contextmanager
     def _lost_peer(self) -> Iterator[None]:

@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from tokbench.data.training_crops import CropConfig
 from tokbench.errors import InputError, first_line
 from tokbench.runtime.device import has_bfloat16
-from tokbench.runtime.processes import Processes
 
 COMPILED_FROM = 5000  # steps: compilation takes minutes
 
@@ -129,7 +128,8 @@ def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfi
     groups = parameter_groups(named, config.weight_decay)
     betas = (config.betas[0], config.betas[1])
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
+        fused = all(p.device.type == "cuda" for group in groups for p in group["params"])
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
     from schedulefree import RAdamScheduleFree
 
     averaging: torch.optim.Optimizer = RAdamScheduleFree(groups, lr=config.learning_rate, betas=betas)
@@ -160,15 +160,16 @@ def schedule_free_average(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def optimizer_step(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], rate: float, clip: float, processes: Processes
-) -> float:
-    """Average over processes, clip, step, clear; returns the gradient's norm before clipping."""
-    processes.average_gradients(parameters)
-    norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], rate: float, clip: float
+) -> Tensor:
+    """Clip gradients that are averaged over processes, step, clear; returns their norm before clipping, on the device.
+
+    A norm that is no number is noticed when it is read, before anything is saved (`Session.read`).
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    if math.isfinite(norm):
-        optimizer.step()
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 

@@ -38,6 +38,7 @@ from tokbench.runtime.device import describe_device, find_dtype, select_device, 
 from tokbench.runtime.processes import Processes, cores, join
 from tokbench.runtime.terminal import bar, say
 from tokbench.tokenizer import Tokenizer
+from tokbench.training.gradients import GradientAverage
 from tokbench.training.held_out import score
 from tokbench.training.log import Log, Meter, check_losses, interrupts, is_best, save_image
 from tokbench.training.optimisation import (
@@ -56,6 +57,8 @@ FREE_SETTINGS = (  # of `run`: may change when a run goes on, for they do not ch
     "device", "workers", "steps", "compile", "log_every", "sample_every", "save_every",
     "eval_every", "eval_resolution", "eval_metrics", "best_by", "loss_limit",
 )  # fmt: skip
+
+READ_EVERY = 100  # steps after which losses are looked at where no log is wanted
 
 Batch = TypeVar("Batch")
 
@@ -110,7 +113,9 @@ class Session:
             self.first_step = saved["step"]
             for part, stateful in self.state.items():
                 stateful.load_state_dict(saved["parts"][part])
+        self.gradients = GradientAverage(self.parameters, self.processes)
         self.log, self.meter = Log(self.out / "log.jsonl", self.first_step, self.processes.main), Meter()
+        self.unread: list[tuple[int, Sequence[str], dict[str, Tensor]]] = []  # steps, their samples, their losses
 
     def batches(self, crops: PhotoCrops) -> Iterator[tuple[Sequence[int], Tensor, list[str]]]:
         """This process's share of every step that is left: sample numbers, uint8 [B, 3, s, s], sample ids."""
@@ -118,6 +123,7 @@ class Session:
         return batches(
             crops, first_step=self.first_step, num_steps=run.steps, batch_size=run.batch_size,
             rank=self.processes.rank, world=self.processes.size, num_workers=self.workers(bool(crops.kept)),
+            pin_memory=self.device.type == "cuda",
         )  # fmt: skip
 
     def workers(self, decoded: bool) -> int:
@@ -152,6 +158,19 @@ class Session:
             if step.stopping:
                 say(f"stopped at step {number} of {run.steps}, saved; the same command goes on")
                 raise KeyboardInterrupt
+
+    def read(self) -> None:
+        """Take over the losses of the steps since the last reading: the one wait for the device.
+
+        Raises CellError for the first step with a loss that is no number or above the limit, naming its samples.
+        """
+        values = [value for _, _, losses in self.unread for value in losses.values()]
+        means = iter(self.processes.mean(torch.stack([v.float().reshape(()) for v in values])).tolist())
+        for step, ids, losses in self.unread:
+            found = {name: next(means) for name in losses}
+            check_losses(found, step, ids, self.checkpoint, self.run.loss_limit)
+            self.meter.add(found, self.run.batch_size)
+        self.unread.clear()
 
     def images(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> float32 in [-1, 1] on the device, channels last."""
@@ -197,37 +216,39 @@ class Step(Generic[Batch]):
         self.rate = learning_rate(number - 1, session.run.steps, session.config.optim)
         self.stopping = False
         self._terms: dict[str, Tensor] = {}
+        self._last_part = False
 
     def parts(self) -> Iterator[slice]:
         """The share cut into `run.accumulate` parts, to be taken one after the other."""
         run = self.session.run
         size = run.batch_size // self.session.processes.size // run.accumulate
-        return (slice(first, first + size) for first in range(0, size * run.accumulate, size))
+        for part in range(run.accumulate):
+            self._last_part = part == run.accumulate - 1
+            yield slice(part * size, (part + 1) * size)
 
     def backward(self, loss: Tensor, /, **terms: Tensor) -> None:
-        """Add the gradient of a part's loss; `terms` are what the log says of it."""
+        """Add the gradient of a part's loss; `terms` are what the log says of it. Of a part's losses
+        the first is the one that the session's parameters learn from."""
         accumulate = self.session.run.accumulate
+        if self._last_part:
+            self.session.gradients.expect()
+            self._last_part = False
         (loss / accumulate).backward()
         for name, value in terms.items():
             self._terms[name] = self._terms.get(name, 0) + value.detach() / accumulate
 
     def update(self, ids: Sequence[str]) -> None:
-        """Average over processes, clip, step, follow with the average, log.
-
-        Raises CellError for a loss that is no number or above the limit, naming the step's samples.
-        """
+        """Average over processes, clip, step, follow with the average, log. Raises CellError as Session.read does."""
         session, run = self.session, self.session.run
-        norm = optimizer_step(
-            session.optimizer, session.parameters, self.rate, session.config.optim.clip, session.processes
-        )
-        # One process may be told to stop before the others: all of them stop after the same step.
-        told = torch.tensor(float(len(session.interruptions)), device=session.device)
-        means = session.processes.means(self._terms | {"told": told})
-        self.stopping = means.pop("told") > 0
-        check_losses(means | {"gradient": norm}, self.number, ids, session.checkpoint, run.loss_limit)
+        session.gradients.average()
+        norm = optimizer_step(session.optimizer, session.parameters, self.rate, session.config.optim.clip)
         with schedule_free_average(session.optimizer):
             session.ema.update(self.number - 1)
-        session.meter.add(means | {"gradient": norm}, run.batch_size)
+        session.unread.append((self.number, ids, self._terms | {"gradient": norm}))
+        # One process may be told to stop before the others: all of them stop after the same step.
+        self.stopping = session.processes.any(bool(session.interruptions))
+        if self.saves or self.due(run.log_every or READ_EVERY) or self.due(run.eval_every):
+            session.read()
         session.advance(1, session.meter.note())
         if self.due(run.log_every):
             session.log.write(step=self.number, rate=self.rate, **session.meter.take())
