@@ -32,6 +32,7 @@ class Published:
     scale: float | None = None
     shift: float = 0.0
     latent_space: str = ""  # decoders of one latent space can be swapped; the name if not given
+    params: float | None = None  # millions of parameters of both networks; None: only its files say
     resolution: int | None = None  # the only one that it decodes to
     decode_steps: int | None = None
     losses: tuple[str, ...] = ()

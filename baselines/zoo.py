@@ -45,6 +45,7 @@ def _facts(row: Published) -> dict[str, Any]:
         "codes": row.codebook_size,
         "tokens": row.tokens_per_image,
         "bpp": bits,
+        "params": row.params,
         "px": row.resolution,
         "licence": row.licence,
         "verified": row.name in VERIFIED,

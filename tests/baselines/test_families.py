@@ -418,6 +418,14 @@ def test_the_published_sizes_are_those_of_the_papers(whole: None) -> None:
         assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(expected, abs=1), name
 
 
+def test_parameters_are_counted_as_the_table_has_them(whole: None) -> None:
+    """Of a row of each kind."""
+    for row in {row.kind: row for row in PUBLISHED.values() if row.params}.values():
+        networks = create(row.name, random_weights=True).networks.values()
+        count = sum(parameter.numel() for network in networks for parameter in network.parameters())
+        assert count / 1e6 == pytest.approx(row.params, abs=0.05), row.name
+
+
 @pytest.mark.parametrize("fault", ["text", "missing"])
 def test_a_file_that_is_no_torchscript_costs_its_row_with_one_line(fault: str, tmp_path: Path) -> None:
     if fault == "text":
