@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help docs demo test test-compiled test-weights format lint check bench gpu-check study sweep leaderboard verify
+.PHONY: help docs demo test test-compiled test-weights format lint check bench gpu-check study sweep leaderboard verify cards
 
 demo: $(VENV)/.installed  ## measure the two bundled tokenizers on the bundled photographs
 	$(BIN)/tokbench run --models ssdd,klvae --res 256
@@ -45,6 +45,9 @@ check: $(VENV)/.installed  ## our own results against results/
 # Fetches published tokenizers and writes down which work: make verify MODELS=a,b VERIFY="--max-size 1 --data DIR"
 verify: $(VENV)/.installed  ## which published tokenizers work with their files
 	$(BIN)/python -m baselines.verify --models "$(MODELS)" $(VERIFY)
+
+cards: $(VENV)/.installed  ## docs/tokenizers/ from the tables of facts
+	$(BIN)/python -m baselines.cards
 
 bench: $(VENV)/.installed  ## our speed beside other software's
 	$(BIN)/python -m tests.bench_pipeline

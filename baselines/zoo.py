@@ -49,7 +49,7 @@ def _facts(row: Published) -> dict[str, Any]:
         "px": row.resolution,
         "licence": row.licence,
         "verified": row.name in VERIFIED,
-        "source": row.repo or row.file,
+        "source": row.repo or (row.paper if row.file == "FOLDER" else row.file),
     }
 
 

@@ -37,23 +37,8 @@ T = TypeVar("T")
 
 PLUGINS = "tokbench.plugins"
 # What is known of a model before it is loaded: `facts` of an entry, columns of `tokbench list models`.
-FACTS = (
-    *("family", "f", "c", "codes", "tokens", "bpp", "params", "px", "licence", "verified", "source", "options", "about"),
-)
-    "family",
-    "f",
-    "c",
-    "codes",
-    "tokens",
-    "bpp",
-    "params",
-    "px",
-    "licence",
-    "verified",
-    "source",
-    "options",
-    "about",
-)
+FACTS = ("family", "f", "c", "codes", "tokens", "bpp", "params", "px", "licence", "verified", "source", "options",
+         "about")  # fmt: skip
 SHOWN = ("family", "f", "c", "codes", "tokens", "params", "verified", "licence", "bpp")
 ROW_NAME = re.compile(r"[a-z0-9._-]+")
 LOAD_ERRORS = (SafetensorError, *MODEL_ERRORS)
