@@ -5,7 +5,7 @@ summed over an image's latent, as SSDD has it, so that kl_weight means the same 
 makes its 1e-6 weaker by 3 * H * W.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.kl_vae import KLVAE, SMALL, ConvDecoderConfig, KLVAEConfig, KLVAETokenizer, PatchGAN
-from ssdd_models.encoder import EncoderConfig
+from ssdd_models.encoder import EncoderConfig, noised
 from ssdd_models.layers import AttentionBlock, ResBlock
 from tokbench.checkpoints import read_header, write_checkpoint
 from tokbench.config import from_dict
@@ -41,7 +41,7 @@ from tokbench.training.optimisation import (
 )
 from tokbench.training.session import open_session, start_from
 
-POSTERIOR = 0  # stream of random numbers
+POSTERIOR, LATENT_NOISE = 0, 3  # streams of random numbers
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class KLVAETraining:
     perceptual_weight: float = 1.0
     perceptual_start: int = 0  # step from which it counts: colours are learnt faster without it
     kl_weight: float = 1e-6
+    latent_noise: float = 0.0  # the most noise on the latents that the decoder sees, in their own deviations
     learn_logvar: bool = True  # the reconstruction's variance is a parameter, as in LDM
     freeze_encoder: bool = False  # decoder-only training, as of sd-vae-ft
     normalise_latents: bool = False  # the finished model's latents get mean 0 and deviation 1
@@ -132,7 +133,7 @@ def train(config: KLVAETraining, options: TrainOptions) -> Path:
             for part in step.parts():
                 real = session.images(images[part])  # [B, 3, H, W]
                 with session.autocast():
-                    seeds = sample_seeds(run.seed, numbers[part], POSTERIOR)
+                    seeds = [sample_seeds(run.seed, numbers[part], stream) for stream in (POSTERIOR, LATENT_NOISE)]
                     fake, terms = losses.reconstruct(real, seeds, step.number)
                 loss = losses.total(terms)
                 if adversarial:
@@ -206,12 +207,14 @@ class Losses:
         self.logvar = nn.ParameterDict({"logvar": nn.Parameter(torch.zeros((), device=device))})
         self.logvar.requires_grad_(config.learn_logvar)
 
-    def reconstruct(self, real: Tensor, seeds: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images float [B, 3, H, W] and a seed for each -> their reconstructions and what these lose, by name."""
+    def reconstruct(self, real: Tensor, seeds: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images float [B, 3, H, W], seeds by stream -> their reconstructions and what these lose, by name."""
         with torch.set_grad_enabled(not self.config.freeze_encoder):
             posterior = self.model.encode(real)
-        noise = normal(seeds, posterior.mean.shape[1:], device=real.device)
-        fake = self.model.decode(posterior.sample(noise)).float()
+        z = posterior.sample(normal(seeds[0], posterior.mean.shape[1:], device=real.device))
+        if self.config.latent_noise:
+            z = noised(z, normal(seeds[1], (1 + z[0].numel(),), device=real.device), self.config.latent_noise)
+        fake = self.model.decode(z).float()
         terms = {"l1": (fake - real).abs().mean(), "kl": posterior.kl().mean()}
         if self.perceptual is not None and step > self.config.perceptual_start:
             terms["perceptual"] = self.perceptual(real, fake).mean()

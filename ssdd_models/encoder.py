@@ -46,6 +46,17 @@ class EncoderConfig:
         return tuple(self.width * m for m in [1, 2, *[4] * (halvings - 1)])
 
 
+def noised(z: Tensor, drawn: Tensor, most: float) -> Tensor:
+    """Latents [B, ...] with noise, for a decoder that is to bear it: RAE's noise_tau (arXiv 2510.11690).
+
+    Its deviation is drawn per latent, evenly from 0 to `most` of the latent's own. drawn: standard normals
+    [B, 1 + elements of a latent].
+    """
+    flat = z.flatten(1)
+    own = flat.detach().std(1, keepdim=True)
+    return (flat + most * torch.special.ndtr(drawn[:, :1]) * own * drawn[:, 1:]).view_as(z)
+
+
 class Posterior:
     """A diagonal Gaussian over latents; log variances are clamped to [-30, 20].
 

@@ -30,6 +30,7 @@ class LossWeights:
     repa: float = 0.25
     kl: float = 1e-6  # while the encoder trains
     gan: float = 0.0  # 0.5 where a fork has one; the paper's main model has none
+    latent_noise: float = 0.0  # no loss: the most noise on the latents that the decoder sees, in their own deviations
 
 
 class Repa(nn.Module):

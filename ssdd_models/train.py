@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssdd_models.encoder import EncoderConfig, Posterior
+from ssdd_models.encoder import EncoderConfig, Posterior, noised
 from ssdd_models.layers import AttentionBlock, Discriminator, ResBlock
 from ssdd_models.losses import Repa, critic_loss, flow_losses, generator_loss, training_times
 from ssdd_models.ssdd import SSDD, SSDDConfig
@@ -36,7 +36,7 @@ from tokbench.training.optimisation import (
 from tokbench.training.session import open_session, start_from
 
 RECOMPUTED = (ResBlock, AttentionBlock, ResidualBlock, TransformerBlock)
-POSTERIOR, TIME, NOISE = 0, 1, 2  # streams of random numbers
+POSTERIOR, TIME, NOISE, LATENT_NOISE = range(4)  # streams of random numbers
 
 
 def train(config: SSDDTraining, options: TrainOptions) -> Path:
@@ -67,7 +67,7 @@ def train(config: SSDDTraining, options: TrainOptions) -> Path:
             judge = critic if step.number > config.gan_start else None
             for part in step.parts():
                 real = session.images(images[part])  # [B, 3, H, W]
-                seeds = [sample_seeds(run.seed, numbers[part], stream) for stream in (POSTERIOR, TIME, NOISE)]
+                seeds = [sample_seeds(run.seed, numbers[part], stream) for stream in range(LATENT_NOISE + 1)]
                 with session.autocast():
                     terms, clean, x_t, t = losses.denoise(real, seeds, step.number)
                 if judge is not None:
@@ -127,6 +127,8 @@ class Losses:
             # image that circulates in a fork: see the README.
             z, t = posterior.mode(), torch.ones(len(real), device=device)
             target = self.teacher.decode(z, config.teacher_steps, noise).clone()
+        if config.weights.latent_noise:
+            z = noised(z, normal(seeds[LATENT_NOISE], (1 + z[0].numel(),), device=device), config.weights.latent_noise)
         losses, clean, x_t = flow_losses(
             self.model, z, target, noise, t, real=real, perceptual=perceptual, repa=self.repa
         )

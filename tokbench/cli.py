@@ -279,20 +279,24 @@ def score(
 @app.command()
 @with_options(Measurement, "protocol", "seeds", "dtype", "device", "batch_size", "workers", "small", "skip_bad")
 def probe(
-    name: Annotated[str, typer.Argument(help="Probe; see `tokbench list probes`.")],
     models: Models,
     measurement: Measurement,
+    names: Annotated[
+        str | None, typer.Argument(help="Probes, comma-separated; see `tokbench list probes`. Default: all but boxes.")
+    ] = None,
     res: Annotated[str, typer.Option(help="Resolution in pixels: 256, 768x512 or native.")] = "256",
     data: Data = "samples",
     split: Split = None,
     limit: Limit = None,
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs/probes"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard what --out holds of these cells.")] = False,
 ) -> None:
-    """Look at models in ways that a metric's one number hides."""
-    from tokbench.evaluation.probe import run_probe
+    """Look at what a metric's one number hides: robustness, drift, seeds, spectra, equivariance, legibility."""
+    from tokbench.evaluation.probes.run import run_probes
     from tokbench.protocols import parse_resolution
 
     asked = dataclasses.replace(measurement, resolution=parse_resolution(res))
-    raise typer.Exit(run_probe(name, models, asked, data=data, split=split, limit=limit))
+    raise typer.Exit(run_probes(names, models, asked, data=data, split=split, limit=limit, out=out, fresh=fresh))
 
 
 @app.command()
@@ -363,7 +367,7 @@ def list_known(
 ) -> None:
     """Show what can be named: models with their facts, metrics, protocols, probes."""
     from tokbench import registry
-    from tokbench.metrics import METRICS
+    from tokbench.metrics import METRICS, metrics_of
     from tokbench.protocols import PROTOCOLS
     from tokbench.report.tables import written
 
@@ -373,11 +377,16 @@ def list_known(
             typer.echo(text)
         return
     if what == "probes":  # whose own ones need torch
-        import tokbench.evaluation.probe  # noqa: F401
+        import tokbench.evaluation.probes  # noqa: F401
     known = {
-        "metrics": {name: m.description + (f" [{m.unit}]" if m.unit else "") for name, m in METRICS.items()},
+        "metrics": {
+            name: m.description + (f" [{m.unit}]" if m.unit else "") for name, m in METRICS.items() if not m.probe
+        },
         "protocols": {name: f"v{protocol.version} {protocol.summary}" for name, protocol in PROTOCOLS.items()},
-        "probes": {name: probe.summary for name, probe in registry.PROBES.all().items()},
+        "probes": {
+            name: f"{probe.summary}: {', '.join(metric.name for metric in metrics_of(name))}"
+            for name, probe in registry.PROBES.all().items()
+        },
     }
     if what not in known:
         raise InputError(f'list "{what}": choose one of models, {", ".join(known)}')

@@ -27,7 +27,6 @@ from tokbench.checkpoints import read_header
 from tokbench.config import describe, override, parse_value
 from tokbench.errors import MODEL_ERRORS, CellError, InputError, first_line
 from tokbench.records.files import writable
-from tokbench.records.result import Value
 
 if TYPE_CHECKING:
     from tokbench.tokenizer import Tokenizer
@@ -444,13 +443,18 @@ class DataSource:
 
 @dataclass(frozen=True)
 class Probe:
-    """`measure` takes a tokenizer that is ready on a device, a `Source`, a `Measurement` and the device.
+    """`measure` takes a `Look` and a `Base` (`evaluation.probes.look`) and gives, by name, columns [B] of the metrics
+    whose `probe` is this one; features by ("fake", extractor).
 
-    It gives values by column, whose names may be those of metrics, or others.
+    `refuses` takes a `TokenizerInfo` and says why a tokenizer cannot have some of them, by metric.
     """
 
-    measure: Callable[..., Mapping[str, Value]]
+    measure: Callable[..., Mapping[Any, Any]]
     summary: str
+    encodings: float = 0.0  # of the set, beyond the reconstruction that all probes share
+    decodings: float = 0.0
+    refuses: Callable[[Any], Mapping[str, str]] = lambda _: {}
+    boxes: str = ""  # the kind of annotated boxes that images need; "": any images will do
 
 
 SOURCES: Names[DataSource] = Names("data source")
@@ -462,6 +466,9 @@ def register_source(name: str, open: Callable[[str, str | None], Any], *, summar
     SOURCES.add(name, DataSource(open, summary))
 
 
-def register_probe(name: str, measure: Callable[..., Mapping[str, Value]], *, summary: str) -> None:
-    """Make `tokbench probe NAME` known; a plugin's `register` calls it. ValueError for a taken name."""
-    PROBES.add(name, Probe(measure, summary))
+def register_probe(name: str, measure: Callable[..., Mapping[Any, Any]], *, summary: str, **more: Any) -> None:
+    """Make `tokbench probe NAME` known; a plugin's `register` calls it, and `register_metric` for what it gives.
+
+    `more` are the other fields of `Probe`. ValueError for a taken name.
+    """
+    PROBES.add(name, Probe(measure, summary, **more))

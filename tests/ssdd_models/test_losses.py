@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssdd_models.encoder import EncoderConfig
+from baselines.train import KLVAETraining
+from ssdd_models.encoder import EncoderConfig, noised
 from ssdd_models.layers import Discriminator
 from ssdd_models.losses import DINO_DIM, LossWeights, Repa, critic_loss, flow_losses, generator_loss, training_times
 from ssdd_models.ssdd import SSDD
@@ -151,3 +152,22 @@ def test_noise_cancelling_weights_leave_almost_no_noise_after_one_step() -> None
     after = built.decode(z, steps=1, noise=noise)
     share = [(image * noise).mean().abs().item() for image in (before, after)]
     assert share[1] < 0.5 * share[0]
+
+
+def test_latent_noise_is_uniform_in_its_deviation_up_to_the_most_and_none_by_default() -> None:
+    z = 3 * normal(torch.arange(400), (4, 8, 8), device="cpu") + 1
+    added = noised(z, normal(torch.arange(400) + 1000, (1 + z[0].numel(),), device="cpu"), 0.8) - z
+    deviations = (added.flatten(1).std(1) / z.flatten(1).std(1)).sort().values
+    assert deviations.numpy() == pytest.approx(np.linspace(0, 0.8, 400), abs=0.06)  # quantiles of a uniform
+    assert added.mean().item() == pytest.approx(0, abs=0.02)
+    assert SSDDTraining().weights.latent_noise == KLVAETraining().latent_noise == 0
+
+
+def test_a_decoder_under_training_sees_noised_latents_when_asked(tiny: SSDD) -> None:
+    real, seeds = torch.rand(2, 3, 32, 32) * 2 - 1, [torch.arange(2) + stream for stream in range(4)]
+    found = []
+    for most in (0.0, 0.5):
+        config = SSDDTraining(weights=LossWeights(perceptual=0, repa=0, latent_noise=most))
+        found.append(Losses(config, tiny, torch.device("cpu")).denoise(real, seeds, 1)[0])
+    assert found[0]["flow"] != found[1]["flow"]
+    assert found[0]["kl"] == found[1]["kl"]

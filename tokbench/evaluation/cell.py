@@ -24,11 +24,12 @@ from torch import Tensor
 from tokbench.data import crops, decode
 from tokbench.data.sources import Source
 from tokbench.errors import CellError, InputError
-from tokbench.evaluation.pictures import KeptImages, draw, error_rank, save_pairs
+from tokbench.evaluation.pictures import KeptImages, draw, error_map, error_rank, save_pairs
 from tokbench.evaluation.reconstruct import (
-    CODES,
     LATENT_COLUMNS,
+    Columns,
     Fakes,
+    Features,
     append_scores,
     images_at_once,
     measure,
@@ -76,8 +77,8 @@ class Pairs(Protocol):
         """Ids, real images uint8 [B, 3, H, W] and what `fakes` needs beside them [B, ...], of samples by number."""
         ...
 
-    def fakes(self, ids: Sequence[str], real: Tensor, beside: Tensor) -> tuple[Fakes, Mapping[str, Tensor], Tensor]:
-        """The fakes of real images on the device, further columns [B], and codes [B, ...]."""
+    def fakes(self, ids: Sequence[str], real: Tensor, beside: Tensor) -> tuple[Fakes, Columns, Features]:
+        """The fakes of real images on the device, and columns and features that are not measured from them."""
         ...
 
     def facts(self, processes: Processes) -> dict[str, Any]:
@@ -147,12 +148,13 @@ class Cell:
         features = {("real", name) for name in self.suite.extractors}
         for name in self.suite.extractors:
             features |= {("fake", seed_column(name, seed)) for seed in seeds} or {("fake", name)}
-        return columns, features | ({("fake", CODES)} if self.has_codes else set())
+        return columns, features | self.given
 
     @property
-    def has_codes(self) -> bool:
-        """Whether a metric reads the codes."""
-        return any(metric.extractor == CODES for metric in self.suite.available)
+    def given(self) -> set[tuple[str, str]]:
+        """Features that `Pairs.fakes` gives: a tokenizer's codes, and what a probe takes of images of its own."""
+        needed = {metric.extractor for metric in self.suite.available if metric.extractor is not None}
+        return {("fake", name) for name in needed - self.suite.extractors.keys()}
 
     def real_features(self, rank: int = 0) -> dict[str, SampleStore]:
         """By extractor: where models share features of the real images, in the cache; {} if it cannot be written.
@@ -289,8 +291,8 @@ def fill_store(cell: Cell, pairs: Pairs, work: Path, images: KeptImages) -> int:
 
     def step(ids: Sequence[str], real: Tensor, beside: Tensor) -> None:
         real = real.to(device, non_blocking=True)
-        fakes, columns, codes = pairs.fakes(ids, real, beside)
-        features = {("fake", CODES): codes.reshape(len(ids), -1)} if cell.has_codes else {}
+        fakes, columns, found = pairs.fakes(ids, real, beside)
+        features = {key: found[key].reshape(len(ids), -1) for key in cell.given}
         rows = append_scores(store, cell.suite, ids, real, fakes, known, columns, features)
         images.add(ids, error_rank(rows, len(ids)).tolist(), real, next(iter(fakes.values()))[0])
 
@@ -396,8 +398,8 @@ def draw_cell(cell: Cell, pairs: Pairs, store: SampleStore, images: KeptImages) 
     save_pairs(cell.path, {sample: kept[sample] for sample in (*first, *worst) if sample in kept})
     psnr = dict(zip(store.ids, columns["psnr"], strict=True)) if "psnr" in columns else {}
     labels = {sample: f"{sample} {psnr[sample]:.2f} dB" if psnr else sample for sample in (*first, *worst)}
-    rows = [(labels[sample], *kept[sample]) for sample in first if sample in kept]
-    return draw(rows + [("worst: " + labels[sample], *kept[sample]) for sample in worst if sample in kept])
+    titles = [(labels[sample], sample) for sample in first] + [("worst: " + labels[sample], sample) for sample in worst]
+    return draw([(title, *kept[sample], error_map(*kept[sample])) for title, sample in titles if sample in kept])
 
 
 def clear_up(path: Path, work: Path, keep_features: bool, *, replaces: bool) -> None:

@@ -2,7 +2,7 @@
 
 import glob
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,17 @@ from tokbench.data.sources import Source
 from tokbench.errors import InputError
 from tokbench.evaluation.cell import Cell, measure_cell
 from tokbench.evaluation.model import applies, check_size, model_key, with_facts
-from tokbench.evaluation.reconstruct import Fakes, Timer, autocast_dtype, first_batch_size, latent_columns, round_trip
+from tokbench.evaluation.reconstruct import (
+    CODES,
+    Columns,
+    Fakes,
+    Features,
+    Timer,
+    autocast_dtype,
+    first_batch_size,
+    latent_columns,
+    round_trip,
+)
 from tokbench.metrics import DEFAULT, find_metrics
 from tokbench.protocols import Resolution, parse_resolution
 from tokbench.records.measurement import Measurement
@@ -44,7 +54,9 @@ def checked(measurement: Measurement) -> Measurement:
         raise InputError("--seeds: at least one is needed")
     find_dtype(measurement.dtype)
     names = measurement.metrics or measurement.rules.metrics or DEFAULT
-    find_metrics(names, "reconstruction")
+    for metric in find_metrics(names, "reconstruction"):
+        if metric.probe:
+            raise InputError(f"{metric.name} is a probe's: `tokbench probe {metric.probe}`")
     return replace(measurement, metrics=names)
 
 
@@ -94,11 +106,12 @@ class Reconstructions:
         self.loaders.append(loader)
         yield from loader.seeded(asked.seeds)
 
-    def fakes(self, ids: Sequence[str], real: Tensor, beside: Tensor) -> tuple[Fakes, Mapping[str, Tensor], Tensor]:
-        """The reconstructions by seed, the columns of the latents, and the latents."""
+    def fakes(self, ids: Sequence[str], real: Tensor, beside: Tensor) -> tuple[Fakes, Columns, Features]:
+        """The reconstructions by seed, the columns of the latents, and the codes."""
         fakes, latents = round_trip(self.tokenizer, (ids, real, beside), self.measurement, self.timer)
+        codes = {("fake", CODES): latents} if self.tokenizer.info.codebook_size is not None else {}
         with torch.inference_mode():
-            return fakes, latent_columns(self.tokenizer, latents, real.shape[2] * real.shape[3]), latents
+            return fakes, latent_columns(self.tokenizer, latents, real.shape[2] * real.shape[3]), codes
 
     def facts(self, processes: Processes) -> dict[str, Any]:
         """Seconds an image, and what was done to images; those left out are named."""

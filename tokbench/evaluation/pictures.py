@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -58,20 +59,20 @@ def as_image(pixels: np.ndarray | Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(np.asarray(pixels).transpose(1, 2, 0)))
 
 
-def draw(rows: Sequence[tuple[str, Tensor, Tensor]], columns: int = 2) -> bytes:
-    """(label, real, fake uint8 [3, H, W]) -> PNG of triples (input, reconstruction, error), `columns` side by side.
+def draw(rows: Sequence[tuple[str, Tensor, Tensor, Tensor]], columns: int = 2) -> bytes:
+    """(label, real, fake, map uint8 [3, H, W]) -> PNG of such triples, `columns` side by side.
 
     Images of unequal sizes stand in frames of the largest.
     """
-    height, width = (max(real.shape[dim] for _, real, _ in rows) for dim in (1, 2))
+    height, width = (max(real.shape[dim] for _, real, *_ in rows) for dim in (1, 2))
     columns = min(columns, len(rows))
     lines = -(-len(rows) // columns)
     sheet = Image.new("RGB", (columns * (3 * width + GAP) - GAP, lines * (height + LABEL)), "white")
     pen = ImageDraw.Draw(sheet)
-    for place, (label, real, fake) in enumerate(rows):
+    for place, (label, *panels) in enumerate(rows):
         left, top = (place % columns) * (3 * width + GAP), (place // columns) * (height + LABEL)
         pen.text((left + 2, top + 1), label, fill="black")
-        for offset, pixels in enumerate((real.numpy(), fake.numpy(), error_map(real.numpy(), fake.numpy()))):
+        for offset, pixels in enumerate(panels):
             sheet.paste(as_image(pixels), (left + offset * width, top + LABEL))
     return png(sheet)
 
@@ -85,7 +86,7 @@ def save_pairs(result: Path, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None
             write_whole(folder / image_name(sample), png(as_image(pixels)))
 
 
-def error_map(real: np.ndarray, fake: np.ndarray) -> np.ndarray:
+def error_map(real: Tensor, fake: Tensor) -> Tensor:
     """uint8 [3, H, W], twice -> uint8 [3, H, W]: absolute difference per channel times GAIN, clipped at white."""
-    difference: np.ndarray = np.abs(real.astype(np.int16) - fake) * GAIN
-    return difference.clip(max=255).astype(np.uint8)
+    difference = (real.to(torch.int16) - fake).abs() * GAIN
+    return difference.clamp(max=255).to(torch.uint8)

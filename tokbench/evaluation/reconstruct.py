@@ -32,6 +32,9 @@ LATENT_COLUMNS = frozenset(("bpp", "latent-mean", "latent-square"))  # of the la
 Batch = tuple[Sequence[str], Tensor, Tensor]  # ids, uint8 [B, 3, H, W], int64 [B, S] with the image's seeds
 Fakes = Mapping[int, tuple[Tensor, Tensor | None]]  # by seed: uint8 [B, 3, H, W], and the decoder's float output
 
+Columns = Mapping[str, Tensor]  # [B] each
+Features = Mapping[tuple[str, str], Tensor]  # by side and extractor, [B, ...] each
+
 
 def first_batch_size(measurement: Measurement, device: torch.device) -> int:
     """How many images are loaded together: as asked for, else by the resolution."""

@@ -1,6 +1,6 @@
 """`tokbench score`: images made elsewhere, matched to real ones by id, measured and recorded like any model's."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tokbench.data.sources import Source
 from tokbench.errors import InputError, preview
 from tokbench.evaluation.cell import Cell, measure_cell
 from tokbench.evaluation.evaluate import checked
-from tokbench.evaluation.reconstruct import Fakes, images_at_once
+from tokbench.evaluation.reconstruct import Columns, Fakes, Features, images_at_once
 from tokbench.evaluation.run import share_facts
 from tokbench.metrics import Metric, find_metrics
 from tokbench.metrics.suite import UNCLAMPED
@@ -118,9 +118,9 @@ class SavedPairs:
         for (ids, reals), (_, fakes) in zip(real, fake, strict=True):
             yield ids, reals, fakes
 
-    def fakes(self, ids: Sequence[str], real: Tensor, beside: Tensor) -> tuple[Fakes, Mapping[str, Tensor], Tensor]:
-        """The fakes as they were read: no columns, no codes."""
-        return {0: (beside.to(self.device), None)}, {}, beside
+    def fakes(self, ids: Sequence[str], real: Tensor, beside: Tensor) -> tuple[Fakes, Columns, Features]:
+        """The fakes as they were read: no columns, no features."""
+        return {0: (beside.to(self.device), None)}, {}, {}
 
     def facts(self, processes: Processes) -> dict[str, Any]:
         """Nothing to say."""

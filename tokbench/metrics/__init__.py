@@ -4,8 +4,9 @@ A metric is a pure function over what was stored per sample: columns of scores a
 What fills them runs in torch: `metrics.suite` (columns) and `metrics.extractors` (features).
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -14,7 +15,7 @@ import numpy as np
 
 from tokbench import registry
 from tokbench.errors import InputError
-from tokbench.metrics import distribution, frechet
+from tokbench.metrics import conditions, distribution, frechet
 from tokbench.metrics.statistics import (
     Estimate,
     estimate,
@@ -71,6 +72,7 @@ class Metric:
     networks: tuple[str, ...] = ()
     scope: Literal["reconstruction", "generation", "both"] = "reconstruction"
     terms: Callable[[Mapping[str, np.ndarray]], np.ndarray] | None = None
+    probe: str = ""  # which one gives it; "": `run` does
     rows: Callable[[Samples], np.ndarray] | None = None  # values per image [N] that the features give, for the table
     share: bool = False  # an image counts 1 or 0
     minimum: int = 1  # images; below it the value is null, and neither networks nor features are needed
@@ -331,6 +333,116 @@ METRICS: dict[str, Metric] = {
     )
 }  # fmt: skip
 
+# What probes look at under their conditions.
+DRIFTING = ("psnr", "lpips-alex")
+NOISED = ("psnr", "lpips-alex", "pd-mobilenet", "fd-mobilenet")
+SEEDED = ("psnr", "lpips-alex")
+_OVER_SIGMA = conditions.over_sigmas("lpips-alex")
+_LPIPS: dict[str, Any] = {"networks": ("lpips-alex",), **_PERCEPTUAL}
+_DECIBEL: dict[str, Any] = {"unit": "dB", "tolerance": 0.05, "digits": 2}
+_READ: dict[str, Any] = {**_SHARE, "share": False}  # an image counts by its share of characters
+
+
+def _of_round_trips() -> Iterator[Metric]:
+    last = conditions.at("psnr", f"x{conditions.ROUND_TRIPS[-1]}")
+    yield Metric("psnr-drift", "lower", f"psnr lost from the first to the tenth round trip, psnr - {last}",
+                 probe="drift", reads=("psnr", "mse", last),
+                 **_from_rows(partial(conditions.difference, "psnr", last)), **_DECIBEL)  # fmt: skip
+    for trip, name in itertools.product(conditions.ROUND_TRIPS[1:], DRIFTING):
+        yield conditions.under(METRICS[name], f"x{trip}", "drift", f"after {trip} round trips")
+
+
+def _noise_doubling(samples: Samples) -> Value:
+    columns = {name: samples.column(name) for name in _OVER_SIGMA}
+    value, last = conditions.doubling(np.stack(list(columns.values()))), conditions.SIGMAS[-1]
+    if math.isnan(value):
+        return Value(None, n=len(samples.ids), note=f"not doubled at {last}")
+    return of_terms(value, _noise_doubling_terms(columns), (0.0, last))
+
+
+def _noise_doubling_terms(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    return conditions.doubling_terms(np.stack([columns[name] for name in _OVER_SIGMA]))
+
+
+def _noise_area(samples: Samples) -> np.ndarray:
+    return conditions.area(np.stack([samples.column(name) for name in _OVER_SIGMA]))
+
+
+def _of_noise() -> Iterator[Metric]:
+    common = {"probe": "robustness", "reads": _OVER_SIGMA, **_LPIPS}
+    yield Metric("noise-area", "lower", "area under lpips-alex over noise on the latents, to 0.5 deviations",
+                 **_from_rows(_noise_area), **common)  # fmt: skip
+    yield Metric("noise-doubling", "higher", "noise on the latents, in their own deviations, that doubles lpips-alex",
+                 compute=_noise_doubling, terms=_noise_doubling_terms,
+                 **common | {"tolerance": 0.005, "digits": 3})  # fmt: skip
+    for sigma, name in itertools.product(conditions.SIGMAS[1:], NOISED):
+        yield conditions.under(METRICS[name], sigma, "robustness", f"with noise of {sigma} of the latents' deviation")
+
+
+def _of_seeds() -> Iterator[Metric]:
+    yield Metric("noise-share", "lower", "share of the squared error that is the seed's: variance over seeds by error",
+                 probe="seeds", low=0.0, tolerance=0.01, digits=3)  # fmt: skip
+    yield Metric("noise-deviation", "lower", "deviation of a pixel over seeds", unit="/255", probe="seeds", low=0.0,
+                 tolerance=0.05, digits=2)  # fmt: skip
+    for name, which in itertools.product(SEEDED, ("best", "mean", "worst")):
+        metric = METRICS[name]
+        yield Metric(conditions.at(name, which), metric.better, f"{name}, {which} of eight seeds", unit=metric.unit,
+                     tolerance=metric.tolerance, digits=metric.digits, networks=metric.networks,
+                     probe="seeds")  # fmt: skip
+
+
+def _of_spectrum() -> Iterator[Metric]:
+    yield Metric("edge-gap", "lower", "psnr-flat - psnr-edges", probe="spectrum", reads=("psnr-flat", "psnr-edges"),
+                 **_from_rows(partial(conditions.difference, "psnr-flat", "psnr-edges")), **_DECIBEL)  # fmt: skip
+    for part, what in {"luma": "of luma", "chroma": "of both chroma channels", "flat": "of the other pixels",
+                       "edges": "of the fifth of the pixels where luma is steepest"}.items():  # fmt: skip
+        yield Metric(f"psnr-{part}", "higher", f"psnr {what}", probe="spectrum", **_DECIBEL)
+    for part, octave in itertools.product(("luma", "chroma"), conditions.OCTAVES):
+        longest = f" to {2 * octave}" if octave < conditions.OCTAVES[-1] else ""
+        yield Metric(conditions.at(f"error-{part}", f"{octave}px"), "lower",
+                     f"power of the error by that of the image, {part}, wavelengths from {octave}{longest} px",
+                     probe="spectrum", **_DECIBEL)  # fmt: skip
+
+
+def _of_equivariance() -> Iterator[Metric]:
+    changes = {"shift": "shifted by 1 to f - 1 px", "flip": "mirrored", "half": "halved in size"}
+    for change, what in changes.items():
+        yield Metric(f"equi-{change}", "higher", f"psnr of the reconstruction of the image {what} against the "
+                     f"reconstruction {what}", probe="equivariance", **_DECIBEL)  # fmt: skip
+    for change in ("flip", "half"):
+        what = changes[change]
+        yield Metric(f"latent-{change}", "lower", f"distance of the latents of the image {what} from its latents "
+                     f"{what}, by their deviation", probe="equivariance", low=0.0, tolerance=0.01,
+                     digits=3)  # fmt: skip
+        yield Metric(f"decode-{change}", "higher", f"psnr of the image that latents {what} give against the "
+                     f"reconstruction {what}", probe="equivariance", **_DECIBEL)  # fmt: skip
+
+
+def _of_text() -> Iterator[Metric]:
+    columns = [conditions.at(side, f"{height}px") for side in ("read", "reread") for height in conditions.TEXT_HEIGHTS]
+    yield Metric("legible-px", "lower", "font size from which on 90 % of what was readable stays readable", unit="px",
+                 probe="legibility", reads=tuple(columns), compute=conditions.legible, digits=0)  # fmt: skip
+    for name in columns:
+        before = name.startswith("read@")
+        yield Metric(name, "neither" if before else "higher", f"share of characters of so large a font that OCR reads "
+                     f"in the {'original' if before else 'reconstruction'}", probe="legibility", **_READ)  # fmt: skip
+    for kind in ("text", "face"):
+        yield Metric(f"{kind}-psnr", "higher", f"psnr inside boxes of {kind}", probe=f"{kind}-boxes", **_DECIBEL)
+        yield Metric(f"{kind}-lpips", "lower", f"lpips-alex inside boxes of {kind}", probe=f"{kind}-boxes", **_LPIPS)
+    for name, what in {"accuracy": "words in boxes that OCR reads without error",
+                       "ned": "characters of words in boxes that OCR reads"}.items():  # fmt: skip
+        yield Metric(f"text-{name}", "higher", f"share of {what}", probe="text-boxes", **_READ)
+
+
+_PROBED = (_of_round_trips, _of_noise, _of_seeds, _of_spectrum, _of_equivariance, _of_text)
+METRICS |= {metric.name: metric for given in _PROBED for metric in list(given())}
+
+
+def metrics_of(probe: str) -> list[Metric]:
+    """What a probe gives, its headline first."""
+    return [metric for metric in METRICS.values() if metric.probe == probe]
+
+
 # What `run` measures when nobody asks for less or more; the last five only where there are codes or latents.
 DEFAULT = ("psnr", "psnr-global", "ssim", "ssim-gauss", "lpips-alex", "lpips-vgg", "pd-mobilenet", "rfid",
            "bpp", "perplexity", "codebook-use", "latent-mean", "latent-std")  # fmt: skip
@@ -364,7 +476,7 @@ def users_of_networks() -> dict[str, list[str]]:
     """Which metrics need each network, by the network's name."""
     users: dict[str, list[str]] = {}
     for metric in METRICS.values():
-        for network in metric.networks:
+        for network in metric.networks if not metric.probe else ():
             users.setdefault(network, []).append(metric.name)
     return users
 

@@ -182,15 +182,17 @@ class MetricSuite:
         return found + [_network(column, self.device, self._digests(metric)) for column in columns]
 
     def _extractors_of(self, metric: Metric) -> dict[str, Extractor]:
-        if metric.extractor not in EXTRACTORS:
+        base = (metric.extractor or "").partition("@")[0]  # under a probe's condition: of the same images without it
+        if base not in EXTRACTORS:
             return {}
-        network = EXTRACTORS[metric.extractor].network  # all that it gives together: they share one pass over a batch
+        network = EXTRACTORS[base].network  # all that it gives together: they share one pass over a batch
         names = tuple(name for name, kind in EXTRACTORS.items() if kind.network == network)
-        return {metric.extractor: _extractors(names, self.device, self._digests(metric))[metric.extractor]}
+        return {base: _extractors(names, self.device, self._digests(metric))[base]}
 
     def _digests(self, metric: Metric) -> str:
         return " ".join(f"{self.networks.get(name, name)} {weights.locate(name)}" for name in metric.networks)
 
 
 def _smallest_side(column: str) -> int:
+    column = column.partition("@")[0]
     return (_PIXELS.get(column) or _NETWORKS.get(column) or (None, 1))[1]

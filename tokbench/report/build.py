@@ -13,6 +13,7 @@ from tokbench.report.collect import frame, gather
 from tokbench.report.collect import where as keep_where
 from tokbench.report.columns import ResultEntry, column
 from tokbench.report.leaderboard import Block, blocks
+from tokbench.report.probes.table import probe_tables
 from tokbench.report.reported import Reported, papers_table, read_reported, reported_table
 from tokbench.report.speed import speed_tables
 from tokbench.report.tables import Table
@@ -35,8 +36,9 @@ class Report:
 
     def more(self, published: bool) -> list[Table]:
         """What is not ranked: speed, papers against ours; with `published` all that papers say, hundreds of rows."""
+        probes = probe_tables(self.entries)
         papers = [papers_table(self.reported, self.entries), reported_table(self.reported) if published else None]
-        return [*speed_tables(self.speeds, entries=self.entries), *(table for table in papers if table)]
+        return [*probes, *speed_tables(self.speeds, entries=self.entries), *(table for table in papers if table)]
 
 
 def build(

@@ -193,7 +193,7 @@ def metric_column(name: str) -> Column:
         return Column(key=name, digits=4, description="unknown to this version", read=read)
     return Column(
         key=name, unit=metric.unit, better=metric.better, digits=metric.digits, description=metric.description,
-        read=read, per_image=metric.columns[0] if metric.columns else name if metric.rows else None,
+        read=read, per_image=name if metric.rows else metric.columns[0] if metric.columns else None,
         minor=name in MINOR,
     )  # fmt: skip
 
@@ -233,6 +233,7 @@ def default_columns(entries: Sequence[ResultEntry], known: Sequence[ResultEntry]
     """
     measured = {name for entry in entries for name, value in entry.result.metrics.items() if value.value is not None}
     directed = [name for name, metric in METRICS.items() if name in measured and metric.better != "neither"]
+    directed = [name for name in directed if "@" not in name]  # a probe's curve: figures show it
     metrics = [metric_column(name) for name in (*directed, *sorted(measured - set(METRICS)))]
     if any(entry.result.settings.generation for entry in entries):
         facts, times = ["latent", "generator", "trained", "guidance"], RATES

@@ -24,6 +24,7 @@ from tokbench.report.plots import (
     scatter,
     styles,
 )
+from tokbench.report.probes.plots import probe_plots
 from tokbench.report.reported import Reported
 from tokbench.report.speed import setting
 from tokbench.report.tables import shortened
@@ -52,6 +53,7 @@ def all_plots(
             made.append(rate_distortion(members, metric, folder / f"rate-{metric}-{place}"))
             made.append(quality_against("ratio", metric, members, folder / f"dimensions-{metric}-{place}"))
         made.append(against_steps(members, folder / f"steps-{place}"))
+        made += probe_plots(members, folder, place)
     made.append(against_resolution(entries, folder / f"resolution.{kind}"))
     made.append(rfid_vs_gfid(entries, reported, folder / f"rfid-gfid.{kind}"))
     made.append(rate_against_resolution(speeds, folder / f"speed-resolution.{kind}"))

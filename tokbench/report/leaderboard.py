@@ -238,6 +238,6 @@ def _remarks(result: EvalResult, asked: set[str] | None) -> Iterator[str]:
     missing: dict[str, list[str]] = {}  # metrics by reason
     gone = {name: value.note for name, value in result.metrics.items() if value.value is None}
     for name, reason in (gone | dict(result.unavailable)).items():
-        if asked is None or name in asked:
+        if "@" not in name if asked is None else name in asked:
             missing.setdefault(reason, []).append(name)
     yield from (f"no {', '.join(names)} ({reason or 'not given'})" for reason, names in missing.items())

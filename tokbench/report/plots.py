@@ -129,14 +129,15 @@ def scatter(
 
 def curves(
     lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, path: Path,
-    levels: Mapping[str, float] | None = None,
+    levels: Mapping[str, float] | None = None, log: bool = True,
 ) -> Path | None:  # fmt: skip
-    """Named lines of points over a log axis, dashed horizontal ones at the `levels`. None without two places on it."""
+    """Named lines of points over a log or plain axis, dashed ones at the `levels`. None without two places on it."""
     xs = [x for points in lines.values() for x, _ in points]
     if len(set(xs)) < 2:
         return None
     fig, ax = figure()
-    log_axis(ax.xaxis, xs)
+    if log:
+        log_axis(ax.xaxis, xs)
     ends = []
     for (name, points), (colour, marker) in zip(lines.items(), styles(lines).values(), strict=True):
         line = sorted(points)

@@ -1,0 +1,1 @@
+"""What probes found: a table of one line a probe, and the curves. In: records; out: tables and figures."""
