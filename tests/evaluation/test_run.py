@@ -1,11 +1,14 @@
 """`tokbench run`: cells, cache, resume, what is written, and what happens when something is wrong."""
 
 import gzip
+import importlib
+import importlib.metadata
 import io
 import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from tests.conftest import TINY, Ran
 from tokbench.evaluation import cell
 from tokbench.evaluation.reconstruct import first_batch_size
 from tokbench.evaluation.summary import compute
+from tokbench.metrics import METRICS, Metric
 from tokbench.metrics.suite import MetricSuite
 from tokbench.protocols import PROTOCOLS
 from tokbench.records.files import read_per_image, read_results
@@ -110,6 +114,43 @@ def test_edited_code_changed_images_and_other_weights_are_measured_again(
     first = sorted(data.iterdir())[0]
     Image.new("RGB", (50, 50)).save(first)
     assert "1 done" in tokbench(*command, "--models", spec).err
+
+
+def test_another_version_of_a_library_behind_a_number_measures_it_again(
+    tokbench: Command, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = importlib.metadata.version
+    model = tmp_path / "model.py"
+    model.write_text("from torchvision.ops import Permute\nfrom tests.tiny import tiny\n\n\ndef load():\n"
+                     "    made = tiny()\n    made.networks = {**made.networks, 'more': Permute([0, 1, 2, 3])}\n"
+                     "    return made\n")  # fmt: skip
+    command = ("run", "--models", f"m={model}:load", "--data", photographs, "--out", tmp_path / "runs", *FAST)
+    assert "1 done" in tokbench(*command).err
+    for package, said in {"diffusers": "cached", "torch": "done", "pillow": "done", "torchvision": "done"}.items():
+        changed = {package: "9"}
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, to=changed: to.get(name) or installed(name))
+        assert f"1 {said}" in tokbench(*command).err, package
+
+
+def test_edited_code_of_a_plugins_metric_measures_it_again_and_no_other(
+    tokbench: Command, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = tmp_path / "own_metric.py"
+    code.write_text("def score(real, fake):\n    return (real.float() - fake.float()).abs().flatten(1).mean(1)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = importlib.import_module("own_metric")
+    monkeypatch.setitem(METRICS, "own", Metric("own", "lower", "mean absolute error", score=own.score))
+    command = ("run", "--models", f"tiny={TINY}", "--data", photographs, "--out", tmp_path / "runs", "--res", 32)
+    assert "1 done" in tokbench(*command, "--metrics", "psnr,own").err
+    assert "1 cached" in tokbench(*command, "--metrics", "psnr,own").err
+    before = results(tmp_path / "runs")["tiny-32"].metrics
+    code.write_text(code.read_text().replace("mean(1)", "amax(1)"))
+    monkeypatch.setitem(METRICS, "own", replace(METRICS["own"], score=importlib.reload(own).score))
+    assert "1 cached" in tokbench(*command, "--metrics", "psnr").err
+    assert "1 done" in tokbench(*command, "--metrics", "own").err
+    after = results(tmp_path / "runs")["tiny-32"].metrics
+    assert after["psnr"] == before["psnr"]
+    assert after["own"].value > before["own"].value
 
 
 def test_batch_size_and_workers_change_nothing(tokbench: Command, photographs: Path, tmp_path: Path) -> None:

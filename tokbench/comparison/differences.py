@@ -51,6 +51,7 @@ class Difference:
     trained: tuple[bool, bool]  # whether the metric's network was in the base's, the new's loss
     verdict: Verdict = "inconclusive"
     needed: int | None = None  # images that would settle an inconclusive one; None: no number would, or settled
+    versions: tuple[str, ...] = ()  # "torch 2.13 and 2.14": libraries that the two were not measured with alike
 
     @property
     def change(self) -> float:
@@ -110,7 +111,14 @@ def differences(base: ResultEntry, new: ResultEntry, metrics: Iterable[str], rul
     """
     if reason := differing(base.result, new.result):
         raise InputError(f"not comparable: {reason}")
-    return [_difference(METRICS[name], base, new, rules) for name in metrics]
+    versions = other_versions(base.result, new.result)
+    return [replace(_difference(METRICS[name], base, new, rules), versions=versions) for name in metrics]
+
+
+def other_versions(a: EvalResult, b: EvalResult) -> tuple[str, ...]:
+    """Libraries that two results were measured with in different versions."""
+    then, now = a.provenance.versions, b.provenance.versions
+    return tuple(f"{name} {then[name]} and {now[name]}" for name in then if now.get(name, then[name]) != then[name])
 
 
 def compare(path_a: Path, path_b: Path) -> list[Difference]:
@@ -255,6 +263,8 @@ def difference_table(title: str, found: Sequence[Difference], names: tuple[str, 
     notes = [TOGETHER] if found else []
     notes += [NEEDED] if any(d.needed for d in found) else []
     notes += [DAGGER] if any(any(d.trained) for d in found) else []
+    if others := dict.fromkeys(text for d in found for text in d.versions):
+        notes.append(f"measured with other versions: {', '.join(others)}")
     return plain(title, headings, [cells(d) for d in found], notes, [STYLES[d.verdict] for d in found])
 
 

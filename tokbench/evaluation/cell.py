@@ -69,6 +69,8 @@ from tokbench.runtime.terminal import bar, say
 
 log = logging.getLogger("tokbench")
 
+LIBRARIES = ("torch", "pillow")  # behind every number; those of a model or a metric alone are in its own key
+
 
 class Pairs(Protocol):
     """Where a cell's images come from: a tokenizer makes the fakes, or they were made elsewhere."""
@@ -113,7 +115,7 @@ class Cell:
         """
         protocol, images = self.measurement.rules, self.source.fingerprint()
         parts = [protocol.fingerprint(), images, self.measurement.resolution, self.device.type, repr(self.settings)]
-        return None if self.model is None else provenance.key(self.model, *parts)
+        return None if self.model is None else provenance.key(self.model, provenance.versions(LIBRARIES), *parts)
 
     def record(self, metrics: Mapping[str, Value], num_images: int, made: Provenance) -> EvalResult:
         """Its record, or what will be one."""
@@ -165,7 +167,8 @@ class Cell:
         images = [self.source.fingerprint(), size, rules.crop, rules.real_rounding, rules.orientation]
         stores = {}
         for name, extractor in self.suite.extractors.items():
-            key = provenance.key(*images, self.device.type, extractor.identity, *_code_of_features())
+            versions = provenance.versions(LIBRARIES)
+            key = provenance.key(*images, self.device.type, extractor.identity, versions, *_code_of_features())
             folder = cache_folder() / "real" / key[:24]
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -252,20 +255,21 @@ def find_earlier(cell: Cell) -> EvalResult | None:
 
 
 def lacks(earlier: EvalResult, name: str, suite: MetricSuite) -> bool:
-    """Whether a record has no such metric, or one of other weights, or could not have it then and can now."""
+    """Whether a record has no such metric, or one of other weights or code, or could not have it then and can now."""
     if name in earlier.unavailable:
         return name not in suite.unavailable
     if name not in earlier.metrics:
         return True
-    then, now = earlier.provenance.extractors, suite.networks
-    return any(network in now and then.get(network) != now[network] for network in METRICS[name].networks)
+    key = suite.keys.get(name, "")
+    return key is None or earlier.provenance.metrics.get(name, "") != key
 
 
 def _working_folder(cell: Cell, fresh: bool, stack: ExitStack) -> Path:
     """Where the cell's rows and features gather, held against other runs; CellError if another holds it."""
     if cell.path is None:
         return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tokbench-")))
-    work = cell.path.with_name(f".{cell.path.stem}-{(cell.key or secrets.token_hex(6))[:12]}")
+    key = secrets.token_hex(6) if cell.key is None else provenance.key(cell.key, cell.suite.keys)
+    work = cell.path.with_name(f".{cell.path.stem}-{key[:12]}")
     try:
         if fresh and work.exists():
             with hold(work):
@@ -355,8 +359,9 @@ def new_record(cell: Cell, store: SampleStore, facts: Mapping[str, Any]) -> Eval
     measurement, suite, skipped = cell.measurement, cell.suite, sorted(set(cell.source.ids) - set(store.ids))
     names = [metric.name for metric in suite.metrics if metric.name not in suite.unavailable]
     made = provenance.collect(
-        describe_device(cell.device), cell.device.type, cell.processes.size, extractors=suite.networks, cell=cell.key,
-        **facts,
+        describe_device(cell.device), cell.device.type, cell.processes.size, extractors=suite.networks,
+        metrics={name: key for name, key in suite.keys.items() if key is not None and name in names},
+        cell=cell.key, **facts,
     )  # fmt: skip
     metrics = {name: compute(name, store, measurement.seeds) for name in names}
     return replace(
@@ -370,7 +375,8 @@ def joined(earlier: EvalResult, new: EvalResult) -> EvalResult:
     """The new record with what only the earlier one of the same cell has, in the order of the metrics' table."""
     metrics = {**earlier.metrics, **new.metrics}
     missing = {name: why for name, why in {**earlier.unavailable, **new.unavailable}.items() if name not in metrics}
-    networks = {**earlier.provenance.extractors, **new.provenance.extractors}
+    then, now = earlier.provenance, new.provenance
+    extractors, keys = {**then.extractors, **now.extractors}, {**then.metrics, **now.metrics}
     assert new.measurement is not None
     before = earlier.measurement.metrics if earlier.measurement is not None else tuple(earlier.metrics)
     return replace(
@@ -378,7 +384,7 @@ def joined(earlier: EvalResult, new: EvalResult) -> EvalResult:
         metrics={name: metrics[name] for name in (*METRICS, *metrics) if name in metrics},
         unavailable=missing,
         measurement=replace(new.measurement, metrics=tuple(dict.fromkeys((*before, *new.measurement.metrics)))),
-        provenance=replace(new.provenance, extractors=networks),
+        provenance=replace(now, extractors=extractors, metrics=keys),
     )
 
 

@@ -50,12 +50,13 @@ def model_key(info: TokenizerInfo, tokenizer: Tokenizer) -> str | None:
     parts = [part for part in parts if part is not None]
     modules = [m for name in sorted(tokenizer.networks) for m in tokenizer.networks[name].modules()]
     known = registry.packages()
-    inside = {type(m).__module__ for m in modules}
-    own = [m for m in inside if m.partition(".")[0] in known or not provenance.installed(m)]
-    source = provenance.source_hash([type(part).__module__ for part in parts] + sorted(own))
+    inside = {type(m).__module__ for m in (*parts, *modules)}
+    own = {m for m in inside if m.partition(".")[0] in known or not provenance.installed(m)}
+    source = provenance.source_hash(sorted(own | {type(part).__module__ for part in parts}))
+    libraries = provenance.versions(sorted({m.partition(".")[0] for m in inside - own}))
     if info.weights is None or source is None:
         return None
-    return provenance.key(info.weights, source, [attributes(part) for part in (*parts, *modules)])
+    return provenance.key(info.weights, source, libraries, [attributes(part) for part in (*parts, *modules)])
 
 
 def attributes(owner: object) -> list[str]:

@@ -146,7 +146,8 @@ def _generate(
 def latents_key(generator: Generator, how: Sampling, asked: Generation, measurement: Measurement) -> str:
     """What decides the latents of a draw; an edit of the code draws them anew."""
     code = provenance.source_hash([type(generator).__module__])
-    return provenance.key(generator.weights, asdict(how), asked.labels, measurement.dtype, code)[:16]
+    libraries = provenance.versions(("torch", "diffusers"))
+    return provenance.key(generator.weights, asdict(how), asked.labels, measurement.dtype, code, libraries)[:16]
 
 
 def record(

@@ -2,7 +2,7 @@
 
     extract = extractors(["mobilenet"], device)["mobilenet"]  # fetches the weights if they are not here
     extract(images)                                           # [B, 1280]
-    extract.name, extract.dim, extract.identity               # identity: weights' sha256 and preprocessing
+    extract.name, extract.dim, extract.identity               # identity: weights, library and preprocessing
 
 | name | network | features | preprocessing |
 |---|---|---|---|
@@ -29,6 +29,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tokbench import weights
 from tokbench.errors import InputError
+from tokbench.records import provenance
 from tokbench.runtime.device import precision
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -243,7 +244,9 @@ def extractors(names: Iterable[str], device: torch.device | str = "cpu") -> dict
             path = weights.fetch(kind.network)
             made[kind.network] = Shared(_build(kind, path).to(device)), weights.file_sha256(path)
         shared, sha256 = made[kind.network]
-        found[name] = Extractor(name, kind.dim, sha256, f"{name}-{kind.preprocessing}-{sha256[:16]}", shared)
+        code = provenance.versions(("torch", weights.NETWORKS[kind.network].library))
+        identity = f"{name}-{kind.preprocessing}-{provenance.key(sha256, code)[:16]}"
+        found[name] = Extractor(name, kind.dim, sha256, identity, shared)
     return found
 
 

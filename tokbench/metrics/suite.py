@@ -20,6 +20,7 @@ from tokbench.data.pixels import to_float
 from tokbench.errors import InputError
 from tokbench.metrics import Metric, dreamsim, find_metrics, perceptual, pixel
 from tokbench.metrics.extractors import EXTRACTORS, Extractor, extractors
+from tokbench.records import provenance
 from tokbench.runtime.device import precision
 
 Scorer = Callable[[Tensor, Tensor, Tensor | None], Mapping[str, Tensor]]
@@ -130,6 +131,22 @@ class MetricSuite:
         return {name: weights.digest(name) for name in names if name in weights.NETWORKS}
 
     @cached_property
+    def keys(self) -> dict[str, str | None]:
+        """{metric: hash of its networks, of the libraries that run them, of a plugin's code}; None: nobody can tell.
+
+        What is decided by images and by our own code alone has none.
+        """
+        keys: dict[str, str | None] = {}
+        for metric in self.needed:
+            own = [weights.NETWORKS[name] for name in metric.networks if name in self.networks]
+            code = _plugins_code(metric)
+            if own or code != "":
+                libraries = provenance.versions(network.library for network in own)
+                digests = {network.name: self.networks[network.name] for network in own}
+                keys[metric.name] = None if code is None else provenance.key(digests, libraries, code)
+        return keys
+
+    @cached_property
     def unavailable(self) -> dict[str, str]:
         """{metric: reason} of those that cannot be had; fetches the networks of the others."""
         reasons = {}
@@ -191,6 +208,14 @@ class MetricSuite:
 
     def _digests(self, metric: Metric) -> str:
         return " ".join(f"{self.networks.get(name, name)} {weights.locate(name)}" for name in metric.networks)
+
+
+def _plugins_code(metric: Metric) -> str | None:
+    """Hash of the code of a metric that is not ours, "" for one of ours; None where it has no source file."""
+    functions = [getattr(f, "func", f) for f in (metric.score, metric.compute, metric.rows) if f is not None]
+    modules = {f.__module__ for f in functions}
+    others = {module for module in modules if module.partition(".")[0] != "tokbench"}
+    return provenance.source_hash(others) if others else ""
 
 
 def _smallest_side(column: str) -> int:

@@ -18,7 +18,7 @@ import tokbench
 from tokbench.records.result import Provenance
 
 STANDARD = sysconfig.get_path("stdlib")
-PACKAGES = ("torch", "torchvision", "numpy", "pillow", "diffusers")
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "diffusers", "transformers", "timm", "torch-fidelity")
 
 
 def collect(device: str, device_type: str, world_size: int = 1, **more: Any) -> Provenance:
@@ -30,7 +30,7 @@ def collect(device: str, device_type: str, world_size: int = 1, **more: Any) -> 
         dirty=dirty,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command(),
-        versions=versions(),
+        versions={"python": platform.python_version(), **versions(PACKAGES), **_cuda()},
         device=device,
         device_type=device_type,
         world_size=world_size,
@@ -44,17 +44,21 @@ def command() -> str:
     return shlex.join(["tokbench" if program == "__main__.py" else program, *sys.argv[1:]]) if program else ""
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computes."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those of these packages that are installed or at least tell theirs."""
+    found = {}
+    for package in filter(None, packages):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            continue
-    if (torch := sys.modules.get("torch")) is not None and torch.version.cuda:  # nothing computes without it
-        found["cuda"] = torch.version.cuda
+            if text := getattr(sys.modules.get(package), "__version__", None):
+                found[package] = str(text)
     return found
+
+
+def _cuda() -> dict[str, str]:
+    torch = sys.modules.get("torch")  # nothing computes without it
+    return {"cuda": torch.version.cuda} if torch is not None and torch.version.cuda else {}
 
 
 def git_state() -> tuple[str | None, bool | None]:

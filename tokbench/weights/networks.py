@@ -33,6 +33,7 @@ class Network:
     licence: str
     sources: tuple[Download, ...] = ()  # smallest first
     hugging_face: tuple[str, str, str] | None = None  # repository, commit, file: also looked for in its cache
+    library: str = ""  # whose code runs it; "": ours
 
 
 _JAX = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
@@ -107,6 +108,7 @@ NETWORKS: dict[str, Network] = {
                 Download("url", f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION}",
                        "6726825d", 95_628_359, _INCEPTION),
             ),
+            library="torch-fidelity",
         ),
         Network(
             "dinov2", "dinov2-large.safetensors",
@@ -118,17 +120,20 @@ NETWORKS: dict[str, Network] = {
                        1_217_524_112, "dinov2-large.safetensors"),
             ),
             hugging_face=("facebook/dinov2-large", _DINOV2_COMMIT, "model.safetensors"),
+            library="transformers",
         ),
         Network(
             "dino-vitb16", _DINO_FILE, "", 343_000_000, "Apache-2.0 (DINO)",
             (Download("url", f"{_DINO}/{_DINO_FILE}", "", 343_000_000, _DINO_FILE),),
+            library="timm",
         ),
         Network(
             "dreamsim", "dreamsim.safetensors", "", 700_000_000, "MIT (DreamSim, CLIP, OpenCLIP)",
-            (_dreamsim("ensemble"),),
+            (_dreamsim("ensemble"),), library="timm",
         ),
         Network(
             "dreamsim-dino", "dreamsim-dino.safetensors", "", 2_400_000, "MIT (DreamSim)", (_dreamsim("dino_vitb16"),),
+            library="timm",
         ),
     )
 }  # fmt: skip
