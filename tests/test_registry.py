@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tests.conftest import TINY
 from tokbench import registry
 from tokbench.errors import CellError, InputError
-from tokbench.registry import Entry, create, parse, parse_all, row_name
+from tokbench.registry import Entry, create, describe_model, parse, parse_all, row_name
 
 
 def factory(
@@ -68,16 +68,89 @@ def test_a_wrong_spec_is_refused_with_the_reason(spec: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "row"),
     [("JPEG-q50", "jpeg-q50"), ("toy-q7@scale=2", "toy-q7-scale-2"), ("mine=toy-q7@scale=2", "mine"),
-     ("identity+bicubic-f8", "identity-bicubic-f8")],
+     ("identity+bicubic-f8", "identity-bicubic-f8"), (TINY, "tiny"), (f"{TINY}@bias=0.1", "tiny-bias-0.1")],
 )  # fmt: skip
 def test_a_row_is_named_by_its_alias_or_by_its_spec(spec: str, row: str) -> None:
     assert row_name(spec) == row
 
 
-def test_two_rows_of_one_name_are_refused() -> None:
-    with pytest.raises(InputError, match="two rows"):
-        parse_all("identity,identity")
-    assert [spec.row for spec in parse_all("identity, b=identity")] == ["identity", "b"]
+PLACES = ["my_model.py:load", "./my_model.py:load", "../{folder}/my_model.py:load", "{here}/my_model.py:load"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_name_comes_from_a_path(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(TINY.partition(":")[0], tmp_path / "my_model.py")
+    with (tmp_path / "my_model.py").open("a") as file:
+        file.write("\n\ndef load(bias=0.5):\n    return tiny(bias=bias)\n")
+    spec = place.format(folder=tmp_path.name, here=tmp_path)
+    assert (row_name(spec), create(spec).info.name) == ("load", "tiny")  # what the model calls itself
+    assert create(f"{spec}@bias=1").info.name == "tiny-bias-1"
+    assert create(f"own={spec}").info.name == "own"
+
+
+@pytest.mark.parametrize(
+    ("spec", "row"),
+    [("runs/big/", "big"), ("runs/big/model.safetensors", "big"), ("./vae.safetensors", "vae"),
+     ("toy:runs/big/model.safetensors", "toy-big"), ("toy:nowhere/x", "toy-nowhere-x")],
+)  # fmt: skip
+def test_files_and_folders_are_called_by_their_own_name(
+    spec: str, row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "big").mkdir(parents=True)
+    for path in ("runs/big/model.safetensors", "vae.safetensors"):
+        (tmp_path / path).write_bytes(b"")
+    opener = Entry("toy", lambda file: None, "for tests", accepts=lambda path: True)
+    monkeypatch.setattr(registry.TOKENIZERS, "_known", {"toy": opener})
+    monkeypatch.setattr(registry, "read_header", lambda path: ({}, {}))
+    assert row_name(spec) == row
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [("number=16", 16), ("plain=7", 7), ("share=0.5", 0.5), ("word=x", "x"), ("flag=true", True), ("free=none", None),
+     ("free=[1, 2]", [1, 2]), ("free=1e-3", 1e-3), ("free=sample", "sample")],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["Model", "load"])
+def test_options_without_annotations_have_the_type_of_their_default_or_of_python(
+    kind: str, given: str, value: object, tmp_path: Path
+) -> None:
+    options = "self, free, number: int = 1, plain=32, share=1.0, word='a', flag=False"
+    function = options.removeprefix("self, ")
+    code = f"class Model:\n    def __init__({options}):\n        pass\n\ndef load({function}):\n    pass\n"
+    (tmp_path / "made.py").write_text(code)
+    spec = f"{tmp_path}/made.py:{kind}@{given}" + ("" if "free" in given else "@free=1")
+    assert parse(spec).parts[0].options[given.partition("=")[0]] == value
+    assert "  @plain: int = 32" in describe_model(spec)
+    assert "  @free: any (needed)" in describe_model(spec)
+
+
+def test_an_unknown_model_shows_five_near_ones_and_how_to_list_all() -> None:
+    with pytest.raises(InputError) as refused:
+        parse("sd-vae-ft-mze")
+    assert "did you mean sd-vae-ft-mse" in str(refused.value)
+    assert len(str(refused.value)) < 250
+    assert str(refused.value).endswith(f"`tokbench list models` shows all {len(registry.TOKENIZERS.all())}")
+    with pytest.raises(InputError, match=r"write .*tiny\.py:FUNCTION"):
+        parse(TINY.partition(":")[0])
+
+
+def test_what_is_named_twice_is_taken_once_and_two_of_one_name_get_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [spec.row for spec in parse_all("identity,identity, b=identity")] == ["identity", "b"]
+    assert [spec.row for spec in parse_all("a=identity,a=jpeg-q50,a=jpeg-q60")] == ["a", "a-2", "a-3"]
+    assert "jpeg-q50 is called a-2: another is a (NAME=SPEC names a row)" in capsys.readouterr().err
+
+
+def test_a_file_of_specs_stands_for_them(tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("bicubic-f8\n")
+    (tmp_path / "specs.txt").write_text(f"# floors\nidentity, j=jpeg-q50  # a codec\n\n{tmp_path}/more.txt\n")
+    assert [spec.row for spec in parse_all(f"{tmp_path}/specs.txt,jpeg-q9")] == [
+        "identity",
+        "j",
+        "bicubic-f8",
+        "jpeg-q9",
+    ]
 
 
 def test_a_file_with_a_factory_is_a_model() -> None:

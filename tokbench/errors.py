@@ -1,6 +1,10 @@
 """The ways things go wrong that a user can do something about."""
 
+import os
+import sysconfig
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 # What a model's own code may raise: its cell fails and the run goes on.
 MODEL_ERRORS = (
@@ -33,3 +37,17 @@ def preview(names: Sequence[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says, in one line: the first of its text, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def place(error: BaseException) -> str:
+    """Where in a user's own code an error came up, as " (model.py:12)"; "" if nowhere."""
+    ours = (str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith(ours) and Path(f.filename).is_file()]
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+
+
+def trace(error: BaseException) -> None:
+    """Print an error's traceback if --debug or TOKBENCH_DEBUG=1 asks for it."""
+    if os.environ.get("TOKBENCH_DEBUG", "0") != "0":
+        traceback.print_exception(error)

@@ -5,10 +5,12 @@ them joined by `+` (encoder of the first, decoder of the second); `alias=SPEC` n
 itself.
 """
 
+import ast
 import difflib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import logging
 import re
 import sys
@@ -25,8 +27,9 @@ from safetensors import SafetensorError
 
 from tokbench.checkpoints import read_header
 from tokbench.config import describe, override, parse_value
-from tokbench.errors import MODEL_ERRORS, CellError, InputError, first_line
-from tokbench.records.files import writable
+from tokbench.errors import MODEL_ERRORS, CellError, InputError, first_line, place
+from tokbench.records.files import slug, writable
+from tokbench.runtime.terminal import say
 
 if TYPE_CHECKING:
     from tokbench.tokenizer import Tokenizer
@@ -39,7 +42,8 @@ PLUGINS = "tokbench.plugins"
 FACTS = ("family", "f", "c", "codes", "tokens", "bpp", "params", "px", "licence", "verified", "source", "options",
          "about")  # fmt: skip
 SHOWN = ("family", "f", "c", "codes", "tokens", "params", "verified", "licence", "bpp")
-ROW_NAME = re.compile(r"[a-z0-9._-]+")
+ROW_NAME = re.compile(r"[a-z0-9_][a-z0-9._-]*")
+UNTOLD = ("model", "last", "checkpoint", "pytorch_model", "diffusion_pytorch_model")  # files that their folder names
 LOAD_ERRORS = (SafetensorError, *MODEL_ERRORS)
 
 
@@ -93,15 +97,23 @@ class Names(Generic[T]):
         """InputError with close matches for a name that is not known."""
         known = self.all()
         if name not in known:
-            raise InputError(f'unknown {self.kind} "{name}"; {suggest(name, list(known))}')
+            everything = "" if len(known) <= LISTED else f"`tokbench list {self.kind}s` shows all {len(known)}"
+            raise InputError(f'unknown {self.kind} "{name}"; {suggest(name, list(known), everything)}')
         return known[name]
 
 
-def suggest(name: str, known: Sequence[str]) -> str:
-    """'did you mean X? known: ...' for a name that is none of `known`; a number stands for any other, or an option."""
+LISTED = 15  # names that a message still holds
+
+
+def suggest(name: str, known: Sequence[str], everything: str = "") -> str:
+    """'did you mean X?' with up to five near matches for a name that is none of `known`, and how to see them all.
+
+    A number stands for any other, or an option.
+    """
     alike = {re.sub(r"\{\w+\}|\d+", "0", one): one for one in reversed(known)}
-    close = [alike[one] for one in difflib.get_close_matches(re.sub(r"\d+", "0", name.lower()), alike)]
-    return (f"did you mean {' or '.join(close)}? " if close else "") + f"known: {', '.join(known) or 'none'}"
+    close = [alike[one] for one in difflib.get_close_matches(re.sub(r"\d+", "0", name.lower()), alike, 5, 0.5)]
+    end = everything or f"known: {', '.join(known) or 'none'}"
+    return (f"did you mean {', '.join(close[:-1])}{' or ' * (len(close) > 1)}{close[-1]}? " if close else "") + end
 
 
 # ---- tokenizers ---------------------------------------------------------------------------------------------------
@@ -119,14 +131,21 @@ class Entry:
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
-        """Keyword -> (annotation, default or `inspect.Parameter.empty`), in the factory's order."""
-        hints = typing.get_type_hints(self.factory)
-        parameters = inspect.signature(self.factory).parameters.values()
-        return {
-            p.name: (hints.get(p.name, str), p.default)
-            for p in parameters
-            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-        }
+        """Keyword -> (annotation, default or `inspect.Parameter.empty`), in the factory's order.
+
+        Without an annotation the type is the default's, of no default `inspect.Parameter.empty`.
+        """
+        made_by = self.factory.__init__ if inspect.isclass(self.factory) else self.factory
+        try:
+            hints = typing.get_type_hints(made_by)
+        except (NameError, TypeError):  # names for type checkers alone; what has no annotations
+            hints = {}
+        found = {}
+        for p in inspect.signature(self.factory).parameters.values():
+            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
+                kind = type(p.default) if isinstance(p.default, bool | int | float | str) else inspect.Parameter.empty
+                found[p.name] = hints.get(p.name, kind), p.default
+        return found
 
     def match(self, head: str) -> dict[str, str] | None:
         """The placeholders' texts if `head` is one of this entry's names."""
@@ -137,20 +156,25 @@ class Entry:
 
 @dataclass(frozen=True)
 class Part:
-    """One tokenizer of a spec: the entry and its options, already typed."""
+    """One tokenizer of a spec: the entry and its options, already typed; `name` is a row's name but for odd letters."""
 
     text: str
+    name: str
     entry: Entry
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A parsed spec: `row` names the row, `text` is the spec without its alias, `parts` are one or two."""
+    """A parsed spec: `row` names the row, `text` is the spec without its alias, `parts` are one or two.
+
+    `given`: the name was asked for, so a model's own `info.name` does not matter.
+    """
 
     row: str
     text: str
     parts: tuple[Part, ...]
+    given: bool = False
 
 
 TOKENIZERS: Names[Entry] = Names("model")
@@ -209,35 +233,66 @@ def parse(spec: str) -> Spec:
     if found := re.match(r"([^@:+/\\=]+)=(.*)", spec):
         alias, text = found.groups()
         if not ROW_NAME.fullmatch(alias):
-            raise InputError(f'model "{spec}": the name "{alias}" may hold only a-z 0-9 . _ -')
+            raise InputError(
+                f'model "{spec}": the name "{alias}" may hold only a-z 0-9 . _ -, and begins with none of . -'
+            )
     if not text:
         raise InputError(f'model "{spec}": empty; write for example NAME or NAME@key=value')
     texts = [text] if "+" not in text or Path(text).exists() else text.split("+")
     if len(texts) > 2 or not all(texts):
         raise InputError(f"model \"{spec}\": A+B takes exactly two models, an encoder's and a decoder's")
-    row = alias or re.sub(r"[^a-z0-9._-]", "-", text.lower())
-    return Spec(row, text, tuple(_parse_part(part) for part in texts))
+    parts = tuple(_parse_part(part) for part in texts)
+    return Spec(alias or slug("-".join(part.name for part in parts)), text, parts, alias is not None)
 
 
 def parse_all(text: str) -> list[Spec]:
-    """The specs of a comma-separated list; InputError for an empty list and for two rows of one name."""
-    specs = [parse(one) for one in text.split(",") if one.strip()]
+    """The specs of a comma-separated list, in which a text file stands for the specs in it, one a line.
+
+    What is named twice is taken once; two of one name get numbers, and a note. InputError for an empty list.
+    """
+    specs: list[Spec] = []
+    for one in _listed(text):
+        spec = parse(one)
+        if any((spec.row, spec.text) == (other.row, other.text) for other in specs):
+            continue
+        row = numbered(spec.row, [other.row for other in specs])
+        if row != spec.row:
+            say(f"{spec.text} is called {row}: another is {spec.row} (NAME=SPEC names a row)")
+            spec = replace(spec, row=row, given=True)
+        specs.append(spec)
     if not specs:
         raise InputError("no model given; see `tokbench list models`")
-    rows = [spec.row for spec in specs]
-    for row in rows:
-        if rows.count(row) > 1:
-            raise InputError(f'two rows would be named "{row}"; give one another name: NAME=SPEC')
     return specs
 
 
+def _listed(text: str) -> list[str]:
+    """The specs of a list, those of its files in their place; # begins a remark."""
+    found = []
+    for one in filter(None, map(str.strip, text.split(","))):
+        if one.endswith(".txt") and Path(one).is_file():
+            lines = (line.partition("#")[0].strip() for line in Path(one).read_text(encoding="utf-8").splitlines())
+            found += [spec for line in filter(None, lines) for spec in _listed(line)]
+        else:
+            found.append(one)
+    return found
+
+
+def numbered(name: str, taken: Sequence[str]) -> str:
+    """The name, with a number behind it if it is taken."""
+    names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return next(one for one in names if one not in taken)
+
+
 def row_name(spec: str) -> str:
-    """The name of a spec's row in every table: its alias, or the lower-cased spec with odd characters turned to '-'."""
+    """The name of a spec's row in every table, as long as the model does not say its own.
+
+    Its alias; or what is named, and the options: of a file or folder its own name and no path.
+    """
     return parse(spec).row
 
 
 def create(spec: str | Spec, *, random_weights: bool = False) -> "Tokenizer":
-    """Build the tokenizer of a spec, named after its row, weights on the CPU.
+    """Build the tokenizer of a spec, named after its row or, from file.py, as its `info` says; weights on the CPU.
 
     `random_weights` builds without the checkpoint where the entry can. Raises InputError for a wrong spec (also an
     A+B whose latent spaces differ) and CellError when the model does not load.
@@ -250,7 +305,10 @@ def create(spec: str | Spec, *, random_weights: bool = False) -> "Tokenizer":
         tokenizer: Tokenizer = Joined(built[0], built[1])
     else:
         tokenizer = built[0]
-    tokenizer.info = replace(tokenizer.info, name=spec.row)
+    row, own = spec.row, slug(tokenizer.info.name)
+    if ".py:" in spec.text and not spec.given and len(built) == 1 and own != "unnamed":
+        row = slug("-".join([own, *re.split(r"@(?=\w+=)", spec.text)[1:]]))
+    tokenizer.info = replace(tokenizer.info, name=row)
     return tokenizer
 
 
@@ -261,8 +319,7 @@ def _build(part: Part, random_weights: bool) -> Any:
     try:
         made = part.entry.factory(**options)
     except LOAD_ERRORS as error:
-        reason = first_line(error)
-        raise CellError(f"{part.text}: does not load: {reason}") from error
+        raise CellError(f"{part.text}: does not load: {first_line(error)}{place(error)}") from error
     if missing := [name for name in ("info", "networks", "encode", "decode") if not hasattr(made, name)]:
         raise CellError(f"{part.text}: {type(made).__name__} is no tokenizer, it lacks {', '.join(missing)}")
     return made
@@ -282,7 +339,20 @@ def _parse_part(text: str) -> Part:
     entry, found = _find_entry(head, text)
     if twice := set(found) & set(texts):
         raise InputError(f'model "{text}": option {min(twice)} is given twice')
-    return Part(text, entry, _typed(entry, {**found, **texts}, text))
+    name = "-".join([_own_name(head, entry), *given])
+    return Part(text, name, entry, _typed(entry, {**found, **texts}, text))
+
+
+def _own_name(head: str, entry: Entry) -> str:
+    """A spec without its options as a name: of a function or class, a file or a folder its own, without the path."""
+    if ".py:" in head:
+        return entry.name
+    name, _, rest = head.partition(":") if not Path(head).exists() else ("", "", head)
+    if not Path(rest).exists() or not rest:
+        return head
+    path = Path(rest).resolve()
+    own = path.name if path.is_dir() else path.parent.name if path.stem in UNTOLD else path.stem
+    return f"{name}-{own}" if name else own
 
 
 def _find_entry(head: str, text: str) -> tuple[Entry, dict[str, str]]:
@@ -322,7 +392,7 @@ def _entry_from_source(head: str, text: str) -> Entry:
     try:
         module_spec.loader.exec_module(module)
     except (SyntaxError, *LOAD_ERRORS) as error:
-        raise InputError(f'model "{text}": {file} does not run: {error}') from error
+        raise InputError(f'model "{text}": {file} does not run: {first_line(error)}{place(error)}') from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise InputError(f'model "{text}": {file} has no function "{attribute}"')
@@ -339,7 +409,8 @@ def _entry_for_file(path: Path, text: str) -> Entry:
     for entry in known.values():
         if entry.accepts is not None and entry.accepts(path):
             return entry
-    raise InputError(f'model "{text}": {path} says nowhere which model it is; write NAME:{path}')
+    how = f"{path}:FUNCTION" if path.suffix == ".py" else f"NAME:{path}"
+    raise InputError(f'model "{text}": {path} says nowhere which model it is; write {how}')
 
 
 def _typed(entry: Entry, texts: Mapping[str, str], text: str) -> dict[str, Any]:
@@ -348,13 +419,42 @@ def _typed(entry: Entry, texts: Mapping[str, str], text: str) -> dict[str, Any]:
     for key, value in texts.items():
         if key not in options:
             raise InputError(f'model "{text}": unknown option "{key}"; {suggest(key, list(options))}')
-        values[key] = parse_value(value, options[key][0], f'model "{text}": option {key}')
+        annotation = options[key][0]
+        where = f'model "{text}": option {key}'
+        values[key] = (
+            _literal(value) if annotation is inspect.Parameter.empty else parse_value(value, annotation, where)
+        )
         if isinstance(values[key], Path) and not values[key].exists():
             raise InputError(f'model "{text}": option {key}: no such file or folder: {value}')
     for key, (_, default) in options.items():
         if default is inspect.Parameter.empty and key not in values:
             raise InputError(f'model "{text}": option {key} is needed: {entry.name}@{key}=...')
     return values
+
+
+def _literal(text: str) -> Any:
+    """A value whose type nobody says: a Python literal (also true, false, none), else the text."""
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def describe_model(spec: str) -> list[str]:
+    """A model's facts and its options with their types and defaults, a line each."""
+    lines = []
+    for part in parse(spec).parts:
+        known = {"about": part.entry.summary, **part.entry.facts}
+        lines += [part.entry.name, *(f"  {key:<10} {value}" for key, value in known.items() if value is not None)]
+        for key, (kind, default) in part.entry.options.items():
+            shown = (
+                "any"
+                if kind is inspect.Parameter.empty
+                else getattr(kind, "__name__", str(kind)).replace("typing.", "")
+            )
+            value = " (needed)" if default is inspect.Parameter.empty else f" = {default}"
+            lines.append(f"  @{key}: {shown}{value}")
+    return lines
 
 
 # ---- trainers -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokbench.data.pixels import quantise
-from tokbench.errors import MODEL_ERRORS, CellError, first_line, preview
+from tokbench.errors import MODEL_ERRORS, CellError, first_line, place, preview
 from tokbench.metrics.suite import MetricSuite
 from tokbench.protocols import Protocol, sides_of
 from tokbench.records.measurement import Measurement
@@ -99,7 +99,7 @@ def model_errors_as_cell_errors(name: str, ids: Sequence[str] = ()) -> Iterator[
         if is_out_of_memory(error):
             raise
         reason = repr(error) if isinstance(error, KeyError) else first_line(error)
-        raise CellError(f"{name}: {reason}") from error
+        raise CellError(f"{name}: {reason}{place(error)}") from error
 
 
 def decode(

@@ -14,7 +14,7 @@ from tokbench import registry, weights
 from tokbench.data.loader import CropCache
 from tokbench.data.open import open_source
 from tokbench.data.sources import Facts, Source
-from tokbench.errors import CellError, InputError
+from tokbench.errors import CellError, InputError, trace
 from tokbench.evaluation.cell import suite_for
 from tokbench.evaluation.evaluate import check_images, checked, evaluate_cell, tell_apart
 from tokbench.evaluation.model import check_size
@@ -38,6 +38,7 @@ class RunSummary:
     status: int = 0
 
     def fail(self, cell: str, error: CellError | InputError) -> None:
+        trace(error)
         self.failed.append(f"{cell}: {error}")
         self.status = max(self.status, 2 if isinstance(error, InputError) else 1)
 
@@ -117,14 +118,14 @@ def run_model(
     fresh: bool,
 ) -> None:
     """All resolutions of one model, loaded once. A model that fails to load fails its own cells only."""
-    cells = {f"{spec.row} at {size_text(one.resolution)}": one for one in measurements}
     try:
         tokenizer = processes.together(partial(registry.create, spec))
     except (CellError, InputError) as error:
-        for cell in cells:
-            summary.fail(cell, error)
+        for one in measurements:
+            summary.fail(f"{spec.row} at {size_text(one.resolution)}", error)
         return
-    for cell, one in cells.items():
+    for one in measurements:
+        cell = f"{tokenizer.info.name} at {size_text(one.resolution)}"
         try:
             check_size(tokenizer, one.resolution)
         except InputError as error:

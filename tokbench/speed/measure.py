@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokbench.data.crops import crop
 from tokbench.data.open import open_source
 from tokbench.data.pixels import quantise, to_float
-from tokbench.errors import CellError, InputError, first_line
+from tokbench.errors import CellError, InputError, first_line, place, trace
 from tokbench.evaluation.model import with_facts
 from tokbench.metrics.perceptual import lpips_network
 from tokbench.metrics.pixel import psnr, squared_error
@@ -36,7 +36,7 @@ from tokbench.protocols import find_protocol
 from tokbench.records import provenance
 from tokbench.records.files import slug, write_whole
 from tokbench.records.result import SpeedResult, Stage, TokenizerInfo, to_json
-from tokbench.registry import Spec, create, parse_all
+from tokbench.registry import Spec, create, numbered, parse_all
 from tokbench.runtime.device import describe_device, precision, prepare, warn_of_emulation
 from tokbench.speed.timing import (
     QUICK,
@@ -107,7 +107,8 @@ class SpeedCase:
         try:
             yield
         except Exception as error:  # a model is others' code, under a compiler: whatever it raises, the others go on
-            self.add(failed=f"{doing}: {first_line(error)}" if doing else first_line(error))
+            trace(error)
+            self.add(failed=(f"{doing}: " if doing else "") + first_line(error) + place(error))
 
 
 # Beyond the limit of graphs, for each model, resolution and batch size one, a model would silently run eagerly.
@@ -169,8 +170,11 @@ def load(models: str, device: torch.device, *, random_weights: bool) -> list[tup
             tokenizer = create(spec, random_weights=random_weights)
             prepare(tokenizer, device)
         except CellError as error:
+            trace(error)
             loaded.append((spec, error))
             continue
+        names = [other.info.name for _, other in loaded if not isinstance(other, CellError)]
+        tokenizer.info = replace(tokenizer.info, name=numbered(tokenizer.info.name, names))
         for network in tokenizer.networks.values():
             network.requires_grad_(False)  # the FLOP counter stumbles over parameters that want gradients
         tokenizer.info = with_facts(tokenizer)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokbench import registry
 from tokbench.data.open import open_source
 from tokbench.data.sources import Source
-from tokbench.errors import CellError, InputError
+from tokbench.errors import CellError, InputError, trace
 from tokbench.evaluation.cell import Cell, find_earlier, lacks, measure_cell, suite_for
 from tokbench.evaluation.evaluate import Reconstructions, check_images, checked, settings_of
 from tokbench.evaluation.model import check_size, model_key, with_facts
@@ -155,6 +155,7 @@ def probe_models(specs: Sequence[registry.Spec], asked: Asked) -> bool:
             result, path = probe_one(tokenizer, spec.text, asked)
             entries.append(ResultEntry(result, path))
         except CellError as error:
+            trace(error)
             say(f"failed: {spec.row}: {error}")
         release(asked.device)
     if entries and asked.processes.main:
