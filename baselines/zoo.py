@@ -108,7 +108,7 @@ def _codec(file_format: str) -> Callable[..., Any]:
     return factory
 
 
-STEPS = {"flowmo": 25, "capacitor": 1}  # of families that decode by steps, unless a spec says otherwise
+STEPS = {"flowmo": 25, "flextok": 20, "capacitor": 1}  # of families that decode by steps, unless a spec says otherwise
 
 
 def _published(name: str) -> Callable[..., Any]:

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from baselines import pretrained
-from baselines.families import bsq_vit, capacitor, flowmo, ldm, raev2, seed_voken, softvq, titok, var, vitok
+from baselines.families import bsq_vit, capacitor, flextok, flowmo, ldm, raev2, seed_voken, softvq, titok, var, vitok
 from baselines.families.bsq_vit import BSQViT
+from baselines.families.flextok import FlexTok
 from baselines.families.flowmo import FlowMo
 from baselines.families.ldm import LDMConfig
 from baselines.families.raev2 import RAEv2
@@ -32,7 +33,7 @@ from baselines.families.vitok import ViTok
 from baselines.families.vtp import DEFAULTS, VTP
 from baselines.hub import read_tensors
 from baselines.published import PUBLISHED
-from tests.baselines.test_pretrained import CLASSES, both_ways, save
+from tests.baselines.test_pretrained import CLASSES, SD, both_ways, save
 from tokbench.data.pixels import to_float
 from tokbench.errors import CellError, InputError
 from tokbench.evaluation.reconstruct import Timer, reconstruct
@@ -64,6 +65,9 @@ def shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = {"encoder_model": "vit_tiny_patch16_224", "decoder_model": "vit_tiny_patch16_224", "codebook_size": 16}
     soft = {name: replace(config, **tiny) for name, config in softvq.CONFIGS.items()}
     monkeypatch.setattr(softvq, "CONFIGS", soft)
+    small_flextok = flextok.FlexTokConfig(1, 1)
+    monkeypatch.setattr(flextok, "CONFIGS", dict.fromkeys(flextok.CONFIGS, small_flextok))
+    monkeypatch.setattr(flextok, "VAE", SD | {"latent_channels": 16})
     monkeypatch.setattr(raev2, "CONFIGS", dict.fromkeys(raev2.CONFIGS, (0, 1)))
     monkeypatch.setattr(raev2, "ENCODER", ViTConfig(32, 2, 2, layer_scale=True))
     monkeypatch.setattr(raev2, "DECODER", {"width": 32, "depth": 1, "heads": 2, "hidden": 32})
@@ -232,10 +236,37 @@ def with_frozen_encoder(name: str, folder: Path) -> tuple[Any, str]:
     return model, f"{name}:{folder}"
 
 
+def of_parts(name: str, folder: Path) -> tuple[Any, str]:
+    """A config.json that lists the parts, which may differ from what the class takes by default."""
+    config = replace(flextok.CONFIGS[name], kinds=1, last_time=1.0, scale=0.5)
+    model: Any = randomise(FlexTok(config))
+    places = {"encoder": {"tokens": "encoder", "vae": "vae.vae.encoder", "quant": "vae.vae.quant_conv"},
+              "decoder": {"flow": "decoder", "vae": "vae.vae.decoder", "quant": "vae.vae.post_quant_conv"}}  # fmt: skip
+    held = {}
+    for side, names in places.items():
+        for key, value in getattr(model, side).state_dict().items():
+            first, _, rest = key.partition(".")
+            held[f"{names[first]}.{rest}"] = value
+    save_file(held | {"decoder.module_dict.dec_nested_dropout.dropout_mask_token": torch.zeros(1)},
+              folder / "model.safetensors")  # fmt: skip
+    stated = {
+        "encoder": {"module_dict": {"enc_transformer": {"depth": 1}}},
+        "decoder": {"module_dict": {
+            "dec_transformer": {"depth": 1, "adaLN_expansion": 1}, "dec_latent_dropout": {},
+            "dec_to_patches": {"adaLN_emb_read_key": "time"}, "dec_time_embedder": {"max_timestep": 1.0}}},
+        "vae": {"scaling_factor": 0.5},
+        "regularizer": {"levels": flextok.LEVELS},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(stated))
+    noise = normal(SEEDS, (16, 32, 32), device="cpu")
+    model.decode = lambda z: (model.sample(noise, z, 2),)
+    return model, f"{name}:{folder}@steps=2"
+
+
 SAVED: dict[str, Callable[[str, Path], tuple[Any, str]]] = {
     "seed_voken": voken, "var": multi_scale, "titok": one_dimensional, "cosmos": scripted,
     "flowmo": from_noise, "softvq": soft, "vitok": in_two_files, "bsq_vit": binary,
-    "vtp": with_text_side, "raev2": with_frozen_encoder,
+    "vtp": with_text_side, "raev2": with_frozen_encoder, "flextok": of_parts,
 }  # fmt: skip
 # A row for each way that a network is built; the others differ in numbers that the table states.
 NAMES = [
@@ -249,7 +280,7 @@ NAMES = [
         "titok-ll32-vae",
     ),
     *("cosmos-ci8x8", "cosmos-di16x16", "flowmo-lo", "softvq-b-32", "maetok-b-128", "vitok-v2-350m-f16c32"),
-    *("vitok-v2-5b-f32c64", "bsq-vit-18bit", "vtp-s", "raev2-k7"),
+    *("vitok-v2-5b-f32c64", "bsq-vit-18bit", "vtp-s", "raev2-k7", "flextok-d12-d12"),
 ]
 
 
@@ -339,7 +370,9 @@ def test_a_decoder_alone_takes_flux2s_normalised_latents_and_has_no_encoder(tmp_
 ONE_EACH = {PUBLISHED[name].kind: name for name in NAMES}
 
 
-@pytest.mark.parametrize("kind", sorted(ONE_EACH.keys() - {"cosmos", "vitok", "vtp", "raev2"}))  # of one file
+@pytest.mark.parametrize(
+    "kind", sorted(ONE_EACH.keys() - {"cosmos", "vitok", "vtp", "raev2", "flextok"})
+)  # of one file
 def test_every_reader_takes_the_average_of_a_file_with_two_sets_and_says_so(kind: str, tmp_path: Path) -> None:
     name = ONE_EACH[kind]
     spec = SAVED[kind](name, tmp_path)[1].partition("@")[0]
@@ -355,7 +388,7 @@ def test_every_reader_takes_the_average_of_a_file_with_two_sets_and_says_so(kind
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize(
     "name", ["open-magvit2-f16", "ibq-f16-1024", "wetok-f8", "var-f16", "titok-l32", "titok-bl64-vq", "cosmos-di8x8",
-             "flowmo-lo", "bsq-vit-18bit", "vq-f8", "llamagen-vq16", "vq-f4"]
+             "flowmo-lo", "flextok-d12-d12", "bsq-vit-18bit", "vq-f8", "llamagen-vq16", "vq-f4"]
 )  # fmt: skip
 def test_nan_before_the_codes_of_any_family_fails_and_names_the_images(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
