@@ -114,6 +114,10 @@ def report(
     where: Annotated[str | None, typer.Option(help='Keep rows by a pandas query: "f==8 and resolution==256".')] = None,
     group: Annotated[bool, typer.Option(help="Gather rows by compression and rank within it.")] = True,
     reported: Annotated[Path | None, typer.Option(help="Numbers of papers; default RESULTS/reported.csv.")] = None,
+    blind: Annotated[
+        int | None, typer.Option(help="Write a page of N blind comparisons of saved images below --out.")
+    ] = None,
+    votes: Annotated[list[Path] | None, typer.Option(help="Votes that blind pages exported; may be repeated.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="A file that has to be skipped is a failure.")] = False,
 ) -> None:
     """Tables, plots and a page from result files alone."""
@@ -122,7 +126,7 @@ def report(
     chosen = parse_value(columns, tuple[str, ...], "--columns") if columns else None
     status = build(
         results or [], format=format, out=out, plots=plots, plot_format=plot_format, columns=chosen, where=where,
-        group=group, reported=reported, strict=strict,
+        group=group, reported=reported, strict=strict, blind=blind, votes=votes or [],
     )  # fmt: skip
     raise typer.Exit(status)
 

@@ -17,6 +17,7 @@ from PIL import Image
 from tests import ROOT
 from tests.made_records import record, rows, write
 from tokbench.evaluation.pictures import save_pairs
+from tokbench.report.blind.page import read_votes, write_blind_page
 from tokbench.report.collect import gather
 from tokbench.report.columns import ResultEntry
 from tokbench.report.html import script_json, write_page
@@ -51,6 +52,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reported = reported_table(read_reported(REPORTED)[:40])
     assert reported is not None
     write_page(blocks(named), [reported], out)
+    write_blind_page(named, 6, out)
     return out
 
 
@@ -268,3 +270,24 @@ def test_json_in_the_page_cannot_end_its_script() -> None:
     text = script_json({"a": "</script><!--", "b": "\u2028 é"})
     assert "<" not in text
     assert json.loads(text) == {"a": "</script><!--", "b": "\u2028 é"}
+
+
+def test_blind_votes_outlast_a_reload_and_are_exported(tab: "Page", site: Path, tmp_path: Path) -> None:
+    tab.goto((site / "blind.html").as_uri())
+    assert tab.locator("figure img").evaluate_all("all => all.every(image => image.complete && image.naturalWidth > 0)")
+    tab.keyboard.press("f")
+    assert tab.locator("figure:visible").count() == 1
+    tab.keyboard.press("f")
+    for key in "120b01":
+        tab.keyboard.press(key)
+    tab.reload()
+    assert tab.locator("#state").inner_text() == "5 of 6, 4 votes"
+    with tab.expect_download() as download:
+        tab.locator("#export").click()
+    download.value.save_as(tmp_path / "votes.json")
+    assert [vote["choice"] for vote in read_votes(tmp_path / "votes.json")["votes"]] == [
+        "first",
+        "second",
+        "tie",
+        "first",
+    ]

@@ -9,6 +9,8 @@ from tokbench.errors import InputError
 from tokbench.records.files import write_whole
 from tokbench.records.result import SpeedResult
 from tokbench.report import tables
+from tokbench.report.blind.page import write_blind_page
+from tokbench.report.blind.votes import votes_table
 from tokbench.report.collect import frame, gather
 from tokbench.report.collect import where as keep_where
 from tokbench.report.columns import ResultEntry, column
@@ -30,6 +32,7 @@ class Report:
     reported: Sequence[Reported] = ()
     columns: Sequence[str] | None = None
     group: bool = True
+    votes: Sequence[Path] = ()
 
     def ranked(self) -> list[Block]:
         return blocks(self.entries, self.columns, self.group)
@@ -38,18 +41,25 @@ class Report:
         """What is not ranked: speed, papers against ours; with `published` all that papers say, hundreds of rows."""
         probes = probe_tables(self.entries)
         papers = [papers_table(self.reported, self.entries), reported_table(self.reported) if published else None]
-        return [*probes, *speed_tables(self.speeds, entries=self.entries), *(table for table in papers if table)]
+        voted = [votes_table(self.votes, self.entries)] if self.votes else []
+        return [
+            *voted,
+            *probes,
+            *speed_tables(self.speeds, entries=self.entries),
+            *(table for table in papers if table),
+        ]
 
 
 def build(
     results: Sequence[Path], *, format: str = "table", out: Path | None = None, plots: Path | None = None,
     plot_format: str = "png", columns: Sequence[str] | None = None, where: str | None = None, group: bool = True,
-    reported: Path | None = None, strict: bool = False,
+    reported: Path | None = None, strict: bool = False, blind: int | None = None, votes: Sequence[Path] = (),
 ) -> int:  # fmt: skip
     """Write what was asked for; 1 with `strict` if a file had to be skipped, else 0. InputError for wrong use.
 
     `results` are folders or files, by default runs/ if it is there, else results/. `reported` are numbers of papers, by
     default reported.csv in the first folder. `where` and `columns` ask for measured rows: nothing else is shown then.
+    `blind` writes a page of so many comparisons below `out` instead; `votes` are what such pages exported.
     """
     if format not in FORMATS:
         raise InputError(f"--format {format!r}: choose from {', '.join(FORMATS)}")
@@ -72,7 +82,12 @@ def build(
         logs = sorted(log for folder in results for log in folder.rglob("log.jsonl"))
         for path in all_plots(entries, speeds, published, plots, plot_format, logs):
             print(f"tokbench: wrote {path}", file=sys.stderr)
-    _write(Report(entries, speeds, published, columns, group), format, out)
+    if blind is not None:
+        if out is None:
+            raise InputError("--blind writes a page: say where with --out DIR")
+        print(f"tokbench: wrote {write_blind_page(entries, blind, out)}", file=sys.stderr)
+        return 1 if strict and warnings else 0
+    _write(Report(entries, speeds, published, columns, group, votes), format, out)
     return 1 if strict and warnings else 0
 
 
