@@ -87,17 +87,19 @@ def run(
     out: Out = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard what --out holds of these cells.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="An unavailable metric is a failure.")] = False,
+    shards: Annotated[str, typer.Option(help="I/N: measure one of N parts, in a job of its own.")] = "",
+    merge: Annotated[bool, typer.Option("--merge", help="Write the records of what all shards measured.")] = False,
 ) -> None:
     """Reconstruct images with tokenizers and measure what is lost."""
     from tokbench.evaluation.run import run as run_cells
     from tokbench.protocols import parse_resolution
 
     resolutions = [parse_resolution(part.strip()) for part in res.split(",") if part.strip()]
-    raise typer.Exit(
-        run_cells(
-            models, resolutions, measurement, data=data, split=split, limit=limit, out=out, fresh=fresh, strict=strict
-        )
-    )
+    status = run_cells(
+        models, resolutions, measurement, data=data, split=split, limit=limit, out=out, fresh=fresh, strict=strict,
+        shards=shards, merge=merge,
+    )  # fmt: skip
+    raise typer.Exit(status)
 
 
 @app.command()

@@ -91,6 +91,34 @@ def test_two_processes_killed_three_times_give_the_numbers_of_an_undisturbed_one
     assert {path.name for path in tmp_path.iterdir()} == {"adm"}
 
 
+def test_shards_at_different_times_merge_into_what_one_process_measures(
+    photographs: Path, tmp_path: Path, uninterrupted: Numbers, tokbench: Callable[..., Ran]
+) -> None:
+    one = command(photographs, tmp_path, f"tiny={TINY}@noise=0.3")
+    for shard in ("3/3", "1/3"):
+        done = tokbench(*one, "--shards", shard)
+        assert (done.status, done.out) == (0, "")
+        assert f"shard {shard}: 1 done" in done.reason
+    early = tokbench(*one, "--merge")
+    assert early.status == 1
+    assert "4 of 12 images are not measured yet" in early.err
+    assert tokbench(*one, "--shards", "2/3").status == 0
+    assert not list(tmp_path.glob("*/*/*.json"))
+    assert tokbench(*one, "--merge").status == 0
+    assert numbers(tmp_path) == uninterrupted
+    made = read_result(tmp_path / "adm" / "photographs-32" / "tiny.json").provenance
+    assert made.batch_size == 1
+    assert made.seconds["decode"] > 0
+    assert not list(tmp_path.glob("*/*/.tiny-*"))
+
+
+@pytest.mark.parametrize("wrong", ["--shards 4/3", "--shards 1", "--shards 1/2 --merge", "--merge --fresh"])
+def test_shards_that_do_not_exist_are_one_line(wrong: str, tokbench: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = tokbench("run", "--models", "identity", "--out", tmp_path, *wrong.split())
+    assert ran.status == 2
+    assert "--shards" in ran.reason
+
+
 def test_a_dying_process_ends_the_job_with_a_reason(photographs: Path, tmp_path: Path, errors: Path) -> None:
     first, second = start(command(photographs, tmp_path), errors, world=2)
     wait_for(tmp_path, 2)

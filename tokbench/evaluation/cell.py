@@ -4,12 +4,14 @@ The frame of `run`, `evaluate` and `score`, which differ in where the fakes come
 """
 
 import hashlib
+import json
 import logging
 import os
 import re
 import secrets
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -163,6 +165,8 @@ class Cell:
 
         One folder per images, crop, extractor and code, so that a run with other metrics finds those that it needs.
         """
+        if self.processes.job:  # machines that share no cache
+            return {}
         rules, size = self.measurement.rules, self.measurement.resolution
         images = [self.source.fingerprint(), size, rules.crop, rules.real_rounding, rules.orientation]
         stores = {}
@@ -229,6 +233,11 @@ def measure_cell(cell: Cell, pairs: Pairs, *, fresh: bool = False) -> tuple[Eval
         images = KeptImages(frozenset(sorted(cell.source.ids)[:num_kept]), num_kept)
         batch_size = fill_store(cell, pairs, work, images)
         facts = {"batch_size": batch_size, **pairs.facts(processes)}
+        if processes.job == "shard":
+            write_shard_facts(cell, work, facts)
+            return cell.blank, False
+        if processes.job == "merge":
+            facts = merged_facts(work)
         result = processes.by_main(partial(write_record, cell, pairs, work, earlier, images, facts))
     if path is not None and processes.main:  # outside: a folder that is held cannot be removed
         clear_up(path, work, cell.measurement.keep_features, replaces=earlier is None)
@@ -268,13 +277,15 @@ def _working_folder(cell: Cell, fresh: bool, stack: ExitStack) -> Path:
     """Where the cell's rows and features gather, held against other runs; CellError if another holds it."""
     if cell.path is None:
         return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tokbench-")))
+    if cell.processes.job and cell.key is None:
+        raise CellError(f"{cell.info.name}: its weights cannot be hashed, so that jobs cannot find each other's rows")
     key = secrets.token_hex(6) if cell.key is None else provenance.key(cell.key, cell.suite.keys)
     work = cell.path.with_name(f".{cell.path.stem}-{key[:12]}")
     try:
         if fresh and work.exists():
             with hold(work):
                 shutil.rmtree(work)
-        stack.enter_context(hold(work))
+        stack.enter_context(hold(work, shared=cell.processes.job == "shard"))
     except InputError as error:
         raise CellError(str(error)) from error
     return work
@@ -290,7 +301,7 @@ def fill_store(cell: Cell, pairs: Pairs, work: Path, images: KeptImages) -> int:
     store = SampleStore(work, rank=processes.rank, real=real)
     known = {name: shared.done([], [("real", name)]) for name, shared in real.items()}
     done = processes.broadcast(store.done(*cell.wanted()))
-    mine = [index for index, sample in enumerate(source.ids) if sample not in done][processes.rank :: processes.size]
+    mine = share(source.ids, done, work, processes)
     where = f"{cell.info.name} at {size_text(cell.measurement.resolution)}"
 
     def step(ids: Sequence[str], real: Tensor, beside: Tensor) -> None:
@@ -313,6 +324,41 @@ def fill_store(cell: Cell, pairs: Pairs, work: Path, images: KeptImages) -> int:
             )
 
     return processes.together(fill)
+
+
+def share(ids: Sequence[str], done: set[str], work: Path, processes: Processes) -> list[int]:
+    """The numbers of the samples that this process is to measure. Shards, which begin at any time, take of all samples
+    alike. CellError for a merge of shards that something is missing of."""
+    if processes.job == "shard":
+        return [i for i in range(processes.rank, len(ids), processes.size) if ids[i] not in done]
+    missing = [i for i, sample in enumerate(ids) if sample not in done]
+    if processes.job != "merge":
+        return missing[processes.rank :: processes.size]
+    left_out = {sample for facts in shard_facts(work) for sample in facts["left_out"]}
+    if missing := [i for i in missing if ids[i] not in left_out]:
+        raise CellError(f"{len(missing)} of {len(ids)} images are not measured yet: run their shards")
+    return []
+
+
+def write_shard_facts(cell: Cell, work: Path, facts: Mapping[str, Any]) -> None:
+    """What a merge cannot know of a shard: `facts` of its Provenance, and the images that it left out."""
+    processes, ids = cell.processes, cell.source.ids
+    left_out = sorted(set(ids[processes.rank :: processes.size]) - set(SampleStore(work).ids))
+    write_whole(work / f"shard-{processes.rank}.json", json.dumps({**facts, "left_out": left_out}))
+
+
+def shard_facts(work: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(work.glob("shard-*.json"))]
+
+
+def merged_facts(work: Path) -> dict[str, Any]:
+    """Fields of `Provenance` of all shards together; seconds are of those that measured something."""
+    shards = shard_facts(work)
+    timed = [facts["seconds"] for facts in shards if facts["seconds"]]
+    seconds = {part: float(np.mean([one[part] for one in timed])) for part in (timed[0] if timed else {})}
+    notes: Counter[str] = sum((Counter(facts["image_notes"]) for facts in shards), Counter())
+    return {"batch_size": max((facts["batch_size"] for facts in shards), default=None), "seconds": seconds,
+            "image_notes": dict(notes)}  # fmt: skip
 
 
 # ---- its record ---------------------------------------------------------------------------------------------------

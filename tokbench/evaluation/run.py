@@ -1,5 +1,6 @@
 """`tokbench run`: every model at every resolution, one cell after the other; table, plot and summary at the end."""
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,14 +55,19 @@ def run(
     out: Path = Path("runs"),
     fresh: bool = False,
     strict: bool = False,
+    shards: str = "",
+    merge: bool = False,
 ) -> int:
     """Measure all cells; the exit status. Raises InputError before anything runs if the options are wrong.
 
-    `fresh` discards what `out` holds of these cells; `strict` makes an unavailable metric a failure.
+    `fresh` discards what `out` holds of these cells; `strict` makes an unavailable metric a failure. `shards` "2/8":
+    the second of eight parts of the images, and no record; `merge`: the records of what all shards have measured.
     """
     specs = registry.parse_all(models)
     measurements = [checked(replace(measurement, resolution=side)) for side in dict.fromkeys(resolutions)]
     with join() as processes:
+        if shards or merge:
+            processes = job_of(shards, merge, fresh, processes)
         device = select_device(measurement.device, processes.local_rank)
         warn_of_emulation(autocast_dtype(measurement), device)
         source = open_source(data, split, limit)
@@ -78,10 +84,29 @@ def run(
                     run_model(spec, source, measurements, device, crops, summary, processes, out, fresh)
             finally:
                 if processes.main:
-                    report(summary, out)
+                    report(summary, out) if processes.job != "shard" else report_shard(summary, shards)
     if strict and any(result.unavailable for _, result in summary.results):
         return max(summary.status, 1)
     return summary.status
+
+
+def job_of(shards: str, merge: bool, fresh: bool, processes: Processes) -> Processes:
+    """This process as one of independent jobs. InputError for no such shard or options that contradict."""
+    if fresh or processes.size > 1 or (shards and merge):
+        raise InputError("--shards and --merge go with neither --fresh nor torchrun nor each other")
+    if merge:
+        return replace(processes, job="merge")
+    found = re.fullmatch(r"(\d+)/(\d+)", shards)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise InputError(f"--shards {shards}: I/N, for example 1/8 to 8/8")
+    return Processes(rank=int(found[1]) - 1, size=int(found[2]), job="shard")
+
+
+def report_shard(summary: RunSummary, shards: str) -> None:
+    for line in summary.failed:
+        say(f"failed: {line}")
+    done = f"{len(summary.results)} done, {len(summary.failed)} failed"
+    say(f"shard {shards}: {done}; after all shards the same command with --merge writes the records")
 
 
 def share_facts(source: Source, out: Path, processes: Processes) -> None:
@@ -187,7 +212,7 @@ def check_writable(out: Path) -> None:
         raise InputError(f"{out}: is a file, not a folder; choose another --out")
     probe = out / ".writable"
     write_whole(probe, "")
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # another shard may have been faster
 
 
 @contextmanager

@@ -69,10 +69,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def hold(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Keep other runs out of a working folder; InputError if one is in it. Ends with the process, however it dies.
 
-    A folder that nothing was written into is removed.
+    `shared`: only those that want it for themselves. A folder that nothing was written into is removed.
     """
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def hold(folder: Path) -> Iterator[None]:
     with file:
         if fcntl is not None:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(
                     f"{folder}: another run is measuring this; wait for it or use another --out"

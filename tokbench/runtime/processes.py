@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,15 +30,17 @@ class Processes:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # among those of this machine
+    # shard: a job of its own that shares nothing with the others but the folder of results; merge: the one after them.
+    job: Literal["", "shard", "merge"] = ""
 
     @property
     def main(self) -> bool:
         """Whether this is the process that writes and speaks."""
-        return self.rank == 0
+        return self.rank == 0 or self.job == "shard"
 
     def all_gather(self, value: Any) -> list[Any]:
         """The values of all processes, in order, in every process."""
-        if self.size == 1:
+        if self.size == 1 or self.job == "shard":
             return [value]
         values: list[Any] = [None] * self.size
         with self._lost_peer():
