@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tokbench.data.sources import Source
     from tokbench.errors import CellError, InputError
     from tokbench.evaluation.evaluate import evaluate
-    from tokbench.metrics import Metric, register_metric
+    from tokbench.metrics import Metric, register_extractor, register_metric
     from tokbench.records.files import results
     from tokbench.records.result import EvalResult, TokenizerInfo, Value
     from tokbench.registry import create as load
@@ -36,6 +36,7 @@ _HOMES = {
     "evaluate": "tokbench.evaluation.evaluate:evaluate",
     "load": "tokbench.registry:create",
     "register": "tokbench.registry:register",
+    "register_extractor": "tokbench.metrics:register_extractor",
     "register_metric": "tokbench.metrics:register_metric",
     "register_probe": "tokbench.registry:register_probe",
     "register_source": "tokbench.registry:register_source",
@@ -45,7 +46,8 @@ _HOMES = {
 
 __all__ = [
     "CellError", "EvalResult", "InputError", "Metric", "Source", "Tokenizer", "TokenizerInfo", "Value", "evaluate",
-    "load", "register", "register_metric", "register_probe", "register_source", "register_trainer", "results",
+    "load", "register", "register_extractor", "register_metric", "register_probe", "register_source",
+    "register_trainer", "results",
 ]  # fmt: skip
 
 

@@ -112,9 +112,15 @@ def report(
     out: Annotated[Path | None, typer.Option(help="File to write instead of stdout; for html a folder.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for plots, of the twelve largest blocks.")] = None,
     plot_format: Annotated[str, typer.Option(help="png, svg or pdf.")] = "png",
-    columns: Annotated[str | None, typer.Option(help="Columns in order, comma-separated: psnr,rfid,params,...")] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Columns in order: psnr,psnr:p5,psnr:median,psnr:worst,...")
+    ] = None,
     where: Annotated[str | None, typer.Option(help='Keep rows by a pandas query: "f==8 and resolution==256".')] = None,
     group: Annotated[bool, typer.Option(help="Gather rows by compression and rank within it.")] = True,
+    reference: Annotated[str | None, typer.Option(help="Row to show paired differences to, image by image.")] = None,
+    group_by: Annotated[
+        str | None, typer.Option(help="Show values by class, or by another column of the data.")
+    ] = None,
     reported: Annotated[Path | None, typer.Option(help="Numbers of papers; default RESULTS/reported.csv.")] = None,
     blind: Annotated[
         int | None, typer.Option(help="Write a page of N blind comparisons of saved images below --out.")
@@ -128,7 +134,8 @@ def report(
     chosen = parse_value(columns, tuple[str, ...], "--columns") if columns else None
     status = build(
         results or [], format=format, out=out, plots=plots, plot_format=plot_format, columns=chosen, where=where,
-        group=group, reported=reported, strict=strict, blind=blind, votes=votes or [],
+        group=group, reference=reference, group_by=group_by, reported=reported, strict=strict, blind=blind,
+        votes=votes or [],
     )  # fmt: skip
     raise typer.Exit(status)
 
@@ -303,6 +310,26 @@ def probe(
 
     asked = dataclasses.replace(measurement, resolution=parse_resolution(res))
     raise typer.Exit(run_probes(names, models, asked, data=data, split=split, limit=limit, out=out, fresh=fresh))
+
+
+@app.command()
+@with_options(Measurement, "protocol", "metrics", "dtype", "device", "batch_size", "workers", "small", "skip_bad")
+def latents(
+    models: Models,
+    measurement: Measurement,
+    res: Annotated[str, typer.Option(help="Resolution in pixels: 256 or 768x512.")] = "256",
+    data: Data = "samples",
+    split: Split = None,
+    limit: Limit = None,
+    out: Out = Path("runs"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard what --out holds of these cards.")] = False,
+) -> None:
+    """Describe latent spaces without training a generator: channels, spectra, classes, what lies between latents."""
+    from tokbench.latents.card import run_latents
+    from tokbench.protocols import parse_resolution
+
+    asked = dataclasses.replace(measurement, resolution=parse_resolution(res))
+    raise typer.Exit(run_latents(models, asked, data=data, split=split, limit=limit, out=out, fresh=fresh))
 
 
 @app.command()

@@ -238,3 +238,46 @@ def test_perplexity_is_one_for_one_code_and_the_number_of_codes_for_equal_use() 
 def test_paired_distances_need_the_same_images() -> None:
     with pytest.raises(InputError, match="paired"):
         distribution.paired_distances(features(4, 3, 0), features(5, 3, 0))
+
+
+def mind(real: np.ndarray, fake: np.ndarray) -> float:
+    count = min(len(real), len(fake))
+    return float(distribution.monge_distances(real, fake, [np.arange(count)])[0])
+
+
+def test_mind_is_the_number_that_torch_fidelity_gives() -> None:
+    """Of mind_features_to_metric in torch-fidelity's main branch of 2026-05-11, fake first; no release has it yet."""
+    real, fake = features(60, 16, 0), features(50, 16, 1, 1.1)
+    assert mind(fake, real) == pytest.approx(1.9229960, rel=1e-4)
+    assert mind(real[:50], fake) == pytest.approx(1.7427299, rel=1e-4)
+
+
+def test_mind_of_a_shift_is_three_times_its_squared_length_and_of_a_scale_that_of_the_variance() -> None:
+    """The projections of Gaussians are Gaussians, whose distance is (m1 - m2)² + (s1 - s2)²."""
+    x = np.random.default_rng(0).standard_normal((3000, 32)).astype(np.float32)
+    shift = np.linspace(-1, 1, 32).astype(np.float32)
+    assert mind(x, x) == 0
+    assert mind(x, x + shift) == pytest.approx(3 * float(shift @ shift), rel=0.1)
+    assert mind(x, 1.5 * x[::-1]) == pytest.approx(3 * 0.25 * 32, rel=0.05)
+
+
+def test_mind_of_one_feature_is_optimal_transport() -> None:
+    from scipy.optimize import linear_sum_assignment
+
+    generator = np.random.default_rng(1)
+    x, y = generator.standard_normal((40, 1)), generator.exponential(size=(40, 1))
+    cost = (x - y.T) ** 2
+    assert mind(x, y) == pytest.approx(3 * cost[linear_sum_assignment(cost)].mean(), rel=1e-5)
+
+
+def test_mind_has_the_error_of_its_half_samples() -> None:
+    metric = METRICS["mind-mobilenet"]
+    real = features(512, 8, 2)
+    fake = real + 0.3 * features(len(real), 8, 3)
+    stored = Stored({}, {("real", "mobilenet"): real, ("fake", "mobilenet"): fake})
+    value = metric.value(stored)
+    assert value.value == pytest.approx(mind(real, fake))
+    assert value.stderr is not None
+    assert value.low is not None
+    assert 0 < value.stderr < 0.3 * value.value
+    assert value.low < value.value

@@ -22,7 +22,17 @@ from tokbench.data.open import open_source
 from tokbench.data.pixels import quantise
 from tokbench.errors import InputError
 from tokbench.evaluation.evaluate import evaluate
-from tokbench.metrics import DEFAULT, METRICS, find_metrics, perceptual, pixel
+from tokbench.metrics import (
+    DEFAULT,
+    EXTRACTORS,
+    LATENTS,
+    METRICS,
+    extractors,
+    find_metrics,
+    perceptual,
+    pixel,
+    register_extractor,
+)
 from tokbench.metrics.suite import MetricSuite
 from tokbench.protocols import PROTOCOLS
 from tokbench.registry import create
@@ -295,7 +305,12 @@ def test_global_psnr_is_at_most_the_mean_and_identical_images_count() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [m.name for m in METRICS.values() if m.extractor and m.scope != "generation" and not m.probe]
+    "name",
+    [
+        m.name
+        for m in METRICS.values()
+        if m.extractor not in (None, LATENTS) and m.scope != "generation" and not m.probe
+    ],
 )
 def test_identity_gives_zero_distance_and_full_agreement(name: str) -> None:
     metric = METRICS[name]
@@ -411,3 +426,30 @@ def test_metrics_and_sources_come_from_outside_too() -> None:
     with pytest.raises(InputError, match=r"nothing: no such file.* one of samples, .*, grays"):
         open_source("nothing")
     assert Path(example_plugin.__file__).read_text(encoding="utf-8") in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+class Means(torch.nn.Module):
+    """A plugin's extractor: the colours of the quarters of an image."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        pooled = torch.nn.functional.adaptive_avg_pool2d(images.float(), 2)
+        return {"quarters": pooled.flatten(1)}
+
+
+@pytest.mark.usefixtures("plugin")
+def test_features_of_a_plugin_bring_two_distances() -> None:
+    registered = {"dim": 12, "preprocessing": "v1", "summary": "colours of quarters"}
+    register_extractor("quarters", lambda _: Means(), **registered)  # type: ignore[arg-type]
+    try:
+        made = extractors.extractors(["quarters"])["quarters"]
+        images = torch.arange(3 * 8 * 8, dtype=torch.uint8).reshape(1, 3, 8, 8)
+        assert made(images).shape == (1, 12)
+        result = evaluate("jpeg-q10", "grays:512", 32, ["fd-quarters", "mind-quarters"])
+        assert result.metrics["fd-quarters"].note.startswith("needs 2,048 images, here 512")
+        value = result.metrics["mind-quarters"].value
+        assert value is not None
+        assert value > 0
+        with pytest.raises(ValueError, match="taken already"):
+            register_extractor("quarters", lambda _: Means(), **registered)  # type: ignore[arg-type]
+    finally:
+        del METRICS["fd-quarters"], METRICS["mind-quarters"], EXTRACTORS["quarters"]

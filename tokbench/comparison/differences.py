@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tokbench.errors import InputError
-from tokbench.metrics import FRECHET_MINIMUM, METRICS, Metric, frechet
+from tokbench.metrics import METRICS, Metric
 from tokbench.metrics.statistics import (
     FALSE_ALARM,
     Direction,
@@ -224,8 +224,8 @@ def _change(metric: Metric, base: ResultEntry, new: ResultEntry) -> tuple[Estima
 
 
 def _halves(metric: Metric, base: ResultEntry, new: ResultEntry) -> np.ndarray | None:
-    """Differences of Fréchet distances on half-samples of the features that both kept; None where they are not."""
-    if metric.minimum < FRECHET_MINIMUM or metric.extractor is None or metric.sides != ("real", "fake"):
+    """Differences of a distance on half-samples of the features that both kept; None where they are not."""
+    if metric.halves is None:
         return None
     folders = [entry.path.with_suffix(".features") for entry in (base, new) if entry.path is not None]
     if len(folders) < 2 or not all(folder.is_dir() for folder in folders):
@@ -235,7 +235,7 @@ def _halves(metric: Metric, base: ResultEntry, new: ResultEntry) -> np.ndarray |
         return None
     try:
         halves = [
-            _half_sample_distances(store, metric.extractor, entry.result.settings.seeds)
+            _half_sample_distances(store, metric, entry.result.settings.seeds)
             for store, entry in zip(stores, (base, new), strict=True)
         ]
     except KeyError:  # features of other metrics were kept
@@ -243,12 +243,14 @@ def _halves(metric: Metric, base: ResultEntry, new: ResultEntry) -> np.ndarray |
     return np.asarray(halves[1] - halves[0])
 
 
-def _half_sample_distances(store: SampleStore, extractor: str, seeds: Sequence[int]) -> np.ndarray:
-    """Fréchet distances [2 * repeats] on half-samples, averaged over the seeds, as the value is; KeyError if features
+def _half_sample_distances(store: SampleStore, metric: Metric, seeds: Sequence[int]) -> np.ndarray:
+    """Distances [2 * repeats] on half-samples, averaged over the seeds, as the value is; KeyError if features
     are missing."""
+    extractor = metric.extractor or ""
+    assert metric.halves is not None
     names = [extractor] if len(seeds) == 1 else [f"{extractor}.seed{seed}" for seed in seeds]  # reconstruct.seeded
     real = store.features("real", extractor)
-    distances = [frechet.half_sample_distances(real, store.features("fake", name)) for name in names]
+    distances = [metric.halves(real, store.features("fake", name)) for name in names]
     mean: np.ndarray = np.mean(distances, axis=0)
     return mean
 

@@ -6,6 +6,7 @@ ImageNet it is the file's stem, so that a flat folder, class folders and the off
 
 import hashlib
 import os
+import re
 import sys
 import threading
 import unicodedata
@@ -14,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from PIL import Image
@@ -222,6 +223,46 @@ class HuggingFaceSource(Source):
 
     def where(self, index: int) -> str:
         return f"{self.name} row {self.entries[index]}"
+
+
+def group_columns(source: Source) -> dict[str, list[str]]:
+    """What the data says of each sample beside its image, by name: "class" where images lie in folders of classes.
+
+    Of a Hugging Face data set all columns of labels, yes or no, whole numbers and texts that sort images into groups.
+    """
+    if not isinstance(source, HuggingFaceSource):
+        paths = [entry.name if isinstance(entry, Member) else str(entry) for entry in source.entries]
+        folders = [PurePath(path).parent.name for path in paths]
+        return {"class": folders} if all(folders) else {}
+    found = {}
+    for name, feature in source.dataset.features.items():
+        names = getattr(feature, "names", None)
+        if names is None and not re.match("bool|u?int|(large_)?string", str(getattr(feature, "dtype", ""))):
+            continue
+        column = source.dataset.with_format(None)[name]
+        values = [column[row] for row in source.entries]
+        texts = [str(value) if names is None or value in (None, -1) else names[value] for value in values]
+        if 2 * len(set(texts)) <= len(texts):
+            found[name] = texts
+    return found
+
+
+def class_labels(source: Source) -> tuple[list[int], list[str]]:
+    """A label for every sample, and the classes' names: the label column of a Hugging Face data set, else the folders
+    that hold the images. Unlabelled images are of one class."""
+    if isinstance(source, HuggingFaceSource):
+        if "label" not in source.dataset.column_names:
+            return [0] * len(source), ["all"]
+        column = source.dataset.with_format(None)["label"]
+        labels = [int(column[row]) for row in source.entries]
+        names = getattr(source.dataset.features["label"], "names", None)
+        return labels, list(names or map(str, range(max(labels) + 1)))
+    folders = group_columns(source).get("class")
+    if folders is None:
+        return [0] * len(source), ["all"]
+    classes = sorted(set(folders))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return [numbers[folder] for folder in folders], classes
 
 
 def sample_id(name: str) -> str:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tokbench.data import crops, decode
-from tokbench.data.sources import Source
+from tokbench.data.sources import Source, group_columns
 from tokbench.errors import CellError, InputError
 from tokbench.evaluation.pictures import KeptImages, draw, error_map, error_rank, save_pairs
 from tokbench.evaluation.reconstruct import (
@@ -380,7 +380,7 @@ def write_record(
     if earlier is not None:
         result = joined(earlier, result)
     if cell.path is not None:
-        write_rows(cell.path, store, columns, keep=earlier is not None)
+        write_rows(cell.path, store, columns, source, keep=earlier is not None)
         if measurement.save_images:
             write_whole(cell.path.with_suffix(".png"), draw_cell(cell, pairs, store, images))
         if measurement.keep_features:  # of both sides, so that `compare` can pair them
@@ -391,13 +391,17 @@ def write_record(
     return result
 
 
-def write_rows(path: Path, store: SampleStore, columns: Mapping[str, np.ndarray], *, keep: bool) -> None:
+def write_rows(
+    path: Path, store: SampleStore, columns: Mapping[str, np.ndarray], source: Source, *, keep: bool
+) -> None:
     """The per-image table beside a record; `keep`: with the columns that only the earlier one has."""
     rows = per_image_path(path)
     if keep and rows.exists():
         ids, before = read_per_image(rows)
         columns = {**(before if ids == store.ids else {}), **columns}
-    write_per_image(rows, store.ids, columns)
+    place = {sample: i for i, sample in enumerate(source.ids)}
+    groups = {n: [texts[place[sample]] for sample in store.ids] for n, texts in group_columns(source).items()}
+    write_per_image(rows, store.ids, columns, groups)
 
 
 def new_record(cell: Cell, store: SampleStore, facts: Mapping[str, Any]) -> EvalResult:
@@ -429,6 +433,7 @@ def joined(earlier: EvalResult, new: EvalResult) -> EvalResult:
         new,
         metrics={name: metrics[name] for name in (*METRICS, *metrics) if name in metrics},
         unavailable=missing,
+        latents=new.latents or earlier.latents,
         measurement=replace(new.measurement, metrics=tuple(dict.fromkeys((*before, *new.measurement.metrics)))),
         provenance=replace(now, extractors=extractors, metrics=keys),
     )

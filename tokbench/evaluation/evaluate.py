@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,11 @@ from torch import Tensor
 from tokbench import registry
 from tokbench.data.loader import CropCache, Loader, refuse_unusable
 from tokbench.data.open import open_source
-from tokbench.data.sources import Source
+from tokbench.data.sources import Source, class_labels
 from tokbench.errors import InputError
 from tokbench.evaluation.cell import Cell, measure_cell
 from tokbench.evaluation.model import applies, check_size, model_key, with_facts
 from tokbench.evaluation.reconstruct import (
-    CODES,
     Columns,
     Fakes,
     Features,
@@ -30,7 +30,7 @@ from tokbench.evaluation.reconstruct import (
     latent_columns,
     round_trip,
 )
-from tokbench.metrics import DEFAULT, find_metrics
+from tokbench.metrics import CODES, DEFAULT, LATENTS, find_metrics
 from tokbench.protocols import Resolution, parse_resolution
 from tokbench.records.measurement import Measurement
 from tokbench.records.result import EvalResult, Settings, read_result
@@ -107,11 +107,29 @@ class Reconstructions:
         yield from loader.seeded(asked.seeds)
 
     def fakes(self, ids: Sequence[str], real: Tensor, beside: Tensor) -> tuple[Fakes, Columns, Features]:
-        """The reconstructions by seed, the columns of the latents, and the codes."""
+        """The reconstructions by seed, the columns of the latents, and the latents."""
         fakes, latents = round_trip(self.tokenizer, (ids, real, beside), self.measurement, self.timer)
-        codes = {("fake", CODES): latents} if self.tokenizer.info.codebook_size is not None else {}
         with torch.inference_mode():
-            return fakes, latent_columns(self.tokenizer, latents, real.shape[2] * real.shape[3]), codes
+            return fakes, self.columns(ids, latents, (real.shape[2], real.shape[3])), self.features(latents)
+
+    def columns(self, ids: Sequence[str], latents: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Columns [B] of the latents of images of this size, and the images' classes where there are several."""
+        columns = latent_columns(self.tokenizer, latents, size)
+        if self.labels:
+            columns["label"] = torch.tensor([float(self.labels[sample]) for sample in ids])
+        return columns
+
+    def features(self, latents: Tensor) -> Features:
+        """The latents as metrics may want them: codes, or numbers."""
+        if self.tokenizer.info.codebook_size is not None:
+            return {("fake", CODES): latents}
+        return {("fake", LATENTS): latents.float()} if self.tokenizer.info.channels is not None else {}
+
+    @cached_property
+    def labels(self) -> dict[str, int]:
+        """The class of every sample; {} where all are of one."""
+        labels, names = class_labels(self.source)
+        return dict(zip(self.source.ids, labels, strict=True)) if len(names) > 1 else {}
 
     def facts(self, processes: Processes) -> dict[str, Any]:
         """Seconds an image, and what was done to images; those left out are named."""
@@ -149,12 +167,29 @@ def evaluate_cell(
     crops: CropCache | None = None,
 ) -> tuple[EvalResult, bool]:
     """Measure a tokenizer at one resolution; the result and the errors of `measure_cell`."""
+    cell = cell_of(tokenizer, spec, source, measurement, device, processes=processes, out=out)
+    return measure_cell(cell, Reconstructions(tokenizer, source, cell.measurement, Timer(device), crops), fresh=fresh)
+
+
+def cell_of(
+    tokenizer: Tokenizer,
+    spec: str,
+    source: Source,
+    measurement: Measurement,
+    device: torch.device,
+    *,
+    processes: Processes | None = None,
+    out: Path | None = None,
+) -> Cell:
+    """A tokenizer's row with those of the metrics asked for that it and the data can have."""
     info, settings = with_facts(tokenizer), settings_of(tokenizer, spec, source, measurement)
-    names = [m.name for m in find_metrics(measurement.metrics, "reconstruction") if applies(m, tokenizer)]
-    own = replace(measurement, metrics=tuple(names), seeds=settings.seeds)
+    asked = [metric for metric in find_metrics(measurement.metrics) if applies(metric, tokenizer)]
+    unlabelled = len(class_labels(source)[1]) < 2
+    refused = {m.name: "needs classes: folders or labels" for m in asked if unlabelled and "label" in m.columns}
+    names = tuple(metric.name for metric in asked if metric.name not in refused)
+    own = replace(measurement, metrics=names, seeds=settings.seeds)
     model = model_key(info, tokenizer)
-    cell = Cell(info, source, own, settings, model, device, out, processes or Processes())
-    return measure_cell(cell, Reconstructions(tokenizer, source, own, Timer(device), crops), fresh=fresh)
+    return Cell(info, source, own, settings, model, device, out, processes or Processes(), refused)
 
 
 def evaluate(

@@ -6,8 +6,7 @@ import torch
 
 from tokbench import registry
 from tokbench.errors import InputError
-from tokbench.evaluation.reconstruct import CODES
-from tokbench.metrics import Metric
+from tokbench.metrics import CODES, GRID, LATENTS, Metric
 from tokbench.protocols import Resolution, sides_of
 from tokbench.records import provenance
 from tokbench.records.result import TokenizerInfo
@@ -36,11 +35,12 @@ def check_size(tokenizer: Tokenizer, resolution: Resolution) -> None:
 
 
 def applies(metric: Metric, tokenizer: Tokenizer) -> bool:
-    """bpp needs `tokenizer.bits`, code metrics a codebook, latent metrics continuous channels."""
+    """bpp needs `tokenizer.bits`, code metrics a codebook, latent metrics continuous channels, or a grid of them."""
     if "bpp" in metric.columns:
         return hasattr(tokenizer, "bits")
-    if "latent-mean" in metric.columns:
-        return tokenizer.info.channels is not None
+    if "latent-mean" in metric.columns or metric.extractor == LATENTS or metric.scope == "interpolation":
+        grid = tokenizer.info.downsample is not None
+        return tokenizer.info.channels is not None and (grid or GRID[-1] not in metric.columns)
     return metric.extractor != CODES or tokenizer.info.codebook_size is not None
 
 

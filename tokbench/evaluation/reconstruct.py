@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokbench.data.pixels import quantise
 from tokbench.errors import MODEL_ERRORS, CellError, first_line, place, preview
+from tokbench.metrics import GRID
 from tokbench.metrics.suite import MetricSuite
 from tokbench.protocols import Protocol, sides_of
 from tokbench.records.measurement import Measurement
@@ -26,8 +27,8 @@ from tokbench.tokenizer import NotFiniteError, Tokenizer, finite
 PIXELS_PER_BATCH = {"cpu": 8 * 256 * 256, "cuda": 64 * 256 * 256}
 TYPICAL = (1024, 1024)  # what native images are taken for; a batch that does not fit into memory is halved
 LARGEST_BATCH = {"cpu": 16, "cuda": 256}
-CODES = "codes"  # the feature that holds a discrete tokenizer's codes
-LATENT_COLUMNS = frozenset(("bpp", "latent-mean", "latent-square"))  # of the latents, so the same for all seeds
+# Of the latents or of the data, so the same for all seeds.
+LATENT_COLUMNS = frozenset(("bpp", "latent-mean", "latent-square", "label", *GRID))
 
 Batch = tuple[Sequence[str], Tensor, Tensor]  # ids, uint8 [B, 3, H, W], int64 [B, S] with the image's seeds
 Fakes = Mapping[int, tuple[Tensor, Tensor | None]]  # by seed: uint8 [B, 3, H, W], and the decoder's float output
@@ -192,15 +193,20 @@ def _numpy(columns: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: values.detach().cpu().numpy() for name, values in columns.items()}
 
 
-def latent_columns(tokenizer: Tokenizer, latents: Tensor, pixels: int) -> dict[str, Tensor]:
-    """Columns [B] of the latents of images of so many pixels: measured bits, mean and mean square."""
+def latent_columns(tokenizer: Tokenizer, latents: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+    """Columns [B] of the latents of images of this size: measured bits, mean and mean square, and their shape."""
     columns = {}
+    pixels = size[0] * size[1]
     with model_errors_as_cell_errors(tokenizer.info.name):
         if hasattr(tokenizer, "bits"):
             columns["bpp"] = tokenizer.bits(latents).reshape(len(latents)).double() / pixels
         if tokenizer.info.channels is not None and latents.is_floating_point():
             values = latents.double().reshape(len(latents), -1)
             columns |= {"latent-mean": values.mean(1), "latent-square": values.square().mean(1)}
+            _, channels, *grid = latents.shape if latents.ndim > 2 else (0, tokenizer.info.channels)
+            height = grid[0] if len(grid) == 2 else 1
+            shape = values.new_tensor([channels, height, size[0] / height]).expand(len(latents), 3)
+            columns |= dict(zip(GRID, shape.unbind(1), strict=True))
     return columns
 
 

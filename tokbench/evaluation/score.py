@@ -18,7 +18,7 @@ from tokbench.evaluation.cell import Cell, measure_cell
 from tokbench.evaluation.evaluate import checked
 from tokbench.evaluation.reconstruct import Columns, Fakes, Features, images_at_once
 from tokbench.evaluation.run import share_facts
-from tokbench.metrics import Metric, find_metrics
+from tokbench.metrics import CODES, LATENTS, Metric, find_metrics
 from tokbench.metrics.suite import UNCLAMPED
 from tokbench.protocols import NATIVE, Resolution, find_protocol, parse_resolution
 from tokbench.records import provenance
@@ -129,7 +129,7 @@ class SavedPairs:
 
 def needs_model(metric: Metric) -> bool:
     """Whether a metric reads more than two images."""
-    return metric.extractor == "codes" or any(column in MODEL_ONLY for column in metric.columns)
+    return metric.extractor in (CODES, LATENTS) or any(column in MODEL_ONLY for column in metric.columns)
 
 
 def match(real: Source, fake: Source) -> None:

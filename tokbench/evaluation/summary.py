@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from tokbench.errors import InputError, preview
-from tokbench.evaluation.reconstruct import CODES, seed_column
-from tokbench.metrics import METRICS, Samples, too_few
+from tokbench.evaluation.reconstruct import seed_column
+from tokbench.metrics import CODES, GRID, LATENTS, METRICS, Samples, too_few
 from tokbench.metrics.statistics import Estimate
 from tokbench.records.result import Value
 from tokbench.records.samples import SampleStore
@@ -28,8 +28,8 @@ class SeedView:
         return self.store.column(own if own in self._columns else name)
 
     def features(self, side: str, extractor: str) -> np.ndarray:
-        """float32 [N, D] in id order; real images and codes are the same for every seed."""
-        shared = side == "real" or extractor == CODES
+        """float32 [N, D] in id order; real images, codes and latents are those of every seed."""
+        shared = side == "real" or extractor in (CODES, LATENTS)
         return self.store.features(side, extractor if shared else seed_column(extractor, self.seed))
 
 
@@ -60,7 +60,7 @@ def over_seeds(values: Sequence[Value]) -> Value:
 
 def table(names: Sequence[str], store: SampleStore, seeds: Sequence[int]) -> dict[str, np.ndarray]:
     """The columns of the per-image table: those stored, and what features give per image, averaged over seeds."""
-    columns = {name: store.column(name) for name in store.columns}
+    columns = {name: store.column(name) for name in store.columns if name not in (*GRID, "label")}
     for name in names:
         rows = METRICS[name].rows
         if rows is not None and len(store.ids) >= METRICS[name].minimum:

@@ -108,7 +108,7 @@ def _generate(
         check_fits(generator.space, tokenizer, device)
     side = generator.space.resolution
     measurement = replace(measurement, resolution=side, metrics=tuple(names), seeds=(asked.seed,))
-    suite = MetricSuite(names, asked.num_images, side, device, scope="both")
+    suite = MetricSuite(names, asked.num_images, side, device)
     work = out / ".generate"
     reference = open_reference(asked.reference, side, suite.extractors, work, device, processes)
 

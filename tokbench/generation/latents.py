@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,10 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tokbench.data.archives import Member
 from tokbench.data.loader import Loader
 from tokbench.data.open import open_source
-from tokbench.data.sources import HuggingFaceSource, Source
+from tokbench.data.sources import class_labels
 from tokbench.data.training_crops import CropConfig, PhotoCrops
 from tokbench.errors import CellError, InputError
 from tokbench.protocols import find_protocol
@@ -66,25 +65,6 @@ class Normaliser:
     def __str__(self) -> str:
         mean, std = ([f"{value:.4g}" for value in values] for values in (self.mean, self.std))
         return f"(z - {', '.join(mean)}) / {', '.join(std)}"
-
-
-def class_labels(source: Source) -> tuple[list[int], list[str]]:
-    """A label for every sample, and the classes' names: the label column of a Hugging Face data set, else the folders
-    that hold the images. Unlabelled images are of one class."""
-    if isinstance(source, HuggingFaceSource):
-        if "label" not in source.dataset.column_names:
-            return [0] * len(source), ["all"]
-        column = source.dataset.with_format(None)["label"]
-        labels = [int(column[row]) for row in source.entries]
-        names = getattr(source.dataset.features["label"], "names", None)
-        return labels, list(names or map(str, range(max(labels) + 1)))
-    paths = [entry.name if isinstance(entry, Member) else str(entry) for entry in source.entries]
-    folders = [PurePath(path).parent.name for path in paths]
-    if not all(folders):
-        return [0] * len(source), ["all"]
-    classes = sorted(set(folders))
-    numbers = {name: number for number, name in enumerate(classes)}
-    return [numbers[folder] for folder in folders], classes
 
 
 class Images:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tokbench import registry
 from tokbench.errors import InputError
-from tokbench.metrics import conditions, distribution, frechet
+from tokbench.metrics import conditions, distribution, frechet, latents
 from tokbench.metrics.statistics import (
     Estimate,
     estimate,
@@ -30,8 +30,11 @@ INCEPTION_TENTHS = 10  # parts of the Inception score
 IDENTICAL = 100.0  # dB of images that do not differ, whose PSNR would be infinite; also the cap
 MANIFOLD_NOTE = "error of the images counted, the manifold taken as it is"
 FRECHET_NOTE = "95 % interval: of the distance that so many images give on average, not of its limit"
+CODES, LATENTS = "codes", "latents"  # features that are a tokenizer's own: codes [N, D], latents [N, C * H * W]
+GRID = ("latent-channels", "latent-height", "latent-step")  # columns, equal for all images: C, H, pixels a position
 # Images: below it the covariance of 2048 features is singular, and the bias is most of the value.
 FRECHET_MINIMUM = 2048
+MIND_MINIMUM = 512  # from here on the bias is about a tenth of the value, or less: docs/probes.md
 
 
 class Samples(Protocol):
@@ -41,6 +44,20 @@ class Samples(Protocol):
     def ids(self) -> list[str]: ...
     def column(self, name: str) -> np.ndarray: ...  # float64 [N]
     def features(self, side: str, extractor: str) -> np.ndarray: ...  # float32 [N, D]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an extractor of features is made of.
+
+    `build` makes a torch module, uint8 [B, 3, H, W] -> {name: float [B, dim]}, of the file of its `network`, or of None
+    if that is "": none of `weights.NETWORKS`.
+    """
+
+    network: str
+    build: Callable[[Any], Any]
+    dim: int
+    preprocessing: str  # changes whenever equal weights (of network "": anything) would give other features
 
 
 @dataclass(frozen=True)
@@ -70,9 +87,10 @@ class Metric:
     extractor: str | None = None
     sides: tuple[str, ...] = ("real", "fake")
     networks: tuple[str, ...] = ()
-    scope: Literal["reconstruction", "generation", "both"] = "reconstruction"
+    scope: Literal["reconstruction", "generation", "both", "interpolation"] = "reconstruction"
     terms: Callable[[Mapping[str, np.ndarray]], np.ndarray] | None = None
     probe: str = ""  # which one gives it; "": `run` does
+    halves: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None  # of features, for paired differences
     rows: Callable[[Samples], np.ndarray] | None = None  # values per image [N] that the features give, for the table
     share: bool = False  # an image counts 1 or 0
     minimum: int = 1  # images; below it the value is null, and neither networks nor features are needed
@@ -146,6 +164,20 @@ def frechet_of(extractor: str, samples: Samples) -> Value:
     return Value(value, found.error, *within(found, (0.0, math.inf)), num_images, FRECHET_NOTE)
 
 
+def monge_of(extractor: str, samples: Samples) -> Value:
+    """MIND between the features of both sides, its error from paired half-samples."""
+    real, fake = samples.features("real", extractor), samples.features("fake", extractor)
+    count = min(len(real), len(fake))
+    value, *halves = distribution.monge_distances(real, fake, [np.arange(count), *half_samples(count)])
+    found = from_half_samples(float(value), np.array(halves))
+    return Value(found.value, found.error, *within(found, (0.0, math.inf)), len(samples.ids), FRECHET_NOTE)
+
+
+def half_sample_monge(real: np.ndarray, fake: np.ndarray) -> np.ndarray:
+    """MIND on half-samples."""
+    return distribution.monge_distances(real, fake, half_samples(min(len(real), len(fake))))
+
+
 def kernel_of(extractor: str, samples: Samples, *, subset: int = distribution.KID_SUBSET) -> Value:
     """Kernel distance (KID) of both sides; its error is of the images drawn and of the subsets drawn among them."""
     real, fake = samples.features("real", extractor), samples.features("fake", extractor)
@@ -208,13 +240,13 @@ def recall(samples: Samples) -> Value:
 
 def perplexity(samples: Samples) -> Value:
     """exp of the entropy of the codes used over the whole set."""
-    codes = samples.features("fake", "codes")
+    codes = samples.features("fake", CODES)
     return _of_codes(codes, distribution.perplexity, f"{np.unique(codes).size} codes used")
 
 
 def codebook_use(samples: Samples) -> Value:
     """How many different codes occur in the whole set."""
-    return _of_codes(samples.features("fake", "codes"), lambda codes: float(np.unique(codes).size))
+    return _of_codes(samples.features("fake", CODES), lambda codes: float(np.unique(codes).size))
 
 
 def _of_codes(codes: np.ndarray, statistic: Callable[[np.ndarray], float], note: str = "") -> Value:
@@ -245,18 +277,76 @@ def latent_deviation_terms(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.asarray(count * _deviation(*(column.mean() for column in both)) - (count - 1) * without)
 
 
+def latents_of(samples: Samples) -> latents.Latents:
+    """The stored latents and the shape that the columns of their metrics say."""
+    shape = [float(samples.column(name)[0]) for name in GRID]
+    return latents.Latents(samples.features("fake", LATENTS), int(shape[0]), int(shape[1]), shape[2])
+
+
+def latent_statistic(statistic: Callable[[latents.Sums], float], samples: Samples) -> Value:
+    """What the sums over all latents give, its error by leaving out groups of images."""
+    value, error = latents.jackknife(statistic, latents.sums_of(latents_of(samples)))
+    return Value(value, error, n=len(samples.ids))
+
+
+def latent_rows(rows: Callable[[latents.Latents], np.ndarray], samples: Samples) -> np.ndarray:
+    """What latents give per image."""
+    return rows(latents_of(samples))
+
+
+def mean_kurtosis(sums: latents.Sums) -> float:
+    """Of all channels."""
+    return float(latents.kurtosis(sums).mean())
+
+
+def consistency_rows(samples: Samples) -> np.ndarray:
+    """Share of an image's neighbours among the latents that are of its class."""
+    return latents.lnc(latents_of(samples), samples.column("label"))
+
+
+def irreducible_variance(which: int, samples: Samples) -> Value:
+    """VIV (0) or the share of variance within classes (1), mean over the classes that have images enough."""
+    own, labels = latents_of(samples), samples.column("label")
+    found = latents.viv(own, labels, latents.sums_of(own))
+    if not found:
+        return Value(None, n=len(labels), note=f"needs {latents.least_of_a_class(own)} images of a class")
+    value = mean_and_error(np.array(found)[:, which])
+    return Value(value.value, value.stderr, value.low, value.high, len(labels), f"{len(found)} classes")
+
+
 def too_few(num_images: int, minimum: int) -> Value:
     """The value of a metric that so few images cannot give."""
     return Value(None, n=num_images, note=f"needs {minimum:,} images, here {num_images:,}; pd-* serves at any number")
 
 
 def _frechet(
-    name: str, extractor: str, what: str, network: str, scope: Literal["generation", "both"] = "both"
-) -> Metric:
+    name: str, extractor: str, what: str, networks: tuple[str, ...],
+    scope: Literal["generation", "both", "interpolation"] = "both",
+) -> Metric:  # fmt: skip
     return Metric(
         name, "lower", f"Fréchet distance of {what}", low=0.0, tolerance=0.02, digits=3,
-        compute=partial(frechet_of, extractor), extractor=extractor, networks=(network,), scope=scope,
-        minimum=FRECHET_MINIMUM,
+        compute=partial(frechet_of, extractor), extractor=extractor, networks=networks, scope=scope,
+        minimum=FRECHET_MINIMUM, halves=frechet.half_sample_distances,
+    )  # fmt: skip
+
+
+def _monge(
+    name: str, extractor: str, what: str, networks: tuple[str, ...], scope: Literal["both", "interpolation"] = "both"
+) -> Metric:
+    return Metric(
+        name, "lower", f"MIND, sliced Wasserstein distance of {what}", low=0.0, tolerance=0.02, digits=2,
+        compute=partial(monge_of, extractor), extractor=extractor, networks=networks, scope=scope, minimum=MIND_MINIMUM,
+        halves=half_sample_monge,
+    )  # fmt: skip
+
+
+def _latent(
+    name: str, better: Literal["higher", "lower", "neither"], what: str, statistic: Callable[[latents.Sums], float],
+    *, grid: bool = False, **options: Any,
+) -> Metric:  # fmt: skip
+    return Metric(
+        name, better, what, reads=GRID if grid else GRID[:2], extractor=LATENTS, sides=("fake",),
+        compute=partial(latent_statistic, statistic), minimum=2, **options,
     )  # fmt: skip
 
 
@@ -272,13 +362,16 @@ def _paired(extractor: str, what: str) -> Metric:
 
 
 _INCEPTION = "FID Inception features (torch-fidelity's weights and resize)"
+_FEATURES = {"inception": _INCEPTION, "dinov2": "DINOv2 ViT-L/14 features", "mobilenet": "MobileNetV2 features"}
+_BETWEEN = "of images decoded halfway to a neighbour among the same latents"
+_LABELLED: dict[str, Any] = {"extractor": LATENTS, "sides": ("fake",), "reads": (*GRID[:2], "label"), "minimum": 2}
 
 _SSIM: dict[str, Any] = {"low": -1.0, "high": 1.0, "tolerance": 0.002}
 _PERCEPTUAL: dict[str, Any] = {"low": 0.0, "tolerance": 0.002}
 _DREAMSIM: dict[str, Any] = {"low": 0.0, "high": 2.0, "tolerance": 0.002, "networks": ("dino-vitb16", "dreamsim")}
 _SHARE: dict[str, Any] = {"low": 0.0, "high": 1.0, "tolerance": 0.01, "digits": 3, "share": True}
 _PSNR: dict[str, Any] = {"unit": "dB", "low": 0.0, "high": IDENTICAL, "tolerance": 0.05, "digits": 2}
-_CODES: dict[str, Any] = {"low": 1.0, "tolerance": 1.0, "extractor": "codes", "sides": ("fake",)}
+_CODES: dict[str, Any] = {"low": 1.0, "tolerance": 1.0, "extractor": CODES, "sides": ("fake",)}
 _GENERATED: dict[str, Any] = {"networks": ("inception",), "scope": "generation"}
 
 METRICS: dict[str, Metric] = {
@@ -303,16 +396,20 @@ METRICS: dict[str, Metric] = {
         Metric("lpips-vgg-unclamped", "lower", "lpips-vgg of the decoder's own output, unclamped",
                networks=("lpips-vgg",), **_PERCEPTUAL),
         Metric("dreamsim-native", "lower", "DreamSim ensemble at the image's own size", **_DREAMSIM),
-        _paired("mobilenet", "MobileNetV2 features"),
-        _paired("dinov2", "DINOv2 ViT-L/14 features"),
-        _paired("inception", _INCEPTION),
+        *(Metric(f"bias-{name}", "neither", f"{name}, reconstruction less image", unit="/255", tolerance=0.2, digits=2)
+          for name in ("red", "green", "blue")),
+        Metric("bias-saturation", "neither", "saturation (HSV), reconstruction less image", tolerance=0.002),
+        Metric("ciede2000", "lower", "colour difference CIEDE2000 of a pixel", low=0.0, tolerance=0.05, digits=2),
+        Metric("clipped", "lower", "share of values that became 0 or 255", low=0.0, high=1.0, tolerance=0.001),
+        *(_paired(name, _FEATURES[name]) for name in ("mobilenet", "dinov2", "inception")),
         Metric("agreement", "higher", "share of images whose MobileNetV2 top-1 class survives",
                extractor="mobilenet-class", networks=("mobilenet",), rows=agreement_rows,
                compute=partial(share_of_rows, agreement_rows), **_SHARE),
-        _frechet("rfid", "inception", f"{_INCEPTION}, against the same crops", "inception"),
-        _frechet("gfid", "inception", f"{_INCEPTION}, against the stated reference", "inception", "generation"),
-        _frechet("fd-dinov2", "dinov2", "DINOv2 ViT-L/14 features", "dinov2"),
-        _frechet("fd-mobilenet", "mobilenet", "MobileNetV2 features", "mobilenet"),
+        _frechet("rfid", "inception", f"{_INCEPTION}, against the same crops", ("inception",)),
+        _frechet("gfid", "inception", f"{_INCEPTION}, against the stated reference", ("inception",), "generation"),
+        _frechet("fd-dinov2", "dinov2", _FEATURES["dinov2"], ("dinov2",)),
+        _frechet("fd-mobilenet", "mobilenet", _FEATURES["mobilenet"], ("mobilenet",)),
+        *(_monge(f"mind-{name}", name, what, (name,)) for name, what in _FEATURES.items()),
         Metric("kid", "lower", f"kernel distance of {_INCEPTION}", tolerance=0.0001, digits=5,
                compute=partial(kernel_of, "inception"), extractor="inception", networks=("inception",), scope="both",
                minimum=2),
@@ -330,6 +427,35 @@ METRICS: dict[str, Metric] = {
         Metric("latent-mean", "neither", "mean of the normalised latents", tolerance=0.01),
         Metric("latent-std", "neither", "standard deviation of the normalised latents", low=0.0, tolerance=0.01,
                compute=latent_deviation, reads=("latent-mean", "latent-square"), terms=latent_deviation_terms),
+        _latent("latent-rank", "higher", "effective rank of the channels' covariance, of C", latents.effective_rank,
+                low=1.0, tolerance=0.05, digits=2),
+        _latent("latent-condition", "lower", "condition number of the channels' covariance", latents.condition_number,
+                low=1.0, tolerance=0.5, digits=1),
+        _latent("latent-correlation", "neither", "mean absolute correlation of two channels", latents.mean_correlation,
+                low=0.0, high=1.0, tolerance=0.01, digits=3),
+        _latent("latent-kurtosis", "neither", "excess kurtosis, mean over channels; 0 of a Gaussian", mean_kurtosis,
+                low=-2.0, tolerance=0.1, digits=2),
+        _latent("latent-slope", "neither", "slope of the spectrum, log by log; 0 of white noise", latents.slope,
+                grid=True, tolerance=0.05, digits=2),
+        _latent("latent-high", "lower", "share of power above half the Nyquist rate", latents.high_share, grid=True,
+                low=0.0, high=1.0, tolerance=0.01, digits=3),
+        _latent("latent-sec", "lower", "SEC: share of cosine-transform energy in the upper half", latents.sec,
+                grid=True, low=0.0, high=1.0, tolerance=0.01, digits=3),
+        Metric("latent-lds", "higher", "LDS: cosine within 32 px less that beyond 96 px", low=-2.0, high=2.0,
+               tolerance=0.01, digits=3, reads=GRID, extractor=LATENTS, sides=("fake",),
+               **_from_rows(partial(latent_rows, latents.lds))),
+        Metric("latent-cds", "higher", "CDS: fall of the cosine every 16 px", tolerance=0.005, reads=GRID,
+               extractor=LATENTS, sides=("fake",), **_from_rows(partial(latent_rows, latents.cds))),
+        Metric("latent-lnc", "higher", "LNC: share of 10 neighbours that are of the image's class", low=0.0, high=1.0,
+               tolerance=0.01, digits=3, **_LABELLED, **_from_rows(consistency_rows)),
+        Metric("latent-viv", "lower", "VIV by dimension; compares latents of one size only", low=0.0, tolerance=0.01,
+               digits=3, compute=partial(irreducible_variance, 0), **_LABELLED),
+        Metric("latent-within", "lower", "share of variance within classes", low=0.0, tolerance=0.01, digits=3,
+               compute=partial(irreducible_variance, 1), **_LABELLED),
+        *(_frechet("ifid-val" if name == "inception" else f"ifd-val-{name}", name, f"{what}, {_BETWEEN}", (name,),
+                   "interpolation") for name, what in _FEATURES.items()),
+        *(_monge(f"imind-val-{name}", name, f"{what}, {_BETWEEN}", (name,), "interpolation")
+          for name, what in _FEATURES.items()),
     )
 }  # fmt: skip
 
@@ -445,6 +571,7 @@ def metrics_of(probe: str) -> list[Metric]:
 
 # What `run` measures when nobody asks for less or more; the last five only where there are codes or latents.
 DEFAULT = ("psnr", "psnr-global", "ssim", "ssim-gauss", "lpips-alex", "lpips-vgg", "pd-mobilenet", "rfid",
+           "mind-inception", "mind-dinov2", "mind-mobilenet",
            "bpp", "perplexity", "codebook-use", "latent-mean", "latent-std")  # fmt: skip
 
 
@@ -455,10 +582,26 @@ def register_metric(metric: Metric) -> None:
     METRICS[metric.name] = metric
 
 
+EXTRACTORS: dict[str, Kind] = {}  # those of plugins; the others are in `metrics.extractors`
+
+
+def register_extractor(
+    name: str, build: Callable[[Any], Any], *, dim: int, preprocessing: str, summary: str, network: str = ""
+) -> None:
+    """Make features known, and their distances fd-NAME and mind-NAME; a plugin's `register` calls it.
+
+    The rest is as in `Kind`. ValueError for a wrong or taken name.
+    """
+    networks = (network,) if network else ()
+    register_metric(_frechet(f"fd-{name}", name, summary, networks))
+    register_metric(_monge(f"mind-{name}", name, summary, networks))
+    EXTRACTORS[name] = Kind(network, build, dim, preprocessing)
+
+
 def find_metrics(names: Sequence[str], scope: Literal["reconstruction", "both"] = "both") -> list[Metric]:
     """The metrics of these names, in the table's order, each once; InputError with close matches for another.
 
-    `scope` "reconstruction" refuses gfid, which would not be against the reference that its name promises.
+    `scope` "reconstruction" refuses what would not be measured on the images that its name promises.
     """
     from difflib import get_close_matches
 
@@ -469,6 +612,8 @@ def find_metrics(names: Sequence[str], scope: Literal["reconstruction", "both"] 
             raise InputError(f"unknown metric {name!r}: {hint}known are {', '.join(METRICS)}")
         if scope == "reconstruction" and name == "gfid":
             raise InputError("gfid is a generator's: `tokbench generate`; of reconstructions the name is rfid")
+        if scope == "reconstruction" and METRICS[name].scope == "interpolation":
+            raise InputError(f"{name} is of interpolated latents: `tokbench latents`")
     return [metric for metric in METRICS.values() if metric.name in names]
 
 

@@ -1,6 +1,6 @@
 """Distances between sets of features and properties of one set, in float64 and in blocks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -10,6 +10,8 @@ KID_SUBSET = 1000  # torch-fidelity's defaults: 100 subsets of 1000, seed 2020
 KID_REPEATS = 100
 VARIANCE_ROWS = 2000  # pairs that the variance of a kernel distance is estimated from
 BLOCK = 1024  # rows of a matrix of distances held at a time
+MIND_DIRECTIONS, MIND_SEED = 1000, 2020  # torch-fidelity's defaults
+MIND_BLOCK = 100  # directions projected on at a time
 
 
 def kernel_distance(
@@ -72,6 +74,30 @@ def _mmd(x: np.ndarray, y: np.ndarray) -> float:
         return float((kernel.sum() - np.trace(kernel)) / (len(side) * (len(side) - 1)))
 
     return float(within(x) + within(y) - 2 * _kernel(x, y).mean())
+
+
+def monge_distances(real: np.ndarray, fake: np.ndarray, subsets: Sequence[np.ndarray]) -> np.ndarray:
+    """MIND (Berthet et al., arXiv 2605.06797) of features [N, D] and [M, D] on each of these subsets of rows.
+
+    3 D times the mean squared 2-Wasserstein distance of their projections on random directions. Directions, and the
+    rows drawn of the longer of unequal sides, are those that torch-fidelity draws; subsets index what was drawn.
+    """
+    import torch  # for its generator alone
+
+    generator, count = torch.Generator().manual_seed(MIND_SEED), min(len(real), len(fake))
+    sides = [np.asarray(side, dtype=np.float32) for side in (fake, real)]  # in the order of torch-fidelity's inputs
+    for i, side in enumerate(sides):
+        if len(side) > count:
+            sides[i] = side[torch.randperm(len(side), generator=generator)[:count].numpy()]
+    directions = torch.randn(MIND_DIRECTIONS, real.shape[1], generator=generator).numpy()
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    totals = np.zeros(len(subsets))
+    for start in range(0, MIND_DIRECTIONS, MIND_BLOCK):
+        projected = [directions[start : start + MIND_BLOCK] @ side.T for side in sides]
+        for i, rows in enumerate(subsets):
+            x, y = (np.sort(side[:, rows], axis=1) for side in projected)
+            totals[i] += ((x - y) ** 2).mean(axis=1, dtype=np.float64).sum()
+    return np.asarray(3 * real.shape[1] * totals / MIND_DIRECTIONS)
 
 
 def paired_distances(real: np.ndarray, fake: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ Extractors of one network made together share it, and one pass serves both when 
 """
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tokbench import weights
 from tokbench.errors import InputError
+from tokbench.metrics import EXTRACTORS, Kind
 from tokbench.records import provenance
 from tokbench.runtime.device import precision
 
@@ -181,23 +182,18 @@ def resize_positions(table: Tensor, height: int, width: int) -> Tensor:
     return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).reshape(1, height * width, -1)], 1)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What an extractor is made of."""
-
-    network: str  # in weights.NETWORKS
-    build: Callable[[Path], nn.Module]
-    dim: int
-    preprocessing: str  # changes whenever equal weights would give other features
-
-
-EXTRACTORS = {
+OURS = {
     "inception": Kind("inception", Inception, 2048, "tf1-bilinear-299"),
     "inception-logits": Kind("inception", Inception, 1008, "tf1-bilinear-299"),
     "mobilenet": Kind("mobilenet", MobileNet, 1280, "antialiased-bilinear-224"),
     "mobilenet-class": Kind("mobilenet", MobileNet, 1, "antialiased-bilinear-224"),
     "dinov2": Kind("dinov2", DINOv2, 1024, "antialiased-bicubic-224"),
 }
+
+
+def kinds() -> dict[str, Kind]:
+    """All extractors by name, those of plugins included."""
+    return OURS | EXTRACTORS
 
 
 class Shared:
@@ -235,23 +231,24 @@ class Extractor:
 def extractors(names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Extractor]:
     """Extractors by name on a device, networks shared. InputError for an unknown one, WeightsError without weights."""
     made: dict[str, tuple[Shared, str]] = {}
-    found = {}
+    found, known = {}, kinds()
     for name in names:
-        if name not in EXTRACTORS:
-            raise InputError(f"unknown feature extractor {name!r}: choose from {', '.join(EXTRACTORS)}")
-        kind = EXTRACTORS[name]
-        if kind.network not in made:
-            path = weights.fetch(kind.network)
-            made[kind.network] = Shared(_build(kind, path).to(device)), weights.file_sha256(path)
-        shared, sha256 = made[kind.network]
-        code = provenance.versions(("torch", weights.NETWORKS[kind.network].library))
+        if name not in known:
+            raise InputError(f"unknown feature extractor {name!r}: choose from {', '.join(known)}")
+        kind = known[name]
+        if (network := kind.network or name) not in made:
+            path = weights.fetch(kind.network) if kind.network else None
+            made[network] = Shared(_build(kind, path).to(device)), weights.file_sha256(path) if path else ""
+        shared, sha256 = made[network]
+        code = provenance.versions(("torch", weights.NETWORKS[kind.network].library) if kind.network else ("torch",))
         identity = f"{name}-{kind.preprocessing}-{provenance.key(sha256, code)[:16]}"
         found[name] = Extractor(name, kind.dim, sha256, identity, shared)
     return found
 
 
-def _build(kind: Kind, path: Path) -> nn.Module:
+def _build(kind: Kind, path: Path | None) -> nn.Module:
     try:
-        return kind.build(path).eval().requires_grad_(False)
+        network: nn.Module = kind.build(path)
+        return network.eval().requires_grad_(False)
     except (RuntimeError, KeyError, ValueError) as error:  # a file of other tensors
         raise weights.WeightsError(f"{path} does not hold the weights of {kind.network} ({error})") from None

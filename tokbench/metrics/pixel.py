@@ -1,4 +1,4 @@
-"""Per-image scores from pixels: squared error and the SSIM family. uint8 [B, 3, H, W], real and fake -> [B].
+"""Per-image scores from pixels: squared error, the SSIM family, colour. uint8 [B, 3, H, W], real and fake -> [B].
 
 Windows are only placed where they fit ("valid"), which is what scikit-image's crop of the border comes to.
 """
@@ -18,6 +18,10 @@ GAUSSIAN /= GAUSSIAN.sum()
 UNIFORM = torch.full((7,), 1 / 7, dtype=torch.float64)
 MS_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli & Bovik 2003
 MS_MINIMUM = 161  # pixels a side, for an 11-pixel window after four halvings
+# sRGB (IEC 61966-2-1) to XYZ, and its white D65 seen at 2 degrees.
+XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
+WHITE = (0.95047, 1.0, 1.08883)
+COLOUR_COLUMNS = ("bias-red", "bias-green", "bias-blue", "bias-saturation", "ciede2000", "clipped")
 
 
 def squared_error(real: Tensor, fake: Tensor) -> Tensor:
@@ -98,3 +102,61 @@ def _filter(maps: Sequence[Tensor], window: Tensor) -> tuple[Tensor, ...]:
     with precision(stacked.device, torch.float32):
         stacked = F.conv2d(stacked, kernel.transpose(2, 3), groups=channels)
         return F.conv2d(stacked, kernel, groups=channels).chunk(len(maps), 1)
+
+
+# ---- colour: signed errors are fake less real -----------------------------------------------------------------------
+
+
+def colour_errors(real: Tensor, fake: Tensor, _: Tensor | None = None) -> dict[str, Tensor]:
+    """All columns of colour, of one pass over the pixels."""
+    bias = (fake.float() - real.float()).mean((2, 3))  # [B, 3], exact up to 16 million
+    saturated = (saturation(fake) - saturation(real)).mean((1, 2))
+    clipped = (extreme(fake) & ~extreme(real)).float().mean((1, 2, 3))
+    columns = (*bias.unbind(1), saturated, ciede2000(lab(real), lab(fake)).mean((1, 2)), clipped)
+    return dict(zip(COLOUR_COLUMNS, columns, strict=True))
+
+
+def extreme(images: Tensor) -> Tensor:
+    """Which values are 0 or 255, bool."""
+    return (images == 0) | (images == 255)
+
+
+def saturation(images: Tensor) -> Tensor:
+    """HSV's saturation, (max - min) / max, 0 of black: float [B, H, W] in [0, 1]."""
+    least, most = images.float().aminmax(dim=1)
+    return (most - least) / most.clamp(min=1)
+
+
+def lab(images: Tensor) -> Tensor:
+    """uint8 sRGB -> CIELAB, float [B, 3, H, W]."""
+    rgb = images.float() / 255
+    linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    matrix = rgb.new_tensor(XYZ) / rgb.new_tensor(WHITE)[:, None]
+    relative = torch.einsum("ij,bjhw->bihw", matrix, linear)
+    x, y, z = torch.where(relative > 0.008856, relative.clamp(min=1e-9) ** (1 / 3), 7.787 * relative + 16 / 116).unbind(
+        1
+    )
+    return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=1)
+
+
+def ciede2000(first: Tensor, second: Tensor) -> Tensor:
+    """Colour difference CIEDE2000 (CIE 142-2001; Sharma, Wu and Dalal 2005) of CIELAB [B, 3, H, W] -> [B, H, W]."""
+    (l1, a1, b1), (l2, a2, b2) = first.unbind(1), second.unbind(1)
+    chroma7 = ((torch.hypot(a1, b1) + torch.hypot(a2, b2)) / 2) ** 7
+    stretch = 1.5 - 0.5 * (chroma7 / (chroma7 + 25**7)).sqrt()
+    c1, c2 = torch.hypot(a1 * stretch, b1), torch.hypot(a2 * stretch, b2)
+    h1, h2 = torch.atan2(b1, a1 * stretch), torch.atan2(b2, a2 * stretch)
+    lightness, chroma = (l1 + l2) / 2, (c1 + c2) / 2
+    turn = torch.remainder(h2 - h1 + torch.pi, 2 * torch.pi) - torch.pi  # the shorter way round
+    hue = h1 + turn / 2
+    along_hue = 2 * (c1 * c2).sqrt() * torch.sin(turn / 2)
+    weight = 1 - 0.17 * torch.cos(hue - torch.pi / 6) + 0.24 * torch.cos(2 * hue)
+    weight = weight + 0.32 * torch.cos(3 * hue + torch.pi / 30) - 0.20 * torch.cos(4 * hue - 7 * torch.pi / 20)
+    centre = (lightness - 50) ** 2
+    by_lightness = (l2 - l1) / (1 + 0.015 * centre / (20 + centre).sqrt())
+    by_chroma, by_hue = (c2 - c1) / (1 + 0.045 * chroma), along_hue / (1 + 0.015 * chroma * weight)
+    blue = torch.exp(-(((torch.remainder(torch.rad2deg(hue), 360) - 275) / 25) ** 2))
+    chroma7 = chroma**7
+    rotation = -2 * (chroma7 / (chroma7 + 25**7)).sqrt() * torch.sin(torch.deg2rad(60 * blue))
+    squared = by_lightness**2 + by_chroma**2 + by_hue**2 + rotation * by_chroma * by_hue
+    return squared.clamp(min=0).sqrt()

@@ -10,7 +10,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property, partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from tokbench import weights
 from tokbench.data.pixels import to_float
 from tokbench.errors import InputError
-from tokbench.metrics import Metric, dreamsim, find_metrics, perceptual, pixel
-from tokbench.metrics.extractors import EXTRACTORS, Extractor, extractors
+from tokbench.metrics import CODES, LATENTS, Metric, dreamsim, find_metrics, perceptual, pixel
+from tokbench.metrics.extractors import Extractor, extractors, kinds
 from tokbench.records import provenance
 from tokbench.runtime.device import precision
 
@@ -69,6 +69,7 @@ _PIXELS: dict[str, tuple[Scorer, int]] = {  # column -> scorer, smallest side
     "ssim-gauss": (lambda real, fake, _: {"ssim-gauss": pixel.ssim_gauss(real, fake)}, 11),
     "ssim-gauss-signed": (lambda real, fake, _: {"ssim-gauss-signed": pixel.ssim_gauss(real, fake, signed=True)}, 11),
     "ms-ssim": (lambda real, fake, _: {"ms-ssim": pixel.ms_ssim(real, fake)}, pixel.MS_MINIMUM),
+    **dict.fromkeys(pixel.COLOUR_COLUMNS, (pixel.colour_errors, 1)),
 }
 _NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "lpips-alex": (lambda: perceptual.lpips_network("alex", safe=False), 32),
@@ -112,11 +113,10 @@ class MetricSuite:
         num_images: int,
         side: int,
         device: torch.device | str = "cpu",
-        scope: Literal["reconstruction", "both"] = "reconstruction",
         *,
         one_size: bool = True,
     ) -> None:
-        self.metrics = find_metrics(names, scope)
+        self.metrics = find_metrics(names)
         self.num_images, self.side, self.device, self.one_size = num_images, side, torch.device(device), one_size
 
     @property
@@ -153,8 +153,8 @@ class MetricSuite:
         for metric in self.needed:
             least = max((_smallest_side(column) for column in metric.columns), default=1)
             try:
-                if metric.extractor == "codes" and not self.one_size:
-                    reasons[metric.name] = "needs images of one size, for equally many codes of each"
+                if metric.extractor in (CODES, LATENTS) and not self.one_size:
+                    reasons[metric.name] = f"needs images of one size, for equally many {metric.extractor} of each"
                 elif self.side < least:
                     reasons[metric.name] = f"needs images of {least} pixels a side, these have {self.side}"
                 else:
@@ -199,11 +199,11 @@ class MetricSuite:
         return found + [_network(column, self.device, self._digests(metric)) for column in columns]
 
     def _extractors_of(self, metric: Metric) -> dict[str, Extractor]:
-        base = (metric.extractor or "").partition("@")[0]  # under a probe's condition: of the same images without it
-        if base not in EXTRACTORS:
+        known, base = kinds(), (metric.extractor or "").partition("@")[0]  # under a probe's condition: without it
+        if base not in known:
             return {}
-        network = EXTRACTORS[base].network  # all that it gives together: they share one pass over a batch
-        names = tuple(name for name, kind in EXTRACTORS.items() if kind.network == network)
+        network = known[base].network  # all that it gives together: they share one pass over a batch
+        names = tuple(n for n, kind in known.items() if n == base or kind.network == network != "")
         return {base: _extractors(names, self.device, self._digests(metric))[base]}
 
     def _digests(self, metric: Metric) -> str:

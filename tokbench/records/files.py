@@ -130,24 +130,49 @@ def image_name(sample: str) -> str:
     return name + ".png"
 
 
-def write_per_image(path: Path, ids: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:
-    """A gzipped CSV: column `id`, then one per name; equal data gives equal bytes."""
+GROUP = "group:"  # before the name of a column of texts
+
+
+def write_per_image(
+    path: Path, ids: Sequence[str], columns: Mapping[str, np.ndarray], groups: Mapping[str, Sequence[str]] | None = None
+) -> None:
+    """A gzipped CSV: column `id`, then one per name, then the data's groups; equal data gives equal bytes."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", *columns])
-    writer.writerows(zip(ids, *([repr(float(value)) for value in values] for values in columns.values()), strict=True))
+    named = groups or {}
+    writer.writerow(["id", *columns, *(GROUP + name for name in named)])
+    numbers = ([repr(float(value)) for value in values] for values in columns.values())
+    writer.writerows(zip(ids, *numbers, *named.values(), strict=True))
     write_whole(path, gzip.compress(text.getvalue().encode(), mtime=0))
 
 
 def read_per_image(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
     """Ids and float64 columns of `write_per_image`'s file; InputError if it is missing or damaged."""
+    rows = _cells(path)
+    names = [name for name in rows[0][1:] if not name.startswith(GROUP)]
+    try:
+        table = np.array([row[1 : 1 + len(names)] for row in rows[1:]], dtype=np.float64)
+    except ValueError as error:
+        raise InputError(f"{path}: not a readable per-image table ({error})") from error
+    table = table.reshape(len(rows) - 1, len(names))
+    return [row[0] for row in rows[1:]], {name: table[:, index] for index, name in enumerate(names)}
+
+
+def read_groups(path: Path) -> dict[str, list[str]]:
+    """The columns of groups in `write_per_image`'s file, by name; InputError if it is missing or damaged."""
+    rows = _cells(path)
+    places = {name.removeprefix(GROUP): i for i, name in enumerate(rows[0]) if name.startswith(GROUP)}
+    return {name: [row[i] for row in rows[1:]] for name, i in places.items()}
+
+
+def _cells(path: Path) -> list[list[str]]:
     try:
         rows = list(csv.reader(io.StringIO(gzip.decompress(path.read_bytes()).decode())))
-        names = rows[0][1:]
-        table = np.array([row[1:] for row in rows[1:]], dtype=np.float64).reshape(len(rows) - 1, len(names))
-    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise InputError(f"{path}: not a readable per-image table ({error})") from error
-    return [row[0] for row in rows[1:]], {name: table[:, index] for index, name in enumerate(names)}
+    if not rows or any(len(row) != len(rows[0]) for row in rows):
+        raise InputError(f"{path}: not a readable per-image table (rows of unequal length)")
+    return rows
 
 
 def read_results(folder: Path) -> tuple[list[tuple[Path, EvalResult]], list[str]]:

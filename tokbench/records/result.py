@@ -114,6 +114,7 @@ class EvalResult:
     dataset: Dataset
     metrics: Mapping[str, Value]
     unavailable: Mapping[str, str] = field(default_factory=dict)  # metric -> reason and the command that helps
+    latents: Mapping[str, Any] = field(default_factory=dict)  # `latents`: values by channel and by frequency, scale
     settings: Settings = field(default_factory=Settings)
     measurement: Measurement | None = None  # what was asked for; None: not known, of an older schema
     provenance: Provenance = field(default_factory=Provenance)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from tokbench.errors import InputError
 from tokbench.records.files import write_whole
-from tokbench.records.result import SpeedResult
+from tokbench.records.result import SpeedResult, Value
 from tokbench.report import tables
 from tokbench.report.blind.page import write_blind_page
 from tokbench.report.blind.votes import votes_table
 from tokbench.report.collect import frame, gather
 from tokbench.report.collect import where as keep_where
 from tokbench.report.columns import ResultEntry, column
-from tokbench.report.leaderboard import Block, blocks
+from tokbench.report.leaderboard import Block, blocks, spread_tables
 from tokbench.report.probes.table import probe_tables
 from tokbench.report.reported import Reported, papers_table, read_reported, reported_table
 from tokbench.report.speed import speed_tables
@@ -33,12 +33,17 @@ class Report:
     columns: Sequence[str] | None = None
     group: bool = True
     votes: Sequence[Path] = ()
+    reference: str | None = None
+    group_by: str | None = None
 
     def ranked(self) -> list[Block]:
         return blocks(self.entries, self.columns, self.group)
 
     def more(self, published: bool) -> list[Table]:
-        """What is not ranked: speed, papers against ours; with `published` all that papers say, hundreds of rows."""
+        """What is not ranked: how values spread, if asked; speed, papers against ours; with `published` all that papers
+        say, hundreds of rows."""
+        if self.reference or self.group_by:
+            return spread_tables(self.ranked(), self.columns, self.reference, self.group_by)
         probes = probe_tables(self.entries)
         papers = [papers_table(self.reported, self.entries), reported_table(self.reported) if published else None]
         voted = [votes_table(self.votes, self.entries)] if self.votes else []
@@ -53,12 +58,14 @@ class Report:
 def build(
     results: Sequence[Path], *, format: str = "table", out: Path | None = None, plots: Path | None = None,
     plot_format: str = "png", columns: Sequence[str] | None = None, where: str | None = None, group: bool = True,
-    reported: Path | None = None, strict: bool = False, blind: int | None = None, votes: Sequence[Path] = (),
+    reference: str | None = None, group_by: str | None = None, reported: Path | None = None, strict: bool = False,
+    blind: int | None = None, votes: Sequence[Path] = (),
 ) -> int:  # fmt: skip
     """Write what was asked for; 1 with `strict` if a file had to be skipped, else 0. InputError for wrong use.
 
     `results` are folders or files, by default runs/ if it is there, else results/. `reported` are numbers of papers, by
-    default reported.csv in the first folder. `where` and `columns` ask for measured rows: nothing else is shown then.
+    default reported.csv in the first folder. `reference` and `group_by` add how the metrics among `columns` spread over
+    images: their differences to a row, and by a column of the data. `where` and `columns` ask for measured rows alone.
     `blind` writes a page of so many comparisons below `out` instead; `votes` are what such pages exported.
     """
     if format not in FORMATS:
@@ -87,7 +94,7 @@ def build(
             raise InputError("--blind writes a page: say where with --out DIR")
         print(f"tokbench: wrote {write_blind_page(entries, blind, out)}", file=sys.stderr)
         return 1 if strict and warnings else 0
-    _write(Report(entries, speeds, published, columns, group, votes), format, out)
+    _write(Report(entries, speeds, published, columns, group, votes, reference, group_by), format, out)
     return 1 if strict and warnings else 0
 
 
@@ -111,6 +118,9 @@ def text(report: Report, format: str) -> str:
     """The report as text in the format asked for: measured blocks, speed, paper against ours, reported numbers."""
     if format == "csv":
         table = frame(report.entries)
+        for key in (key for key in report.columns or () if ":" in key):
+            table[key] = [v.value if isinstance(v := column(key, report.entries).read(e), Value) else None
+                          for e in report.entries]  # fmt: skip
         kept = ["tokenizer", "protocol", "dataset", "resolution", "num_images", *(report.columns or ())]
         chosen = list(dict.fromkeys(kept)) if report.columns else list(table.columns)
         return str(table.reindex(columns=chosen).to_csv(index=False, lineterminator="\n"))

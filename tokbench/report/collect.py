@@ -55,7 +55,7 @@ def frame(entries: Sequence[ResultEntry]) -> pd.DataFrame:
     table = results_frame(entry.result for entry in entries)
     table.insert(0, "tokenizer", table.pop("name"))
     for key, column in FACTS.items():
-        values = [column.read(entry.result) for entry in entries]
+        values = [column.read(entry) for entry in entries]
         table[key] = [value.value if isinstance(value, Value) else value for value in values]
     table["note"] = [entry.result.tokenizer.note for entry in entries]
     return table

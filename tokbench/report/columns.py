@@ -1,7 +1,8 @@
 """The columns of a leaderboard: metrics, and facts about a tokenizer or a run; and the results that they read."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from tokbench.errors import InputError
 from tokbench.metrics import METRICS
 from tokbench.protocols import Resolution, sides_of
-from tokbench.records.files import per_image_path, read_per_image
+from tokbench.records.files import per_image_path, read_groups, read_per_image
 from tokbench.records.result import EvalResult, TokenizerInfo, Value
 from tokbench.report.tables import Heading
 
@@ -63,6 +64,13 @@ class ResultEntry:
             return [], {}
         return read_per_image(per_image_path(self.path))
 
+    def groups(self, name: str) -> list[str]:
+        """Each row's group by a column of the data; [] where it is not known. A "class" may be the folder in an id."""
+        if self.rows[0] and self.path is not None and name in (kept := read_groups(per_image_path(self.path))):
+            return kept[name]
+        folders = [sample.rpartition("/")[0] for sample in self.rows[0]]
+        return folders if name == "class" and all(folders) else []
+
 
 def paired_columns(a: ResultEntry, b: ResultEntry, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """A per-image column of both over the images that both have, in the order of a's ids; empty where one lacks it."""
@@ -81,7 +89,8 @@ class Column(Heading):
     """A column that is read from results."""
 
     digits: int = 0  # after the point
-    read: Callable[[EvalResult], Value | str | None]
+    read: Callable[[ResultEntry], Value | str | None]
+    ranked: bool = True
     per_image: str | None = None  # the per-image column that this is the mean (or a monotone function of the mean) of
 
 
@@ -141,8 +150,8 @@ def _fact(
     key: str, description: str, read: Callable[[EvalResult], float | str | None], unit: str = "",
     better: Literal["higher", "lower", "neither"] = "neither", digits: int = 0,
 ) -> Column:  # fmt: skip
-    def value(result: EvalResult) -> Value | str | None:
-        found = read(result)
+    def value(entry: ResultEntry) -> Value | str | None:
+        found = read(entry.result)
         return Value(found) if isinstance(found, float | int) else found
 
     return Column(
@@ -183,7 +192,8 @@ FACTS = {
 def metric_column(name: str) -> Column:
     """The column of a metric; one not known here gets four digits and no direction."""
 
-    def read(result: EvalResult) -> Value | None:
+    def read(entry: ResultEntry) -> Value | None:
+        result = entry.result
         if name in result.metrics:
             return result.metrics[name]
         return Value(None, note=result.unavailable[name]) if name in result.unavailable else None
@@ -198,6 +208,48 @@ def metric_column(name: str) -> Column:
     )  # fmt: skip
 
 
+def quantile(values: NDArray[np.float64], share: float) -> Value:
+    """The value [N] that this share of the images lies below; its error by order statistics, where there are enough."""
+    half = (len(values) * share * (1 - share)) ** 0.5
+    low, high = round(len(values) * share - half), round(len(values) * share + half)
+    ordered = np.sort(values)
+    error = float(ordered[high] - ordered[low]) / 2 if low > 0 and high < len(values) - 1 else None
+    return Value(float(np.quantile(values, share)), error, n=len(values))
+
+
+def worst(values: NDArray[np.float64], better: str) -> int:
+    """Which image is worst; of what has no direction, furthest from zero."""
+    signs = {"higher": -values, "lower": values, "neither": np.abs(values)}
+    return int(np.argmax(signs[better]))
+
+
+def quantile_column(key: str, entries: Sequence[ResultEntry]) -> Column:
+    """The column METRIC:pNN, METRIC:median or METRIC:worst of a metric that images have values of.
+
+    InputError for another. Not ranked: a tie of percentiles cannot be told by pairs.
+    """
+    name, _, which = key.partition(":")
+    share = 0.5 if which == "median" else float(which[1:]) / 100 if re.fullmatch(r"p\d\d?", which) else None
+    if share is None and which != "worst":
+        raise InputError(f"column {key}: choose {name}:median, {name}:worst or a percentile as {name}:p5")
+    if not any(name in entry.rows[1] for entry in entries):
+        raise InputError(f"column {key}: no result has values of {name} for each image")
+    whole = metric_column(name)
+
+    def read(entry: ResultEntry) -> Value | None:
+        if (values := entry.rows[1].get(name)) is None:
+            return None
+        if share is not None:
+            return quantile(values, share)
+        place = worst(values, whole.better)
+        return Value(float(values[place]), n=len(values), note=entry.rows[0][place])
+
+    what = "worst image" if share is None else f"{100 * share:g} % of the images lie below"
+    return replace(
+        whole, key=key, description=f"{whole.description}: {what}", read=read, ranked=False, per_image=None, minor=False
+    )
+
+
 def reconstruction_column(entries: Sequence[ResultEntry]) -> Column:
     """rfid of a generated row's tokenizer, as `tokbench run` measured it: by weights, or by name where it has none."""
     known = {
@@ -207,7 +259,7 @@ def reconstruction_column(entries: Sequence[ResultEntry]) -> Column:
     }
     return Column(
         key="rfid", better="lower", digits=METRICS["rfid"].digits, description="of the tokenizer's reconstructions",
-        read=lambda r: known.get((r.tokenizer.weights or r.tokenizer.name, r.dataset.resolution)),
+        read=lambda e: known.get((e.result.tokenizer.weights or e.name, e.result.dataset.resolution)),
     )  # fmt: skip
 
 
@@ -220,6 +272,8 @@ def column(key: str, entries: Sequence[ResultEntry]) -> Column:
     """The column called `key`; InputError with the names to choose from."""
     if key in FACTS:
         return FACTS[key]
+    if ":" in key:
+        return quantile_column(key, entries)
     measured = {name for entry in entries for name in (*entry.result.metrics, *entry.result.unavailable)}
     if key in METRICS or key in measured:
         return metric_column(key)
@@ -240,9 +294,9 @@ def default_columns(entries: Sequence[ResultEntry], known: Sequence[ResultEntry]
         metrics.insert(0, reconstruction_column(known))
     else:
         facts, times = ["latent", "steps", "params"], TIMES
-    facts[1:1] = [key for key in VARIED if len({FACTS[key].read(e.result) for e in entries} - {None}) > 1]
+    facts[1:1] = [key for key in VARIED if len({FACTS[key].read(e) for e in entries} - {None}) > 1]
     columns = [*(FACTS[key] for key in facts), *metrics, *(FACTS[key] for key in times)]
-    return [c for c in columns if any(number_of(c.read(entry.result)) is not None for entry in entries)]
+    return [c for c in columns if any(number_of(c.read(entry)) is not None for entry in entries)]
 
 
 def headline_metric(entries: Sequence[ResultEntry]) -> str | None:
@@ -255,7 +309,7 @@ def headline_metric(entries: Sequence[ResultEntry]) -> str | None:
 
 def number(result: EvalResult, key: str) -> float | None:
     """The number in the column of a metric or fact; None where there is none."""
-    value = FACTS[key].read(result) if key in FACTS else result.metrics.get(key)
+    value = FACTS[key].read(ResultEntry(result)) if key in FACTS else result.metrics.get(key)
     return value.value if isinstance(value, Value) else None
 
 
@@ -265,5 +319,6 @@ def number_of(value: Value | str | None) -> float | str | None:
 
 def is_training_loss(result: EvalResult, metric: str) -> bool:
     """Was the metric's network part of this model's training loss?"""
+    metric = metric.partition(":")[0]  # of a percentile
     networks = METRICS[metric].networks if metric in METRICS else ()
     return not {metric, *networks}.isdisjoint(result.tokenizer.losses)

@@ -31,6 +31,8 @@ from tokbench.report.tables import shortened
 
 MOST_BLOCKS = 12  # of whose rows figures are drawn: a figure takes a quarter of a second
 RATE_METRICS = ("psnr", "lpips-alex", "rfid")
+ARENA = "VAE Arena"  # how the source of its rows in reported.csv begins
+ARENA_METRICS = ("ifid-val", "imind-val-mobilenet", "latent-viv", "latent-sec", "latent-lnc", "latent-lds", "rfid")
 NOT_LOSSES = ("step", "images", "seconds", "rate", "images_per_second", "lr", "time")
 Lines = dict[str, list[tuple[float, float]]]
 
@@ -56,6 +58,8 @@ def all_plots(
         made += probe_plots(members, folder, place)
     made.append(against_resolution(entries, folder / f"resolution.{kind}"))
     made.append(rfid_vs_gfid(entries, reported, folder / f"rfid-gfid.{kind}"))
+    made.append(latent_spectra(entries, folder / f"spectra.{kind}"))
+    made.append(against_arena(entries, reported, folder / f"arena.{kind}"))
     made.append(rate_against_resolution(speeds, folder / f"speed-resolution.{kind}"))
     made.append(training_curves({log.parent.name: read_log(log) for log in logs}, folder / f"training.{kind}"))
     return [path for path in made if path is not None]
@@ -142,6 +146,43 @@ def rfid_vs_gfid(entries: Sequence[ResultEntry], reported: Sequence[Reported], p
     label = "rfid ←" + (" (hollow: reported in papers, generators differ)" if papers else "")
     fig = scatter(measured, label, "neither", metric_column("gfid"), papers)
     log_axis(fig.axes[0].yaxis, [*(p.y for p in measured), *(y for _, y in papers)])
+    return save(fig, path)
+
+
+def latent_spectra(entries: Sequence[ResultEntry], path: Path) -> Path | None:
+    """Power of latents against spatial frequency, both logarithmic, a line per tokenizer; a slope of 0 is white."""
+    lines: Lines = {
+        entry.name: list(zip(found["frequency"], found["power"], strict=True))
+        for entry in entries
+        if (found := entry.result.latents).get("power")
+    }
+    return curves(lines, "spatial frequency of the latents (Nyquist = 1)", "mean power", path, log_y=True)
+
+
+def against_arena(entries: Sequence[ResultEntry], reported: Sequence[Reported], path: Path) -> Path | None:
+    """Our numbers against the gFID that VAE Arena measured, a panel a metric, for each tokenizer that both have."""
+    arena: dict[str, dict[str, float]] = {}
+    for row in reported:
+        if row.source.startswith(ARENA) and row.tokenizer and (gfid := row.numbers["gfid"]):
+            arena.setdefault(row.model.rpartition(" + ")[2], {})[row.tokenizer] = gfid
+    panels: dict[str, Lines] = {}
+    for metric in ARENA_METRICS:
+        for entry in entries:
+            for generator, known in arena.items():
+                if entry.name in known and (value := number(entry.result, metric)) is not None:
+                    panels.setdefault(metric, {}).setdefault(generator, []).append((value, known[entry.name]))
+    if not panels:
+        return None
+    fig = Figure(figsize=(2.4 * len(panels), 2.2), layout="constrained", dpi=200)
+    for place, (metric, lines) in enumerate(panels.items(), 1):
+        ax = fig.add_subplot(1, len(panels), place)
+        for name, (colour, marker) in styles(arena).items():
+            points = lines.get(name, [(math.nan, math.nan)])
+            ax.scatter(*zip(*points, strict=True), color=colour, marker=marker, label=name)
+        ax.set_xlabel(axis_label(metric_column(metric)), fontsize=7)
+        ax.set_ylabel("gFID, VAE Arena", fontsize=7)
+        ax.tick_params(labelsize=7)
+    fig.axes[0].legend(fontsize=6)
     return save(fig, path)
 
 

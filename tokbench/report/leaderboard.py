@@ -1,4 +1,8 @@
-"""From result records to ranked, formatted blocks: what every table, the page and the plots are drawn from."""
+"""From result records to ranked, formatted blocks: what every table, the page and the plots are drawn from.
+
+Beside the blocks: how a metric spreads over images, as percentiles of each row, or of its paired differences to a row,
+group by group.
+"""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -6,12 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from tokbench.errors import InputError
 from tokbench.metrics import METRICS
-from tokbench.metrics.statistics import paired
+from tokbench.metrics.statistics import mean_and_error, paired
 from tokbench.protocols import sides_of, size_text
 from tokbench.records.result import EvalResult, TokenizerInfo, Value
+from tokbench.registry import suggest
 from tokbench.report.columns import (
+    HEADLINE,
     RATES,
     TIMES,
     Column,
@@ -24,8 +32,10 @@ from tokbench.report.columns import (
     device,
     is_training_loss,
     paired_columns,
+    quantile,
+    worst,
 )
-from tokbench.report.tables import DAGGER, ERRORS, MARKS, Table, TableCell, TableRow
+from tokbench.report.tables import DAGGER, ERRORS, MARKS, Heading, Table, TableCell, TableRow
 
 UNRANKED_FAMILIES = ("identity",)  # it wins every column and says nothing
 BEST_GUIDANCE_BY = ("gfid", "fd-dinov2", "fd-mobilenet", "kid")  # the first that all of a sweep have
@@ -127,7 +137,7 @@ def _ranked(
 ) -> list[TableRow]:
     """Rows of one group, ordered by the first column that has a direction, with best and second marked."""
     rivals = [entry for entry in entries if entry.result.tokenizer.family not in UNRANKED_FAMILIES]
-    ranks = {c.key: ranking(rivals, c) for c in columns if one_device or c.key not in TIMES + RATES}
+    ranks = {c.key: ranking(rivals, c) for c in columns if c.ranked and (one_device or c.key not in TIMES + RATES)}
     rows = []
     for entry in entries:
         cells = {c.key: _cell(entry, c, decimals[c.key], ranks.get(c.key, {}).get(entry.name, 0)) for c in columns}
@@ -141,7 +151,7 @@ def _ranked(
 
 def ranking(entries: Sequence[ResultEntry], c: Column) -> dict[str, int]:
     """{row name: 1 best or tied with it, 2 second or tied with that}. Needs two values to mark one."""
-    values = [(entry, value) for entry in entries if isinstance(value := c.read(entry.result), Value)]
+    values = [(entry, value) for entry in entries if isinstance(value := c.read(entry), Value)]
     left = [(entry, value.value, value) for entry, value in values if value.value is not None]
     if c.better == "neither" or len(left) < 2:
         return {}
@@ -175,14 +185,14 @@ def _tied(a: tuple[ResultEntry, Value], b: tuple[ResultEntry, Value], per_image:
 
 def _decimals(c: Column, entries: Sequence[ResultEntry]) -> int:
     """Digits after the point: the metric's own, fewer where two digits of the typical error already cover them."""
-    errors = [v.stderr for e in entries if isinstance(v := c.read(e.result), Value) and v.stderr]
+    errors = [v.stderr for e in entries if isinstance(v := c.read(e), Value) and v.stderr]
     if not errors:
         return c.digits
     return max(0, min(c.digits, 1 - math.floor(math.log10(float(np.median(errors))))))
 
 
 def _cell(entry: ResultEntry, c: Column, decimals: int, rank: int) -> TableCell:
-    value = c.read(entry.result)
+    value = c.read(entry)
     if isinstance(value, str) and value:
         return TableCell(value, value=value)
     if not isinstance(value, Value) or value.value is None:
@@ -241,3 +251,96 @@ def _remarks(result: EvalResult, asked: set[str] | None) -> Iterator[str]:
         if "@" not in name if asked is None else name in asked:
             missing.setdefault(reason, []).append(name)
     yield from (f"no {', '.join(names)} ({reason or 'not given'})" for reason, names in missing.items())
+
+
+# ---- how values spread over images ----------------------------------------------------------------------------------
+
+SHARES = {"p5": 0.05, "median": 0.5, "p95": 0.95}
+Values = NDArray[np.float64]
+
+
+def spread_tables(
+    blocks: Sequence[Block], metrics: Sequence[str] | None, reference: str | None, group_by: str | None
+) -> list[Table]:
+    """A table for each block and metric (default: the first headline metric that images have values of).
+
+    Groups come worst first, as their mean over all rows says. InputError for a row or a column that is not there.
+    """
+    found = []
+    for block in blocks:
+        known = {name for entry in block.entries.values() for name in entry.rows[1]}
+        chosen = [m for m in metrics if m in known] if metrics else [m for m in HEADLINE if m in known][:1]
+        if reference is None or reference in block.entries:
+            found += [_spread_table(block, name, reference, group_by) for name in chosen]
+    if not found:
+        rows = [name for block in blocks for name in block.entries]
+        wrong = reference is not None and reference not in rows
+        raise InputError(
+            f"--reference {reference}: no such row; {suggest(str(reference), rows)}" if wrong
+            else "no result here has values for each image of these metrics"
+        )  # fmt: skip
+    return found
+
+
+def _spread_table(block: Block, name: str, reference: str | None, group_by: str | None) -> Table:
+    metric = METRICS.get(name)
+    better, digits = (metric.better, metric.digits + 1) if metric else ("neither", 4)
+    base = block.entries[reference] if reference else None
+    parts: dict[str, list[TableRow]] = {}
+    means: dict[str, list[float]] = {}
+    for row, entry in block.entries.items():
+        for group, ids, ours, theirs in _parts(entry, base, name, group_by) if entry is not base else ():
+            values = ours if theirs is None else ours - theirs
+            parts.setdefault(group, []).append(
+                TableRow(row, _spread_cells(ids, values, theirs is not None, better, digits))
+            )
+            means.setdefault(group, []).append(float(values.mean()))
+    sign = 1 if better == "higher" else -1
+    groups = sorted(parts.items(), key=lambda part: (sign * np.mean(means[part[0]]), part[0]))
+    headings = [Heading(key="N"), Heading(key="mean", better="neither" if base else better)]
+    headings += [Heading(key="95 % interval"), Heading(key="better")] if base else []
+    headings += [Heading(key=key) for key in (*SHARES, "worst")] + [Heading(key="image", words=True, minor=True)]
+    title = f"{name}, less that of {reference}" if base else name
+    notes = [f"{ERRORS}; worst: of the image named" + ("; better: share of images" if base else "")]
+    unit = f" ({metric.unit})" if metric and metric.unit else ""
+    return Table(
+        title=f"{title}{unit} · {block.title}", names="tokenizer", columns=headings, groups=groups, notes=notes
+    )
+
+
+def _parts(
+    entry: ResultEntry, base: ResultEntry | None, name: str, group_by: str | None
+) -> Iterator[tuple[str, list[str], Values, Values | None]]:
+    """Of each group: its name, ids, this row's values and, of the same images, the base's."""
+    ids, columns = entry.rows
+    others: Mapping[str, float] = {}
+    if base is not None:
+        others = dict(zip(base.rows[0], base.rows[1].get(name, ()), strict=False))
+    if name not in columns:
+        return
+    labels = entry.groups(group_by) if group_by else [""] * len(ids)
+    if not labels:
+        raise InputError(f"--group-by {group_by}: {entry.path} holds no such column of its data")
+    members: dict[str, list[int]] = {}
+    for i, label in enumerate(labels):
+        if base is None or ids[i] in others:
+            members.setdefault(label, []).append(i)
+    for label, places in members.items():
+        own = [ids[i] for i in places]
+        yield label, own, columns[name][places], np.array([others[i] for i in own]) if base else None
+
+
+def _spread_cells(ids: list[str], values: Values, paired: bool, better: str, digits: int) -> dict[str, TableCell]:
+    mean = mean_and_error(values)
+    sign = "+" if paired else ""
+    error = f"±{mean.stderr:.{digits}f}" if mean.stderr else ""
+    texts = {"N": TableCell(f"{len(values):,}"), "mean": TableCell(f"{mean.value:{sign}.{digits}f}", error)}
+    if paired:
+        interval = "–" if mean.low is None else f"[{mean.low:+.{digits}f}, {mean.high:+.{digits}f}]"
+        texts["95 % interval"] = TableCell(interval)
+        wins = float(np.mean(values > 0 if better == "higher" else values < 0))
+        texts["better"] = TableCell("–" if better == "neither" else f"{wins:.0%}")
+    for key, share in SHARES.items():
+        texts[key] = TableCell(f"{quantile(values, share).value:{sign}.{digits}f}")
+    place = worst(values, better)
+    return texts | {"worst": TableCell(f"{values[place]:{sign}.{digits}f}"), "image": TableCell(ids[place])}

@@ -129,7 +129,7 @@ def scatter(
 
 def curves(
     lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, path: Path,
-    levels: Mapping[str, float] | None = None, log: bool = True,
+    levels: Mapping[str, float] | None = None, log: bool = True, log_y: bool = False,
 ) -> Path | None:  # fmt: skip
     """Named lines of points over a log or plain axis, dashed ones at the `levels`. None without two places on it."""
     xs = [x for points in lines.values() for x, _ in points]
@@ -138,6 +138,8 @@ def curves(
     fig, ax = figure()
     if log:
         log_axis(ax.xaxis, xs)
+    if log_y:
+        log_axis(ax.yaxis, [y for points in lines.values() for _, y in points])
     ends = []
     for (name, points), (colour, marker) in zip(lines.items(), styles(lines).values(), strict=True):
         line = sorted(points)

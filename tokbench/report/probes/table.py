@@ -29,7 +29,7 @@ def _rows(probe: str, entries: Sequence[ResultEntry]) -> list[tuple[str, Metric,
         ranks = ranking(entries, column)
         cells = {}
         for entry in entries:
-            value = column.read(entry.result)
+            value = column.read(entry)
             if value is None or isinstance(value, str) or value.value is None:
                 cells[entry.name] = TableCell("–", note="" if value is None or isinstance(value, str) else value.note)
                 continue
