@@ -117,6 +117,7 @@ def test_results_tell_the_rate_and_the_codes_in_use(photographs: Path) -> None:
     assert used is not None
     assert perplexity is not None
     assert 1 <= perplexity <= used <= 12 * 4
+    assert metrics["perplexity"].note == f"{used:.0f} codes used; 12 images of 4 codes allow 48 at most"
     assert set(measured("jpeg-q50", photographs).metrics) == {"psnr", "bpp"}
 
 

@@ -241,12 +241,18 @@ def recall(samples: Samples) -> Value:
 def perplexity(samples: Samples) -> Value:
     """exp of the entropy of the codes used over the whole set."""
     codes = samples.features("fake", CODES)
-    return _of_codes(codes, distribution.perplexity, f"{np.unique(codes).size} codes used")
+    return _of_codes(codes, distribution.perplexity, f"{np.unique(codes).size} codes used; {most_codes(codes)}")
 
 
 def codebook_use(samples: Samples) -> Value:
     """How many different codes occur in the whole set."""
-    return _of_codes(samples.features("fake", CODES), lambda codes: float(np.unique(codes).size))
+    codes = samples.features("fake", CODES)
+    return _of_codes(codes, lambda codes: float(np.unique(codes).size), most_codes(codes))
+
+
+def most_codes(codes: np.ndarray) -> str:
+    """The ceiling that codes [N, L] allow, whatever the codebook."""
+    return f"{len(codes):,} images of {codes[0].size:,} codes allow {codes.size:,} at most"
 
 
 def _of_codes(codes: np.ndarray, statistic: Callable[[np.ndarray], float], note: str = "") -> Value:
