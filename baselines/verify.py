@@ -24,7 +24,7 @@ from tokbench.evaluation.evaluate import evaluate
 from tokbench.records.files import write_whole
 from tokbench.registry import create
 from tokbench.report.reported import read_reported
-from tokbench.runtime.terminal import say
+from tokbench.runtime.terminal import bar, say
 
 TABLE = Path(__file__).with_name("verified.csv")
 REPORTED = Path(__file__).parents[1] / "results" / "reported.csv"
@@ -131,7 +131,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     lines = dict(VERIFIED)
     todo = [name for name in names if options.again or name not in lines]
-    sizes = {name: size(PUBLISHED[name]) for name in todo}
+    sizes: dict[str, int] = {}
+    with bar("asking the hub for sizes", len(todo), "rows") as advance:
+        for name in todo:
+            sizes[name] = size(PUBLISHED[name])
+            advance(1)
     todo = [name for name in todo if sizes[name] <= options.max_size * 1e9]
     space = f"{sum(sizes[name] for name in todo) / 1e9:.1f} GB by the hub, {free_space() / 1e9:.1f} GB free"
     print(f"{len(todo)} rows, {space}; {len(names) - len(todo)} left out", flush=True)

@@ -140,7 +140,7 @@ class Capacitor(Continuous):
 
     def encode(self, images: Tensor, *, sample: bool, seeds: Tensor) -> Tensor:
         """Raises CellError: there is no encoder."""
-        raise CellError(f"{self.info.name}: a decoder alone; write flux2-vae+{self.info.name}")
+        raise CellError(f"{self.info.name}: a decoder alone; write flux2-vae+ before it")
 
     def decode(self, latents: Tensor, *, seeds: Tensor, size: tuple[int, int]) -> Tensor:
         """float32 [B, 128, h, w], normalised -> float32 [B, 3, H, W]; `seeds` give the noise."""

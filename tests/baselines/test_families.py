@@ -361,7 +361,7 @@ def test_a_decoder_alone_takes_flux2s_normalised_latents_and_has_no_encoder(tmp_
             x = math.cos(following) * image + math.sin(following) * (x - math.cos(angle) * image) / math.sin(angle)
     torch.testing.assert_close(decoded, x, rtol=1e-4, atol=1e-4)
     assert (tokenizer.info.decode_steps, tokenizer.info.deterministic) == (2, False)
-    with pytest.raises(CellError, match=r"a decoder alone; write flux2-vae\+capacitor-decoder"):
+    with pytest.raises(CellError, match=r"a decoder alone; write flux2-vae\+ before it"):
         tokenizer.encode(images("capacitor-decoder"), sample=False, seeds=SEEDS)
     shared = create(f"taef2+capacitor-decoder:{tmp_path}", random_weights=True)
     assert both_ways(shared, images("capacitor-decoder"), SEEDS)[1].shape == (2, 3, 64, 64)
