@@ -466,8 +466,8 @@ METRICS: dict[str, Metric] = {
 }  # fmt: skip
 
 # What probes look at under their conditions.
-DRIFTING = ("psnr", "lpips-alex")
-NOISED = ("psnr", "lpips-alex", "pd-mobilenet", "fd-mobilenet")
+DRIFTING = ("psnr", "lpips-alex", "ciede2000", "bias-red", "bias-green", "bias-blue", "bias-saturation")
+NOISED = ("psnr", "lpips-alex", "pd-mobilenet", "fd-mobilenet", "mind-mobilenet")
 SEEDED = ("psnr", "lpips-alex")
 _OVER_SIGMA = conditions.over_sigmas("lpips-alex")
 _LPIPS: dict[str, Any] = {"networks": ("lpips-alex",), **_PERCEPTUAL}

@@ -25,7 +25,8 @@ def write_page(measured: Sequence[Block], more: Sequence[Table], out: Path) -> P
     text = (page / "page.html").read_text(encoding="utf-8")
     for name in ("page.css", "page.js"):
         text = text.replace(f"/*{name}*/", (page / name).read_text(encoding="utf-8"))
-    data = script_json({"blocks": views, "more": [for_page(table) for table in more]})
+    figures = [path.relative_to(out).as_posix() for n, block in enumerate(measured) for path in _figures(block, n, out)]
+    data = script_json({"blocks": views, "more": [for_page(table) for table in more], "figures": figures})
     write_whole(out / "index.html", text.replace("/*data*/", data))
     return out / "index.html"
 
@@ -45,6 +46,16 @@ def _block(block: Block, number: int, out: Path) -> dict[str, Any]:
         ranked = info.family not in UNRANKED_FAMILIES
         row |= {"family": info.family, "ranked": ranked, "latent": compression(info), "facts": provenance(entry)}
     return record | {"images": _images(block, number, out)}
+
+
+def _figures(block: Block, number: int, out: Path) -> list[Path]:
+    """The curves of a block that was probed."""
+    entries = list(block.entries.values())
+    if not any("@" in metric for entry in entries for metric in entry.result.metrics):
+        return []
+    from tokbench.report.probes.plots import probe_plots  # matplotlib takes half a second that other pages can spare
+
+    return [path for path in probe_plots(entries, out / "plots", f"{number}.svg") if path is not None]
 
 
 def provenance(entry: ResultEntry) -> list[tuple[str, str]]:

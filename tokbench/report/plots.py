@@ -129,9 +129,12 @@ def scatter(
 
 def curves(
     lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, path: Path,
-    levels: Mapping[str, float] | None = None, log: bool = True, log_y: bool = False,
+    levels: Mapping[str, float] | None = None, log: bool = True, log_y: bool = False, legend: bool = False,
 ) -> Path | None:  # fmt: skip
-    """Named lines of points over a log or plain axis, dashed ones at the `levels`. None without two places on it."""
+    """Lines of points over a log or plain axis, dashed ones at the `levels`; None without two places on it.
+
+    Names stand at the lines' ends, as far as there is room, or in a legend.
+    """
     xs = [x for points in lines.values() for x, _ in points]
     if len(set(xs)) < 2:
         return None
@@ -143,7 +146,8 @@ def curves(
     ends = []
     for (name, points), (colour, marker) in zip(lines.items(), styles(lines).values(), strict=True):
         line = sorted(points)
-        ax.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=4.5, lw=1.2, zorder=3)
+        ax.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=4.5, lw=1.2, zorder=3,
+                label=shortened(name, 26))  # fmt: skip
         ends.append(Point(name, "", *line[-1]))
     for name, level in (levels or {}).items():
         ax.axhline(level, color="0.55", lw=0.8, ls=(0, (4, 3)), zorder=1)
@@ -151,7 +155,11 @@ def curves(
     ax.margins(x=0.2, y=0.1)
     ax.set_xlabel(x_label, fontsize=9)
     ax.set_ylabel(y_label, fontsize=9)
-    label_points(ax, ends)
+    if legend:
+        ax.margins(x=0.05)
+        ax.legend(fontsize=7, frameon=False)
+    else:
+        label_points(ax, ends)
     return save(fig, path)
 
 

@@ -667,7 +667,8 @@ function plainTable(table) {
 
 function drawMore() {
   const notes = (table) => el("div", { class: "notes" }, ...table.notes.map((note) => el("p", {}, note)));
-  fill($("more"), ...data.more.flatMap((table) => [el("h3", {}, table.title), plainTable(table), notes(table)]));
+  fill($("more"), ...data.more.flatMap((table) => [el("h3", {}, table.title), plainTable(table), notes(table)]),
+    ...data.figures.map((src) => el("img", { src, alt: src.replace(/^plots\/|-\d+\.svg$/g, "") })));
 }
 
 // ---- start
