@@ -75,7 +75,7 @@ class Plain:
 def looking(tokenizer: Any, images: Sequence[Tensor]) -> tuple[look.Look, look.Base]:
     """A tokenizer's `Look`, and the base of these images uint8 [3, H, W]."""
     suite = MetricSuite(["psnr"], len(images), 32)
-    held = look.Look(tokenizer, Measurement(resolution=32), suite, Timer(torch.device("cpu")))
+    held = look.Look(tokenizer, Measurement(resolution=32), lambda _: suite, Timer(torch.device("cpu")))
     real, numbers = torch.stack(list(images)), torch.arange(len(images))
     return held, held.reconstruct([str(i) for i in range(len(images))], real, numbers)
 

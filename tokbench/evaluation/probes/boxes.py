@@ -125,7 +125,7 @@ def of_box(kind: str, look: Look, real: Tensor, fake: Tensor, box: Box) -> dict[
         slice(*grown(left, right, width, LPIPS_SIDE)),
     )
     found = {f"{kind}-psnr": float(pixel.psnr(pixel.squared_error(real[inside][None], fake[inside][None])))}
-    if "lpips-alex" in (scores := look.score(real[around][None], fake[around][None])):
+    if "lpips-alex" in (scores := look.score(("lpips-alex",), real[around][None], fake[around][None])):
         found[f"{kind}-lpips"] = float(scores["lpips-alex"])
     if kind == "text" and not without_ocr():
         read_again = reader()(fake[inside].cpu().numpy().transpose(1, 2, 0))

@@ -2,6 +2,7 @@
 
 from tokbench import registry
 from tokbench.evaluation.probes.look import Base, Found, Look
+from tokbench.metrics import DRIFTING
 from tokbench.metrics.conditions import ROUND_TRIPS
 from tokbench.runtime.seeding import image_seeds
 
@@ -13,7 +14,7 @@ def drift(look: Look, base: Base) -> Found:
     for trip in range(2, max(ROUND_TRIPS) + 1):
         fake = look.reconstruct(base.ids, fake, image_seeds(fake.cpu(), look.seed)).fake
         if trip in ROUND_TRIPS:
-            found |= look.under(f"x{trip}", base.real, fake)
+            found |= look.under(f"x{trip}", DRIFTING, base.real, fake)
     return found
 
 

@@ -1,6 +1,6 @@
 """What a probe has in its hands: one tokenizer, and the ways of `run` to reconstruct, decode and score."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ class Look:
 
     tokenizer: Tokenizer
     measurement: Measurement
-    suite: MetricSuite  # of the metrics that probes take under their conditions
+    suite: Callable[[tuple[str, ...]], MetricSuite]  # of these metrics
     timer: Timer
     boxes: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # by id, of images that are annotated
 
@@ -65,14 +65,14 @@ class Look:
             images = decode(self.tokenizer, latents, seeds, (height, width), ids, self.timer)
         return quantise(images, self.measurement.rules.fake_rounding)[..., : size[0], : size[1]]
 
-    def score(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """Columns [B] of uint8 [B, 3, H, W] twice."""
-        return self.suite.score(real, fake)
+    def score(self, names: tuple[str, ...], real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        """Columns [B] of these metrics, of uint8 [B, 3, H, W] twice."""
+        return self.suite(names).score(real, fake)
 
-    def under(self, condition: object, real: Tensor, fake: Tensor, *, features: bool = False) -> Found:
-        """Columns, and features of the fakes, as `metrics.conditions.under` reads them."""
-        found: Found = {at(name, condition): values for name, values in self.score(real, fake).items()}
+    def under(self, condition: object, names: tuple[str, ...], real: Tensor, fake: Tensor) -> Found:
+        """Columns, and features of the fakes, of metrics as `metrics.conditions.under` reads them."""
+        found: Found = {at(name, condition): values for name, values in self.score(names, real, fake).items()}
         with torch.inference_mode():
-            for name, extract in self.suite.extractors.items() if features else ():
+            for name, extract in self.suite(names).extractors.items():
                 found["fake", at(name, condition)] = extract(fake)
         return found

@@ -9,7 +9,7 @@ import torch
 
 from tokbench import registry
 from tokbench.evaluation.probes.look import Base, Found, Look
-from tokbench.metrics import metrics_of
+from tokbench.metrics import NOISED, metrics_of
 from tokbench.metrics.conditions import SIGMAS
 from tokbench.records.result import TokenizerInfo
 from tokbench.runtime.seeding import image_seeds, normal
@@ -26,7 +26,7 @@ def robustness(look: Look, base: Base) -> Found:
     found: Found = {}
     for sigma in SIGMAS[1:]:
         fake = look.decode(base.ids, latents + sigma * noise, base.seeds, base.real.shape[2:])
-        found |= look.under(sigma, base.real, fake, features=True)
+        found |= look.under(sigma, NOISED, base.real, fake)
     return found
 
 

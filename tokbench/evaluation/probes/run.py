@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,7 @@ def probe_one(tokenizer: Tokenizer, spec: str, asked: Asked) -> tuple[EvalResult
         name for name, own in given.items() if any(earlier is None or lacks(earlier, one, cell.suite) for one in own)
     ]
     prepare(tokenizer, asked.device)
-    suite = suite_for(source, replace(measurement, metrics=asked.base or ("lpips-alex",)), asked.device)
+    suite = cache(lambda names: suite_for(source, replace(measurement, metrics=names), asked.device))
     look = Look(tokenizer, measurement, suite, Timer(asked.device), asked.boxes)
     plain = Reconstructions(tokenizer, source, measurement, Timer(asked.device))
     pairs = Probed(plain, look, [asked.probes[name] for name in todo])

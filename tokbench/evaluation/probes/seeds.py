@@ -20,27 +20,25 @@ def seeds(look: Look, base: Base) -> Found:
     """Law of total variance: the squared error over seeds is that of their mean plus their variance."""
     total = torch.zeros(base.real.shape, dtype=torch.float64, device=base.real.device)
     squares, errors = torch.zeros_like(total), torch.zeros_like(total)
-    scores: dict[str, list[Tensor]] = {name: [] for name in SEEDED}
+    scores: dict[str, list[Tensor]] = {}
     for fake in reconstructions(look, base):
         levels = fake.double()
         total += levels
         squares += levels.square()
         errors += (levels - base.real).square()
-        for name, values in look.score(base.real, fake).items():
-            if name in scores:
-                scores[name].append(values)
+        for name, values in look.score(SEEDED, base.real, fake).items():
+            scores.setdefault(name, []).append(values)
     variance = (squares - total.square() / NUM_SEEDS).clamp(min=0) / (NUM_SEEDS - 1)  # unbiased
     error = errors.flatten(1).mean(1) / NUM_SEEDS
     found = {
         "noise-deviation": variance.sqrt().flatten(1).mean(1),
         "noise-share": torch.where(error > 0, variance.flatten(1).mean(1) / error, 0.0),
     }
-    for name, given in scores.items():
-        if given:
-            values = torch.stack(given)
-            ends = values.amax(0), values.amin(0)
-            best, worst = ends if METRICS[name].better == "higher" else ends[::-1]
-            found |= {at(name, "best"): best, at(name, "mean"): values.mean(0), at(name, "worst"): worst}
+    for name in scores.keys() & set(SEEDED):
+        values = torch.stack(scores[name])
+        ends = values.amax(0), values.amin(0)
+        best, worst = ends if METRICS[name].better == "higher" else ends[::-1]
+        found |= {at(name, "best"): best, at(name, "mean"): values.mean(0), at(name, "worst"): worst}
     return found
 
 
