@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.families.quantisers import before_codes
+from baselines.families.transformers import to_patches, to_pixels
 from baselines.hub import fetch, load_weights, part, read_config
 from baselines.pretrained import Codes, Continuous, wrap
 from baselines.published import PUBLISHED
@@ -92,17 +93,6 @@ def norm(x: Tensor) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:]).to(x.dtype)
 
 
-def patches_of(z: Tensor) -> Tensor:
-    """[B, c, 32, 32] -> [B, 256, 2 * 2 * c], row, column and channel of a patch"""
-    return z.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-
-
-def latents_of(patches: Tensor) -> Tensor:
-    """The way back."""
-    grid = patches.unflatten(2, (PATCH, PATCH, -1)).unflatten(1, (SIDE, SIDE))
-    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-
-
 def blocks(depth: int, kinds: int) -> nn.ModuleDict:
     return nn.ModuleDict({"blocks": nn.ModuleList(Block(HEAD * depth, kinds) for _ in range(depth))})
 
@@ -133,7 +123,10 @@ class Encoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         parts = self.module_dict
-        grid = parts["enc_patch_emb"]["patch_proj"](patches_of(z)) + parts["enc_posemb_module"].posembs.flatten(2).mT
+        grid = (
+            parts["enc_patch_emb"]["patch_proj"](to_patches(z, PATCH))
+            + parts["enc_posemb_module"].posembs.flatten(2).mT
+        )
         registers = parts["enc_register_module"].registers.expand(len(z), -1, -1)
         x = torch.cat([grid, registers], dim=1)
         index = torch.arange(x.shape[1], device=x.device)
@@ -175,7 +168,7 @@ class Decoder(nn.Module):
         else:
             places = parts["dec_registers_posemb_module"].posembs[0].mT
             registers = parts["dec_from_latents"]["proj"](values) + places
-        grid = parts["dec_noise_patch_emb"]["patch_proj"](patches_of(z))
+        grid = parts["dec_noise_patch_emb"]["patch_proj"](to_patches(z, PATCH))
         grid = grid + parts["dec_patches_posemb_module"].posembs.flatten(2).mT
         counts = (grid.shape[1], registers.shape[1])
         time = parts["dec_time_embedder"]["mlp"](self.embedded(t).to(z.dtype))
@@ -186,7 +179,7 @@ class Decoder(nn.Module):
         if "adaLN_modulation" in head:
             shift, scale = head["adaLN_modulation"](time)[:, None].chunk(2, dim=2)
             x = x * (1 + scale) + shift
-        return latents_of(head["proj"](x))
+        return to_pixels(head["proj"](x), PATCH, SIDE)
 
     def embedded(self, t: Tensor) -> Tensor:
         """[B] -> [B, 256]: cosines and sines of frequencies that fall to 1 / 256."""

@@ -41,12 +41,12 @@ def rotary(positions: Tensor, channels: tuple[int, ...]) -> tuple[Tensor, Tensor
 
 
 def to_pixels(tokens: Tensor, patch: int, columns: int) -> Tensor:
-    """[B, N, p * p * 3], row, column and colour of a patch, -> [B, 3, H, W]"""
-    grid = tokens.unflatten(2, (patch, patch, 3)).unflatten(1, (-1, columns))  # [B, rows, columns, p, p, 3]
+    """[B, N, p * p * c], row, column and channel of a patch, -> [B, c, H, W]"""
+    grid = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, (-1, columns))  # [B, rows, columns, p, p, c]
     return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 def to_patches(x: Tensor, patch: int) -> Tensor:
-    """[B, 3, H, W] -> [B, N, p * p * 3]: the way back."""
-    grid = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, 3, rows, p, columns, p]
+    """[B, c, H, W] -> [B, N, p * p * c]: the way back."""
+    grid = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, c, rows, p, columns, p]
     return grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
