@@ -13,18 +13,82 @@ from typing import Annotated, Any
 import typer
 
 from tokbench.config import parse_value
-from tokbench.errors import CellError, InputError, LostPeerError
+from tokbench.errors import CellError, InputError, LostPeerError, trace
 from tokbench.generation import Generation
 from tokbench.records.measurement import Measurement
 
 app = typer.Typer(
-    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={"max_content_width": 120},
     help="Measure image tokenizers under a protocol that is written down.",
 )  # fmt: skip
 
-Models = Annotated[str, typer.Option(help="Model specs, comma-separated; see `tokbench list models`.")]
+# What every --help ends with; a test reads them.
+EXAMPLES = {
+    "run": ["--models ssdd,klvae --res 256", "--models models.txt --data kodak --res native --metrics psnr,lpips-alex",
+            "--models my_model.py:load@width=64 --data photos --dry-run"],
+    "report": ["", "--results runs --columns psnr,lpips-alex --where 'resolution==256' --format latex",
+               "--results results --format html --out page"],
+    "data info": ["photos.zip --decode"],
+    "data fetch": ["kodak"],
+    "speed": ["--models ssdd,klvae --res 128,256 --quick", "--models sd-vae-ft-mse --dtype bfloat16 --random-weights"],
+    "check": ["runs/new --against baseline --update",
+              "runs/new --against baseline --tolerance psnr=0.05,lpips-alex=1%"],
+    "train": ["klvae --preset small --data photos --out runs/klvae run.steps=1000", "ssdd --preset small --help"],
+    "generate": ["--generator runs/dit --tokenizer klvae --num-images 5000 --reference photos"],
+    "score": ["photos reconstructions --metrics psnr,ssim --name mine"],
+    "probe": ["--models ssdd,klvae --res 256"],
+    "latents": ["--models sd-vae-ft-mse,flux1-vae --data photos"],
+    "compare": ["runs/adm/samples-256/ssdd.json runs/adm/samples-256/klvae.json", "runs/old runs/new"],
+    "list": ["models --family kl-vae --columns params,licence", "models ssdd", "metrics"],
+    "weights fetch": ["", "lpips-alex dinov2"],
+    "weights verify": [""],
+    "weights export": ["networks"],
+    "doctor": [""],
+}  # fmt: skip
+
+
+def _examples(command: str) -> str:
+    """The end of a command's help."""
+    return "\n".join(["\b", "Examples:", *(f"  tokbench {command} {line}".rstrip() for line in EXAMPLES[command])])
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import tokbench
+
+        typer.echo(f"tokbench {tokbench.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def everywhere(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; also TOKBENCH_DEBUG=1.")] = False,
+) -> None:
+    """Measure image tokenizers under a protocol that is written down."""
+    if debug:
+        os.environ["TOKBENCH_DEBUG"] = "1"
+
+
+def _known_models(begun: str) -> list[str]:
+    """What a shell offers for --models: names that go on from the last comma."""
+    from tokbench.registry import TOKENIZERS
+
+    before, comma, last = begun.rpartition(",")
+    return [before + comma + name for name in TOKENIZERS.all() if name.startswith(last) and "{" not in name]
+
+
+Models = Annotated[
+    list[str],
+    typer.Option(
+        help="Model specs, comma-separated, or a .txt file of them; may be repeated. See `tokbench list models`.",
+        autocompletion=_known_models,
+    ),
+]
 Resolutions = Annotated[str, typer.Option("--res", help="Resolutions in pixels, comma-separated.")]
-Data = Annotated[str, typer.Option(help="samples, kodak, a folder, an archive, or hf:NAME.")]
+Data = Annotated[
+    str, typer.Option(help="samples, kodak, a folder, an archive, a list of paths, imagenet:ROOT or hf:NAME.")
+]
 Split = Annotated[str | None, typer.Option(help="Split of the data set.")]
 Limit = Annotated[int | None, typer.Option(help="Take only N images, chosen by hash of their id.")]
 Out = Annotated[Path, typer.Option(help="Folder for results.")]
@@ -75,7 +139,7 @@ def _as_option(field: "dataclasses.Field[Any]") -> dict[str, Any]:
     return {"annotation": Annotated[str, option], "default": str(default)}
 
 
-@app.command()
+@app.command(epilog=_examples("run"))
 @with_options(Measurement)
 def run(
     models: Models,
@@ -89,6 +153,7 @@ def run(
     strict: Annotated[bool, typer.Option("--strict", help="An unavailable metric is a failure.")] = False,
     shards: Annotated[str, typer.Option(help="I/N: measure one of N parts, in a job of its own.")] = "",
     merge: Annotated[bool, typer.Option("--merge", help="Write the records of what all shards measured.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, fetched and written.")] = False,
 ) -> None:
     """Reconstruct images with tokenizers and measure what is lost."""
     from tokbench.evaluation.run import run as run_cells
@@ -96,13 +161,13 @@ def run(
 
     resolutions = [parse_resolution(part.strip()) for part in res.split(",") if part.strip()]
     status = run_cells(
-        models, resolutions, measurement, data=data, split=split, limit=limit, out=out, fresh=fresh, strict=strict,
-        shards=shards, merge=merge,
+        ",".join(models), resolutions, measurement, data=data, split=split, limit=limit, out=out, fresh=fresh,
+        strict=strict, shards=shards, merge=merge, dry_run=dry_run,
     )  # fmt: skip
     raise typer.Exit(status)
 
 
-@app.command()
+@app.command(epilog=_examples("report"))
 def report(
     results: Annotated[
         list[Path] | None,
@@ -144,7 +209,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Data sets: what is in one, an
 app.add_typer(data_app, name="data")
 
 
-@data_app.command(name="info")
+@data_app.command(name="info", epilog=_examples("data info"))
 def data_info(
     data: Annotated[str, typer.Argument(help="samples, a folder, an archive, imagenet:ROOT or hf:NAME.")],
     split: Split = None,
@@ -165,7 +230,7 @@ def data_list() -> None:
     typer.echo("\n".join(describe_sets()))
 
 
-@data_app.command(name="fetch")
+@data_app.command(name="fetch", epilog=_examples("data fetch"))
 def data_fetch(name: Annotated[str, typer.Argument(help="A name of `tokbench data list`.")]) -> None:
     """Download a data set; its licence is shown first."""
     from tokbench.data.named import fetch_set
@@ -175,7 +240,7 @@ def data_fetch(name: Annotated[str, typer.Argument(help="A name of `tokbench dat
     typer.echo("\n".join(describe(open_source(name))))
 
 
-@app.command()
+@app.command(epilog=_examples("speed"))
 def speed(
     models: Models,
     res: Resolutions = "256",
@@ -196,7 +261,7 @@ def speed(
     from tokbench.speed.timing import QUICK, STANDARD
 
     results = measure(
-        models, positive_numbers(res, "--res"),
+        ",".join(models), positive_numbers(res, "--res"),
         batch_sizes=None if batch_size == "auto" else positive_numbers(batch_size, "--batch-size"),
         device=select_device(device), dtype=find_dtype(dtype), compile=compile, random_weights=random_weights,
         budget=QUICK if quick else STANDARD, out=out,
@@ -204,7 +269,7 @@ def speed(
     raise typer.Exit(show(results, reference, plots))
 
 
-@app.command()
+@app.command(epilog=_examples("check"))
 def check(
     new: Annotated[Path, typer.Argument(help="New results: a file or a folder.")],
     against: Annotated[Path, typer.Option(help="Baseline: a file or a folder.")],
@@ -233,7 +298,7 @@ def check(
     raise typer.Exit(show_check(checking.check(new, against, rules), markdown, junit))
 
 
-@app.command(context_settings={"help_option_names": []})
+@app.command(context_settings={"help_option_names": []}, epilog=_examples("train"))
 def train(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="What to train; --help without it lists the names.")] = None,
@@ -252,13 +317,13 @@ def train(
     from tokbench.registry import TrainOptions, train_help, train_model
 
     if show_help or model is None:
-        typer.echo(context.get_help() + "\n" + train_help(model, stage, preset))
+        typer.echo(context.get_help() + "\n\n" + train_help(model, stage, preset))
         return
     options = TrainOptions(data, out, stage, preset, start, encoder_from, encoder, decoder, tuple(settings or ()))
     typer.echo(train_model(model, options))
 
 
-@app.command()
+@app.command(epilog=_examples("generate"))
 @with_options(Measurement, "metrics", "batch_size", "device", "dtype")
 @with_options(Generation)
 def generate(
@@ -267,13 +332,13 @@ def generate(
     out: Out = Path("runs"),
     results: Annotated[Path, typer.Option(help="Where else to look rfid up for the table.")] = Path("results"),
 ) -> None:
-    """Sample a generator, decode by tokenizers, and score the images against a reference (gFID)."""
+    """Sample a generator and score its images (gFID)."""
     from tokbench.generation.generate import run_generate
 
     raise typer.Exit(run_generate(generation, measurement, out=out, results=results))
 
 
-@app.command()
+@app.command(epilog=_examples("score"))
 @with_options(Measurement, "protocol", "metrics", "device", "workers")
 def score(
     real: Annotated[str, typer.Argument(help="Real images: a folder, an archive, samples, ...")],
@@ -283,13 +348,13 @@ def score(
     allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Take images compressed with loss.")] = False,
     out: Out = Path("runs"),
 ) -> None:
-    """Measure images made elsewhere, matched to real ones by name and cropped to their size."""
+    """Measure images made elsewhere, matched by name."""
     from tokbench.evaluation.score import run_score
 
     raise typer.Exit(run_score(real, fake, measurement, name=name, allow_lossy=allow_lossy, out=out))
 
 
-@app.command()
+@app.command(epilog=_examples("probe"))
 @with_options(Measurement, "protocol", "seeds", "dtype", "device", "batch_size", "workers", "small", "skip_bad")
 def probe(
     models: Models,
@@ -304,15 +369,20 @@ def probe(
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs/probes"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard what --out holds of these cells.")] = False,
 ) -> None:
-    """Look at what a metric's one number hides: robustness, drift, seeds, spectra, equivariance, legibility."""
+    """Look at what a metric's one number hides.
+
+    Robustness, drift, seeds, spectra, equivariance, legibility.
+    """
     from tokbench.evaluation.probes.run import run_probes
     from tokbench.protocols import parse_resolution
 
     asked = dataclasses.replace(measurement, resolution=parse_resolution(res))
-    raise typer.Exit(run_probes(names, models, asked, data=data, split=split, limit=limit, out=out, fresh=fresh))
+    raise typer.Exit(
+        run_probes(names, ",".join(models), asked, data=data, split=split, limit=limit, out=out, fresh=fresh)
+    )
 
 
-@app.command()
+@app.command(epilog=_examples("latents"))
 @with_options(Measurement, "protocol", "metrics", "dtype", "device", "batch_size", "workers", "small", "skip_bad")
 def latents(
     models: Models,
@@ -324,20 +394,23 @@ def latents(
     out: Out = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard what --out holds of these cards.")] = False,
 ) -> None:
-    """Describe latent spaces without training a generator: channels, spectra, classes, what lies between latents."""
+    """Describe latent spaces without training a generator.
+
+    Channels, spectra, classes, what lies between latents.
+    """
     from tokbench.latents.card import run_latents
     from tokbench.protocols import parse_resolution
 
     asked = dataclasses.replace(measurement, resolution=parse_resolution(res))
-    raise typer.Exit(run_latents(models, asked, data=data, split=split, limit=limit, out=out, fresh=fresh))
+    raise typer.Exit(run_latents(",".join(models), asked, data=data, split=split, limit=limit, out=out, fresh=fresh))
 
 
-@app.command()
+@app.command(epilog=_examples("compare"))
 def compare(
     a: Annotated[Path, typer.Argument(help="A result (JSON), or a folder of them.")],
     b: Annotated[Path, typer.Argument(help="Another on the same images; of folders, their common cells.")],
 ) -> None:
-    """Say of every metric whether B is better than A: paired differences with intervals."""
+    """Say of every metric whether B is better than A."""
     from tokbench.comparison.verdicts import show_comparison
 
     show_comparison(a, b)
@@ -359,7 +432,7 @@ def weights_list(weights_dir: WeightsDir = None) -> None:
     typer.echo("\n".join(weights.describe(users_of_networks())))
 
 
-@weights_app.command(name="fetch")
+@weights_app.command(name="fetch", epilog=_examples("weights fetch"))
 def weights_fetch(names: Networks = None, weights_dir: WeightsDir = None) -> None:
     """Download what is not on this machine."""
     from tokbench import weights
@@ -368,7 +441,7 @@ def weights_fetch(names: Networks = None, weights_dir: WeightsDir = None) -> Non
     raise typer.Exit(weights.fetch_all(names or []))
 
 
-@weights_app.command(name="verify")
+@weights_app.command(name="verify", epilog=_examples("weights verify"))
 def weights_verify(weights_dir: WeightsDir = None) -> None:
     """Check the sha256 of every network that is here."""
     from tokbench import weights
@@ -377,7 +450,7 @@ def weights_verify(weights_dir: WeightsDir = None) -> None:
     raise typer.Exit(weights.verify())
 
 
-@weights_app.command(name="export")
+@weights_app.command(name="export", epilog=_examples("weights export"))
 def weights_export(
     folder: Annotated[Path, typer.Argument(help="Folder to carry to a machine without internet.")],
     names: Networks = None,
@@ -390,20 +463,24 @@ def weights_export(
     typer.echo("\n".join(f"{path}" for path in weights.export(folder, names or [])))
 
 
-@app.command(name="list")
+@app.command(name="list", epilog=_examples("list"))
 def list_known(
     what: Annotated[str, typer.Argument(help="models, metrics, protocols or probes")] = "models",
+    name: Annotated[str | None, typer.Argument(help="A model: its facts and options.")] = None,
     family: Annotated[str, typer.Option(help="Models of one family.")] = "",
     columns: Annotated[str, typer.Option(help="Columns of the table of models, comma-separated.")] = "",
     sort: Annotated[str, typer.Option(help="The column that models are sorted by.")] = "",
     form: Annotated[str, typer.Option("--format", help="Of models: table, markdown, csv or json.")] = "table",
 ) -> None:
-    """Show what can be named: models with their facts, metrics, protocols, probes."""
+    """Show models, metrics, protocols or probes by name."""
     from tokbench import registry
     from tokbench.metrics import METRICS, metrics_of
     from tokbench.protocols import PROTOCOLS
     from tokbench.report.tables import written
 
+    if what == "models" and name is not None:
+        typer.echo("\n".join(registry.describe_model(name)))
+        return
     if what == "models":
         chosen = [name.strip() for name in columns.split(",") if name.strip()]
         if text := written(registry.catalogue(family, chosen, sort), form):
@@ -427,6 +504,14 @@ def list_known(
         typer.echo(f"{name:<28} {text}")
 
 
+@app.command(epilog=_examples("doctor"))
+def doctor() -> None:
+    """Show what this machine has and what metrics lack."""
+    from tokbench.evaluation.doctor import show
+
+    show()
+
+
 def main() -> None:
     """Run the command line: status 2 for wrong use or bad input, 1 for a failure, 130 for Ctrl-C; one line each."""
     if not sys.warnoptions:
@@ -434,10 +519,15 @@ def main() -> None:
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the loader's processes
     usage_error: Any = typer.BadParameter.__mro__[2]  # ClickException, wherever this version of typer keeps it
     try:
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        given = sys.argv[1:] or ["--help"]
+        if "--debug" in given:  # wherever it stands
+            given = ["--debug", *(one for one in given if one != "--debug")]
+        status = app(given, standalone_mode=False)
     except InputError as error:
+        trace(error)
         status = fail(str(error), 2)
     except (CellError, LostPeerError) as error:
+        trace(error)
         status = fail(str(error), 1)
     except usage_error as error:
         message = error.format_message()

@@ -447,11 +447,8 @@ def describe_model(spec: str) -> list[str]:
         known = {"about": part.entry.summary, **part.entry.facts}
         lines += [part.entry.name, *(f"  {key:<10} {value}" for key, value in known.items() if value is not None)]
         for key, (kind, default) in part.entry.options.items():
-            shown = (
-                "any"
-                if kind is inspect.Parameter.empty
-                else getattr(kind, "__name__", str(kind)).replace("typing.", "")
-            )
+            typed = kind is not inspect.Parameter.empty
+            shown = re.sub(r"\b[a-z]\w*\.", "", inspect.formatannotation(kind)) if typed else "any"
             value = " (needed)" if default is inspect.Parameter.empty else f" = {default}"
             lines.append(f"  @{key}: {shown}{value}")
     return lines

@@ -19,6 +19,7 @@ from tokbench.errors import CellError, InputError, trace
 from tokbench.evaluation.cell import suite_for
 from tokbench.evaluation.evaluate import check_images, checked, evaluate_cell, tell_apart
 from tokbench.evaluation.model import check_size
+from tokbench.evaluation.plan import plan
 from tokbench.evaluation.reconstruct import autocast_dtype
 from tokbench.protocols import Resolution, size_text
 from tokbench.records.files import hold, result_path, write_whole
@@ -57,11 +58,13 @@ def run(
     strict: bool = False,
     shards: str = "",
     merge: bool = False,
+    dry_run: bool = False,
 ) -> int:
     """Measure all cells; the exit status. Raises InputError before anything runs if the options are wrong.
 
     `fresh` discards what `out` holds of these cells; `strict` makes an unavailable metric a failure. `shards` "2/8":
     the second of eight parts of the images, and no record; `merge`: the records of what all shards have measured.
+    `dry_run` says what would be done.
     """
     specs = registry.parse_all(models)
     measurements = [checked(replace(measurement, resolution=side)) for side in dict.fromkeys(resolutions)]
@@ -71,6 +74,8 @@ def run(
         device = select_device(measurement.device, processes.local_rank)
         warn_of_emulation(autocast_dtype(measurement), device)
         source = open_source(data, split, limit)
+        if dry_run:
+            return show_plan(specs, source, measurements, device, out)
         share_facts(source, out, processes)
         summary = RunSummary()
         with crop_folder(out, processes) if len(specs) > 1 else ExitStack() as folder:
@@ -107,6 +112,22 @@ def report_shard(summary: RunSummary, shards: str) -> None:
         say(f"failed: {line}")
     done = f"{len(summary.results)} done, {len(summary.failed)} failed"
     say(f"shard {shards}: {done}; after all shards the same command with --merge writes the records")
+
+
+def show_plan(
+    specs: Sequence[registry.Spec], source: Source, measurements: Sequence[Measurement], device: torch.device, out: Path
+) -> int:
+    """Print what `run` would do; nothing is written or loaded."""
+    from tokbench.report.tables import show
+
+    tell_apart(source, out)
+    for one in measurements:
+        check_images(source, one)
+    table, lines = plan(specs, source, measurements, device, out)
+    show([table])
+    for line in lines:
+        say(line)
+    return 0
 
 
 def share_facts(source: Source, out: Path, processes: Processes) -> None:

@@ -1,5 +1,6 @@
 """What a waiting person sees: a bar on a terminal, else one line with the expected duration. Always on stderr."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,10 +19,11 @@ def say(text: str) -> None:
 
 
 def stdout_console(width: int) -> "Console":
-    """For tables on stdout: as wide as the terminal, `width` columns where there is none."""
+    """For tables on stdout: as wide as the terminal, else as COLUMNS says, else `width`; NO_COLOR is rich's own."""
     from rich.console import Console  # rich takes a tenth of a second that most commands can spare
 
-    return Console(width=None if sys.stdout.isatty() else width)
+    columns = os.environ.get("COLUMNS", "")
+    return Console(width=None if sys.stdout.isatty() else int(columns) if columns.isdigit() else width)
 
 
 class Advance(Protocol):
