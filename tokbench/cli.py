@@ -92,7 +92,7 @@ Data = Annotated[
 Split = Annotated[str | None, typer.Option(help="Split of the data set.")]
 Limit = Annotated[int | None, typer.Option(help="Take only N images, chosen by hash of their id.")]
 Out = Annotated[Path, typer.Option(help="Folder for results.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 DataType = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 BatchSize = Annotated[str, typer.Option(help="auto or a number of images; a CPU computes one at a time.")]
 

@@ -22,6 +22,7 @@ from baselines.pretrained import Codes, Continuous, wrap
 from baselines.published import PUBLISHED
 from tokbench.errors import CellError, InputError
 from tokbench.records.result import TokenizerInfo
+from tokbench.runtime.device import in_float64
 from tokbench.runtime.seeding import normal
 
 LEVELS = (8, 8, 8, 5, 5, 5)  # of the six values of a code
@@ -246,8 +247,8 @@ def shortened(x: Tensor) -> Tensor:
 
 def orthogonal(x: Tensor, to: Tensor) -> Tensor:
     """Each image's `x` without what is parallel to its `to`."""
-    unit = F.normalize(to.double().flatten(1), dim=1).view_as(to)
-    return (x - (x * unit).flatten(1).sum(1)[:, None, None, None] * unit).to(x.dtype)
+    unit, exact = F.normalize(in_float64(to).flatten(1), dim=1).view_as(to), in_float64(x)
+    return (exact - (exact * unit).flatten(1).sum(1)[:, None, None, None] * unit).to(x)
 
 
 class FromNoise(Codes):

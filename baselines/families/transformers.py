@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from tokbench.runtime.device import in_float64
+
 
 class Block(nn.Module):
     """A pre-norm transformer block in CLIP's spelling."""
@@ -32,12 +34,12 @@ def rotate(x: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
 
 def rotary(positions: Tensor, channels: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Cosines and sines [N, d / 2] of positions [N, axes], `channels` of them for each axis."""
-    angles = []
+    angles, places = [], in_float64(positions)
     for axis, size in enumerate(channels):
-        frequencies = 10000.0 ** -(torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size)
-        angles.append(positions[:, axis, None] * frequencies)
+        frequencies = 10000.0 ** -(torch.arange(0, size, 2, dtype=torch.float64, device=places.device) / size)
+        angles.append(places[:, axis, None] * frequencies)
     joined = torch.cat(angles, dim=1)
-    return joined.cos().float(), joined.sin().float()
+    return joined.cos().float().to(positions.device), joined.sin().float().to(positions.device)
 
 
 def to_pixels(tokens: Tensor, patch: int, columns: int) -> Tensor:

@@ -21,12 +21,12 @@ from tokbench.metrics.suite import MetricSuite
 from tokbench.protocols import Protocol, sides_of
 from tokbench.records.measurement import Measurement
 from tokbench.records.samples import SampleStore
-from tokbench.runtime.device import find_dtype, is_out_of_memory, precision, release
+from tokbench.runtime.device import find_dtype, in_float64, is_out_of_memory, precision, release
 from tokbench.tokenizer import NotFiniteError, Tokenizer, finite
 
-PIXELS_PER_BATCH = {"cpu": 8 * 256 * 256, "cuda": 64 * 256 * 256}
+PIXELS_PER_BATCH = {"cpu": 8 * 256 * 256, "cuda": 64 * 256 * 256, "mps": 8 * 256 * 256}
 TYPICAL = (1024, 1024)  # what native images are taken for; a batch that does not fit into memory is halved
-LARGEST_BATCH = {"cpu": 16, "cuda": 256}
+LARGEST_BATCH = {"cpu": 16, "cuda": 256, "mps": 16}
 # Of the latents or of the data, so the same for all seeds.
 LATENT_COLUMNS = frozenset(("bpp", "latent-mean", "latent-square", "label", *GRID))
 
@@ -199,9 +199,9 @@ def latent_columns(tokenizer: Tokenizer, latents: Tensor, size: tuple[int, int])
     pixels = size[0] * size[1]
     with model_errors_as_cell_errors(tokenizer.info.name):
         if hasattr(tokenizer, "bits"):
-            columns["bpp"] = tokenizer.bits(latents).reshape(len(latents)).double() / pixels
+            columns["bpp"] = in_float64(tokenizer.bits(latents).reshape(len(latents))) / pixels
         if tokenizer.info.channels is not None and latents.is_floating_point():
-            values = latents.double().reshape(len(latents), -1)
+            values = in_float64(latents).reshape(len(latents), -1)
             columns |= {"latent-mean": values.mean(1), "latent-square": values.square().mean(1)}
             _, channels, *grid = latents.shape if latents.ndim > 2 else (0, tokenizer.info.channels)
             height = grid[0] if len(grid) == 2 else 1

@@ -16,7 +16,7 @@ from tokbench.data.open import open_source
 from tokbench.errors import InputError
 from tokbench.generation.latents import check_grid
 from tokbench.protocols import find_protocol
-from tokbench.runtime.device import hash_state, precision
+from tokbench.runtime.device import hash_state, in_float64, precision
 from tokbench.runtime.seeding import image_seeds
 from tokbench.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ def measure(
     with precision(device, torch.float32):
         latents = encode()
     check_grid(latents, name)
-    flat = latents.double().flatten(2)
+    flat = in_float64(latents).flatten(2)
     numbers = torch.cat((flat.mean(2), flat.std(2)), dim=1).flatten().cpu()
     dtype = "uint8" if latents.dtype == torch.uint8 else "float32"
     probe = tuple(round(value, 6) for value in numbers.tolist())

@@ -50,7 +50,7 @@ from tokbench.training.log import image_grid, save_image
 from tokbench.weights.files import file_sha256
 
 log = logging.getLogger("tokbench")
-BATCH = {"cpu": 8, "cuda": 64}
+BATCH = {"cpu": 8, "cuda": 64, "mps": 8}
 
 
 def open_generator(text: str, device: torch.device) -> Generator:

@@ -19,7 +19,7 @@ from tokbench.evaluation.reconstruct import (
     model_errors_as_cell_errors,
 )
 from tokbench.metrics.latents import BLOCK
-from tokbench.runtime.device import precision
+from tokbench.runtime.device import in_float64, precision
 
 CANDIDATES = 10  # nearest latents that a neighbour is drawn of
 SMALL_ANGLE = 1e-6
@@ -95,7 +95,7 @@ def neighbours(latents: np.ndarray, rows: Sequence[int], device: torch.device, s
             best, order = torch.cat((best, cosine), 1).topk(min(count, best.shape[1] + len(others)), dim=1)
             places = torch.cat((places, index.expand(len(part), -1)), 1).gather(1, order)
             apart = torch.cat((apart, squared / own.shape[1]), 1).gather(1, order)
-        shares = torch.softmax(-apart.double(), dim=1).cumsum(1).cpu().numpy()
+        shares = torch.softmax(-in_float64(apart), dim=1).cumsum(1).cpu().numpy()
         picked = (shares < draws[part][:, None]).sum(1).clip(max=count - 1)
         chosen.append(places.cpu().numpy()[np.arange(len(part)), picked].astype(int))
     return np.concatenate(chosen) if chosen else np.empty(0, int)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokbench.metrics import IDENTICAL
-from tokbench.runtime.device import precision
+from tokbench.runtime.device import exact_device, precision
 
 C1, C2 = 0.01**2, 0.03**2  # Wang et al. 2004, for data_range 1
 GAUSSIAN = torch.exp(-((torch.arange(11.0, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
@@ -27,7 +27,8 @@ COLOUR_COLUMNS = ("bias-red", "bias-green", "bias-blue", "bias-saturation", "cie
 def squared_error(real: Tensor, fake: Tensor) -> Tensor:
     """Mean squared error on the scale [0, 1], float64 [B], exact: it is summed from whole numbers."""
     difference = real.to(torch.int16) - fake.to(torch.int16)
-    return difference.float().square_().flatten(1).mean(1, dtype=torch.float64) / 255**2
+    squares = difference.float().square_().flatten(1).to(exact_device(real.device))
+    return squares.mean(1, dtype=torch.float64) / 255**2
 
 
 def psnr(errors: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ def _filter(maps: Sequence[Tensor], window: Tensor) -> tuple[Tensor, ...]:
     """Separable window over each map [B, 3, H, W]. Depthwise in channels_last is several times faster than the rest."""
     stacked = torch.cat(list(maps), 1).contiguous(memory_format=torch.channels_last)
     channels = stacked.shape[1]
-    kernel = window.to(stacked.device, stacked.dtype, non_blocking=True).repeat(channels, 1, 1, 1)
+    kernel = window.to(stacked.dtype).to(stacked.device, non_blocking=True).repeat(channels, 1, 1, 1)
     with precision(stacked.device, torch.float32):
         stacked = F.conv2d(stacked, kernel.transpose(2, 3), groups=channels)
         return F.conv2d(stacked, kernel, groups=channels).chunk(len(maps), 1)

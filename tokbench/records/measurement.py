@@ -25,7 +25,7 @@ class Measurement:
     metrics: tuple[str, ...] = option((), "Metrics, comma-separated; see `tokbench list metrics`. Default: its set.")
     seeds: tuple[int, ...] = option((0,), "Seeds of a stochastic decoder, comma-separated.")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "float32, bfloat16 or float16.")
-    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
     batch_size: int | None = option(None, "auto or a number of images; a CPU computes one at a time.")
     workers: int | None = option(None, "Processes that load images; auto: by their number.")
     small: Literal["enlarge", "skip", "refuse"] | None = option(

@@ -17,19 +17,26 @@ from tokbench.runtime.terminal import say
 from tokbench.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WITHOUT_FLOAT64 = ("mps",)
+DEVICES = "auto, cpu, cuda, cuda:N or mps"
 OUT_OF_MEMORY = ("out of memory", "unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
 def select_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N`; plain CUDA is this process's own GPU. InputError if it is not there."""
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`; plain CUDA is this process's own GPU. InputError if it is not there.
+
+    `mps`, a Mac's GPU, is taken only if asked for: we have never run on one.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f'unknown device "{name}": auto, cpu, cuda or cuda:N') from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f'device "{name}" is not supported: auto, cpu, cuda or cuda:N')
+        raise InputError(f'unknown device "{name}": {DEVICES}') from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f'device "{name}" is not supported: {DEVICES}')
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f'device "{name}": torch finds no Apple GPU here; try --device cpu')
     if device.type == "cuda":
         index = local_rank if device.index is None else device.index
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():
@@ -56,8 +63,20 @@ def cpu_flags() -> set[str]:
     return set()
 
 
+def exact_device(device: torch.device | str) -> torch.device:
+    """Where to compute in float64 for a device: on itself, or on the CPU if it has no such numbers."""
+    return torch.device("cpu") if torch.device(device).type in WITHOUT_FLOAT64 else torch.device(device)
+
+
+def in_float64(values: torch.Tensor) -> torch.Tensor:
+    """The values as float64, on their `exact_device`."""
+    return values.to(exact_device(values.device)).double()
+
+
 def warn_of_emulation(dtype: torch.dtype, device: torch.device) -> None:
-    """Say so where a run in bfloat16 will be slower than one in float32."""
+    """Say so where a run in bfloat16 will be slower than one in float32. InputError for anything but float32 on MPS."""
+    if device.type == "mps" and dtype != torch.float32:
+        raise InputError(f"{str(dtype).removeprefix('torch.')} on mps: only float32 is known to be right there")
     if dtype == torch.bfloat16 and not has_bfloat16(device):
         say(f"warning: {describe_device(device)} has no bfloat16; emulated it is many times slower than float32")
 
@@ -66,6 +85,8 @@ def describe_device(device: torch.device) -> str:
     """What a table's caption calls the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU (MPS, {platform.machine()})"
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -156,3 +177,5 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    if device.type == "mps":
+        torch.mps.empty_cache()

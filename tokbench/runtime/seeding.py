@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokbench.runtime.device import exact_device
+
 
 def image_seeds(images: Tensor, seed: int) -> Tensor:
     """uint8 [B, 3, H, W] -> int64 [B], on the CPU: a seed per image from (seed, hash of its pixels)."""
@@ -22,6 +24,7 @@ def normal(seeds: Tensor, shape: Sequence[int], *, device: torch.device | str) -
     Counter based: SplitMix64 (Steele, Lea and Flood 2014) hashes (seed, position), Box-Muller makes two normals of
     each 64-bit hash. torch's own generators differ between CPU and CUDA and would need a call per image.
     """
+    wanted, device = device, exact_device(device)
     count = math.prod(shape)
     position = torch.arange(1, (count + 1) // 2 + 1, device=device, dtype=torch.int64)
     state = seeds.to(device, non_blocking=True)[:, None] + position * -7046029254386353131  # 0x9E3779B97F4A7C15
@@ -31,7 +34,7 @@ def normal(seeds: Tensor, shape: Sequence[int], *, device: torch.device | str) -
     radius = ((_shift_right(state, 32) + 1).double() * 2.0**-32).log().mul(-2).sqrt().float()  # uniform in (0, 1]
     angle = (state & 0xFFFFFFFF).double().mul(math.tau * 2.0**-32).float()
     pairs = torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)
-    return pairs[:, :count].reshape(len(seeds), *shape)
+    return pairs[:, :count].reshape(len(seeds), *shape).to(wanted)
 
 
 def _shift_right(value: Tensor, bits: int) -> Tensor:

@@ -55,7 +55,7 @@ from tokbench.tokenizer import Tokenizer
 
 STAGES = ("encode", "decode", "round-trip")
 NEAR_BEST = 0.98  # the smallest batch within 2 % of the best rate is reported
-LARGEST_BATCH = {"cpu": 16, "cuda": 1024}  # a CPU gains nothing beyond, and its memory is everybody's
+LARGEST_BATCH = {"cpu": 16, "cuda": 1024, "mps": 16}  # a CPU gains nothing beyond, and its memory is everybody's
 
 
 @dataclass

@@ -57,7 +57,7 @@ class RunConfig:
     seed: int = 0
     # Of autocast; weights and losses stay float32. auto: bfloat16 where the hardware has it, else float32.
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     workers: int | Literal["auto"] = "auto"  # processes that read images; auto: see Session.workers
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on CUDA, for runs long enough to repay it
     checkpoint_activations: bool = False  # recompute in the backward pass instead of keeping

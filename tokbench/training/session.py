@@ -91,6 +91,8 @@ class Session:
             raise InputError(f"run.batch_size={run.batch_size} cannot be cut into {parts}")
         self.device = select_device(run.device, processes.local_rank)
         self.run = run.on(self.device)
+        if processes.main:
+            warn_of_emulation(find_dtype(self.run.dtype), self.device)
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.config: TrainingConfig = replace(config, run=self.run)  # type: ignore[type-var]
@@ -144,7 +146,6 @@ class Session:
         if main:
             how = f"{run.dtype}{', compiled' if run.compile else ''}"
             say(f"train {self.name}: {self.processes.size} x {describe_device(self.device)}, {how}")
-            warn_of_emulation(find_dtype(run.dtype), self.device)
         self.interruptions = self._stack.enter_context(interrupts())
         self.advance = self._stack.enter_context(bar(f"train {self.name}", run.steps, "steps", self.first_step, main))
         for number, share in enumerate(shares, self.first_step + 1):

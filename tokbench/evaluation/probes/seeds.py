@@ -11,6 +11,7 @@ from tokbench.evaluation.probes.look import Base, Found, Look
 from tokbench.metrics import METRICS, SEEDED, metrics_of
 from tokbench.metrics.conditions import at
 from tokbench.records.result import TokenizerInfo
+from tokbench.runtime.device import in_float64
 from tokbench.runtime.seeding import image_seeds
 
 NUM_SEEDS = 8
@@ -18,14 +19,14 @@ NUM_SEEDS = 8
 
 def seeds(look: Look, base: Base) -> Found:
     """Law of total variance: the squared error over seeds is that of their mean plus their variance."""
-    total = torch.zeros(base.real.shape, dtype=torch.float64, device=base.real.device)
-    squares, errors = torch.zeros_like(total), torch.zeros_like(total)
+    real = in_float64(base.real)
+    total, squares, errors = torch.zeros_like(real), torch.zeros_like(real), torch.zeros_like(real)
     scores: dict[str, list[Tensor]] = {}
     for fake in reconstructions(look, base):
-        levels = fake.double()
+        levels = in_float64(fake)
         total += levels
         squares += levels.square()
-        errors += (levels - base.real).square()
+        errors += (levels - real).square()
         for name, values in look.score(SEEDED, base.real, fake).items():
             scores.setdefault(name, []).append(values)
     variance = (squares - total.square() / NUM_SEEDS).clamp(min=0) / (NUM_SEEDS - 1)  # unbiased

@@ -10,6 +10,7 @@ from tokbench import registry
 from tokbench.evaluation.probes.look import Base, Found, Look
 from tokbench.metrics import IDENTICAL
 from tokbench.metrics.conditions import OCTAVES, at
+from tokbench.runtime.device import in_float64
 
 # Y, Cb and Cr of R, G and B: ITU-R BT.601 as JPEG has it.
 YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
@@ -23,7 +24,7 @@ def spectrum(look: Look, base: Base) -> Found:
         error = fake - real
         squares = error.square()
         steep = steepest(real[:, 0])
-        rgb = (base.real.double() - base.fake).square().mean(1)
+        rgb = (in_float64(base.real) - in_float64(base.fake)).square().mean(1)
         found = {
             "psnr-luma": decibel(squares[:, 0].mean((1, 2))),
             "psnr-chroma": decibel(squares[:, 1:].mean((1, 2, 3))),
@@ -39,9 +40,8 @@ def spectrum(look: Look, base: Base) -> Found:
 
 def ycbcr(images: Tensor) -> Tensor:
     """uint8 RGB [B, 3, H, W] -> float64 luma and chroma, both of levels from 0 to 255 without an offset."""
-    return torch.einsum(
-        "yc,bchw->byhw", torch.tensor(YCBCR, dtype=torch.float64, device=images.device), images.double()
-    )
+    levels = in_float64(images)
+    return torch.einsum("yc,bchw->byhw", torch.tensor(YCBCR, dtype=torch.float64, device=levels.device), levels)
 
 
 def decibel(squares: Tensor) -> Tensor:
