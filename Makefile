@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help docs demo test test-compiled test-weights format lint check bench gpu-check study sweep leaderboard verify cards
+.PHONY: help docs schema demo test test-compiled test-weights format lint check bench gpu-check study sweep leaderboard verify cards
 
 demo: $(VENV)/.installed  ## measure the two bundled tokenizers on the bundled photographs
 	$(BIN)/tokbench run --models ssdd,klvae --res 256
@@ -60,6 +60,10 @@ bench: $(VENV)/.installed  ## our speed beside other software's
 # Everything that needs CUDA. PYTHON=python3 runs it from the checkout alone, without an environment of its own.
 gpu-check:  ## tests and speed on a GPU
 	if [ -x $(BIN)/python ]; then $(BIN)/python -m tests.gpu_check; else $(PYTHON) -m tests.gpu_check; fi
+
+# After a field of a record has changed; a test fails where this was forgotten.
+schema: $(VENV)/.installed  ## docs/schema
+	$(BIN)/python -m tokbench.sharing.schema docs/schema
 
 # Commands of the tutorials run while it is built, in build/docs; their real output is what is shown.
 docs: $(VENV)/.installed  ## the documentation site, into build/site

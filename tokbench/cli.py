@@ -173,7 +173,7 @@ def report(
         list[Path] | None,
         typer.Option(help="Folder of results, or a file; may be repeated. Default: runs, else results."),
     ] = None,
-    format: Annotated[str, typer.Option(help="table, markdown, latex, csv or html.")] = "table",
+    format: Annotated[str, typer.Option(help="table, markdown, latex, csv, json or html.")] = "table",
     out: Annotated[Path | None, typer.Option(help="File to write instead of stdout; for html a folder.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for plots, of the twelve largest blocks.")] = None,
     plot_format: Annotated[str, typer.Option(help="png, svg or pdf.")] = "png",
@@ -203,6 +203,39 @@ def report(
         votes=votes or [],
     )  # fmt: skip
     raise typer.Exit(status)
+
+
+@app.command()
+def card(
+    results: Annotated[list[Path], typer.Argument(help="Records of one tokenizer.")],
+    out: Annotated[Path, typer.Option(help="Folder for .eval_results/*.yaml and model-index.yml.")] = Path("card"),
+    benchmark: Annotated[str | None, typer.Option(help="The data set's name on the hub, OWNER/NAME.")] = None,
+    source: Annotated[str | None, typer.Option(help="Address where the records can be read.")] = None,
+    push: Annotated[str | None, typer.Option(help="Offer it to the repository OWNER/NAME, by pull request.")] = None,
+) -> None:
+    """Write a tokenizer's results as metadata of its repository on the hub.
+
+    Example: tokbench card runs/adm/imagenet-256/mine.json --push me/mine
+    """
+    from tokbench.sharing.card import write_card
+
+    typer.echo("\n".join(map(str, write_card(results, out, benchmark, source, push))))
+
+
+results_app = typer.Typer(no_args_is_help=True, help="Results that somebody else made.")
+app.add_typer(results_app, name="results")
+
+
+@results_app.command(name="add")
+def results_add(
+    where: Annotated[str, typer.Argument(help="A record, or the address of one; its per-image table lies beside it.")],
+    into: Annotated[Path, typer.Option(help="Folder of results that it is copied into.")] = Path("results"),
+    replace: Annotated[bool, typer.Option("--replace", help="Take it in place of one that is there.")] = False,
+) -> None:
+    """Examine a record (schema, protocol, images, plausible values) and copy it beside ours."""
+    from tokbench.sharing.add import add
+
+    typer.echo(add(where, into, replace))
 
 
 data_app = typer.Typer(no_args_is_help=True, help="Data sets: what is in one, and those that are known by name.")

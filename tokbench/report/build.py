@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokbench.errors import InputError
 from tokbench.records.files import write_whole
-from tokbench.records.result import SpeedResult, Value
+from tokbench.records.result import EvalResult, SpeedResult, Value, to_json
 from tokbench.report import tables
 from tokbench.report.blind.page import write_blind_page
 from tokbench.report.blind.votes import votes_table
@@ -20,7 +20,7 @@ from tokbench.report.reported import Reported, papers_table, read_reported, repo
 from tokbench.report.speed import speed_tables
 from tokbench.report.tables import Table
 
-FORMATS = ("table", "markdown", "latex", "csv", "html")
+FORMATS = ("table", "markdown", "latex", "csv", "json", "html")
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,10 @@ def text(report: Report, format: str) -> str:
         kept = ["tokenizer", "protocol", "dataset", "resolution", "num_images", *(report.columns or ())]
         chosen = list(dict.fromkeys(kept)) if report.columns else list(table.columns)
         return str(table.reindex(columns=chosen).to_csv(index=False, lineterminator="\n"))
+    if format == "json":  # as docs/schema says, records of an older schema too
+        results = [entry.result for entry in report.entries]
+        records: list[EvalResult | SpeedResult] = [*results, *report.speeds]
+        return "[\n" + ",\n".join(to_json(record).rstrip() for record in records) + "\n]\n"
     found = [*report.ranked(), *report.more(published=format == "markdown")]
     if format == "table":
         return tables.laid_out(found)
