@@ -75,7 +75,7 @@ def test_rooms_import_only_from_rooms_before_them(module: str) -> None:
 
 def test_every_room_has_its_place_in_the_order() -> None:
     assert {room(name) for name in FILES if name.startswith("tokbench.")} == set(ORDER)
-    assert set(WITHOUT_TORCH) == {"records", "report", "comparison"}
+    assert set(WITHOUT_TORCH) == {"records", "report", "comparison", "sharing"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
