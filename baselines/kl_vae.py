@@ -15,7 +15,9 @@ from ssdd_models.layers import Init, Level, Middle, Upsample, initialise
 from tokbench.checkpoints import load_strictly, read_checkpoint, read_header
 from tokbench.config import from_dict, to_dict
 from tokbench.data.pixels import to_float
+from tokbench.errors import InputError
 from tokbench.records.result import TokenizerInfo
+from tokbench.registry import choose
 from tokbench.runtime.seeding import normal
 
 
@@ -33,10 +35,18 @@ class ConvDecoderConfig:
 class KLVAEConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: ConvDecoderConfig = field(default_factory=ConvDecoderConfig)
+    projections: bool = True  # the 1x1 convolutions around the latents
 
 
 # About 7 million parameters in all; the demo weights.
 SMALL = KLVAEConfig(EncoderConfig(width=32, groups=4), ConvDecoderConfig(32, (1, 2, 4, 6), groups=4))
+# Published autoencoders of the same networks, for their speed: tensor for tensor those of diffusers' AutoencoderKL.
+ARCHITECTURES = {
+    "sd": KLVAEConfig(),
+    "sdxl": KLVAEConfig(),  # differs in its weights alone
+    "flux": KLVAEConfig(EncoderConfig(channels=16), projections=False),
+}
+RANDOM = {"note": "random weights"}
 
 
 class ConvDecoder(nn.Module):
@@ -78,6 +88,8 @@ class KLVAE(nn.Module):
         self.encoder = Encoder(config.encoder, init)
         channels = config.encoder.channels
         self.decoder = ConvDecoder(channels, config.decoder, nn.Conv2d(channels, channels, 1))
+        if not config.projections:
+            self.encoder.out_proj, self.decoder.in_proj = nn.Identity(), nn.Identity()  # type: ignore[assignment]
         initialise(self.decoder, init)
 
     def encode(self, x: Tensor) -> Posterior:
@@ -161,11 +173,16 @@ class KLVAETokenizer:
         return self.networks["decoder"](latents).float()
 
 
-def load_tokenizer(file: Path | None = None, *, random_weights: bool = False) -> KLVAETokenizer:
-    """The bundled demo weights or those of a file; `random_weights` keeps their size alone."""
+def load_tokenizer(file: Path | None = None, arch: str = "", *, random_weights: bool = False) -> KLVAETokenizer:
+    """The bundled demo weights or those of a file; `random_weights` keeps their size alone, or takes that of `arch`."""
+    if arch:
+        config = choose(ARCHITECTURES, arch, "arch", arch)
+        if file is not None or not random_weights:
+            raise InputError(f"klvae@arch={arch}: an architecture without weights: tokbench speed --random-weights")
+        return KLVAETokenizer(KLVAE(config), RANDOM)
     path = file or Path(__file__).parent / "weights" / "klvae.safetensors"
     if not random_weights:
         model, metadata = load(path)
         return KLVAETokenizer(model, metadata["info"])
     metadata = read_header(path)[1] if path.exists() else {"config": to_dict(SMALL)}
-    return KLVAETokenizer(KLVAE(from_dict(KLVAEConfig, metadata["config"])), {"note": "random weights"})
+    return KLVAETokenizer(KLVAE(from_dict(KLVAEConfig, metadata["config"])), RANDOM)

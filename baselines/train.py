@@ -185,6 +185,8 @@ def build(config: KLVAETraining, options: TrainOptions) -> tuple[KLVAE, dict[str
             f"model.decoder.channel_mult has {levels} numbers, the encoder {config.model.encoder.name} needs "
             f"{factor.bit_length()}: one more than it has halvings"
         )
+    if config.normalise_latents and not config.model.projections:
+        raise InputError("normalise_latents=true needs model.projections=true, which it writes into")
     check_sides(factor, config.crops, config.run)
     with size_errors_as_input_errors("model.*"):
         model = KLVAE(config.model)

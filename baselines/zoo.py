@@ -19,7 +19,11 @@ def register() -> None:
     add("linear-f8c4", linear, summary="linear floor: ridge decoder over 5x5 PCA latents")
     for file_format, title in (("jpeg", "JPEG"), ("webp", "WebP"), ("avif", "AVIF"), ("jxl", "JPEG XL")):
         add(f"{file_format}-q{{quality}}", _codec(file_format), summary=f"{title} with its measured size")
-    add("klvae", klvae, summary="KL-VAE trained with tokbench; the bundled demo weights, or klvae:FILE")
+    add(
+        "klvae",
+        klvae,
+        summary="KL-VAE trained with tokbench: the demo weights, or klvae:FILE; klvae@arch=sd|sdxl|flux for speed",
+    )
     for row in PUBLISHED.values():
         add(row.name, _published(row.name), summary=row.note, facts=_facts(row))
     add(
@@ -83,10 +87,10 @@ def linear() -> Any:
     return linear("linear-f8c4")
 
 
-def klvae(file: Path | None = None, random_weights: bool = False) -> Any:
+def klvae(file: Path | None = None, arch: str = "", random_weights: bool = False) -> Any:
     from baselines.kl_vae import load_tokenizer
 
-    return load_tokenizer(file, random_weights=random_weights)
+    return load_tokenizer(file, arch, random_weights=random_weights)
 
 
 def any_autoencoder(file: str, latent_space: str = "") -> Any:

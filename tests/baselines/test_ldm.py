@@ -17,11 +17,11 @@ from baselines import pretrained
 from baselines.families import ldm
 from baselines.families.ldm import CONFIGS, LDMAutoencoder, LDMConfig, ldm_name, own_names
 from baselines.hub import SETS, read_tensors
-from baselines.kl_vae import KLVAE, ConvDecoderConfig, KLVAEConfig, PatchGAN
+from baselines.kl_vae import ARCHITECTURES, KLVAE, ConvDecoderConfig, KLVAEConfig, PatchGAN
 from baselines.published import PUBLISHED
 from ssdd_models.encoder import EncoderConfig
 from tests.baselines.test_pretrained import SD, save
-from tokbench.errors import CellError
+from tokbench.errors import CellError, InputError
 from tokbench.registry import create
 from tokbench.runtime.device import hash_state
 
@@ -60,7 +60,8 @@ def diffusers_name(key: str, levels: int) -> str:
         (".mid.block_1.", ".mid_block.resnets.0."), (".mid.block_2.", ".mid_block.resnets.1."),
         (".mid.attn_1.", ".mid_block.attentions.0."), (".block.", ".resnets."), (".attn.", ".attentions."),
         (".downsample.", ".downsamplers.0."), (".upsample.", ".upsamplers.0."), ("nin_shortcut", "conv_shortcut"),
-        ("norm_out", "conv_norm_out"), (".proj_out.", ".to_out.0."),
+        ("norm_out", "conv_norm_out"), (".proj_out.", ".to_out.0."), ("decoder.in_proj", "post_quant_conv"),
+        ("encoder.out_proj", "quant_conv"),
         (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."),
     ):  # fmt: skip
         key = key.replace(old, new)
@@ -279,6 +280,51 @@ def test_a_row_that_no_hub_has_says_where_its_file_is() -> None:
 # ---- the KL-VAE ---------------------------------------------------------------------------------------------------
 
 TINY = KLVAEConfig(EncoderConfig(downsample=4, width=32, groups=4), ConvDecoderConfig(16, (1, 2, 2), 1, 4))
+
+
+def published(arch: str, widths: tuple[int, ...], size: int) -> Any:
+    """diffusers' network by the configuration that the authors of `arch` publish."""
+    flux = arch == "flux"
+    return diffusers.AutoencoderKL(
+        block_out_channels=widths, layers_per_block=2, latent_channels=16 if flux else 4, sample_size=size,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        use_quant_conv=not flux, use_post_quant_conv=not flux,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_published_architectures_have_the_tensors_of_diffusers(arch: str) -> None:
+    with torch.device("meta"):
+        ours = KLVAE(ARCHITECTURES[arch]).state_dict()
+        theirs = published(arch, (128, 256, 512, 512), 1024).state_dict()
+    assert {diffusers_name(key, 4): value.numel() for key, value in ours.items()} == {
+        key: value.numel() for key, value in theirs.items()
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arch", ["sd", "flux"])
+def test_published_architectures_compute_what_diffusers_computes(arch: str) -> None:
+    torch.manual_seed(0)
+    config = ARCHITECTURES[arch]
+    narrow = replace(config, encoder=replace(config.encoder, width=32), decoder=replace(config.decoder, width=32))
+    model, other = KLVAE(narrow).eval(), published(arch, (32, 64, 128, 128), 32).eval()
+    own = other.state_dict()
+    state = {diffusers_name(key, 4): value for key, value in model.state_dict().items()}
+    other.load_state_dict({key: value.reshape(own[key].shape) for key, value in state.items()})
+    posterior, expected = model.encode(IMAGES.float() / 127.5 - 1), other.encode(IMAGES.float() / 127.5 - 1).latent_dist
+    torch.testing.assert_close(posterior.mean, expected.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(posterior.std, expected.std, rtol=1e-4, atol=1e-4)
+    images = model.decode(expected.mean)
+    torch.testing.assert_close(images, other.decode(expected.mean).sample, rtol=1e-4, atol=1e-4)
+
+
+def test_an_architecture_has_no_weights_to_measure_quality_with() -> None:
+    assert create("klvae@arch=flux", random_weights=True).info.channels == 16
+    with pytest.raises(InputError, match="random-weights"):
+        create("klvae@arch=sd")
+    with pytest.raises(InputError, match="known: sd, sdxl, flux"):
+        create("klvae@arch=sd4", random_weights=True)
 
 
 def test_shapes_for_non_square_images() -> None:
