@@ -39,10 +39,15 @@ class Repa(nn.Module):
     `features` maps ImageNet-normalised float [B, 3, 14 g, 14 g'] to tokens [B, g g', 768] without the class token.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, dim: int, features: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, DINO_DIM))
         self._features = (features,)  # in a tuple: no part of this module's state
+        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_normal_(layer.weight)
@@ -52,8 +57,7 @@ class Repa(nn.Module):
     def target(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1], resized so that a DINO patch is a token of the decoder -> [B, HW / 64, 768]"""
         size = [side // 8 * DINO_PATCH for side in images.shape[2:]]
-        mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        normalised = ((images + 1) / 2 - mean) / std
+        normalised = ((images + 1) / 2 - self.mean) / self.std
         return self._features[0](F.interpolate(normalised, size=size, mode="bicubic", antialias=False)).float()
 
     def forward(self, tokens: Tensor, images: Tensor) -> Tensor:

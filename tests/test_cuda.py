@@ -1,82 +1,43 @@
-"""The CUDA path on a machine without a card: the real code on fake CUDA tensors, which have all but data.
+"""The CUDA path on a machine without a card: the real code on fake CUDA tensors (tests/fake_cuda.py)."""
 
-A value that is read back (`item`, `tolist`, `if tensor`) raises; what is copied between host and device is counted.
-Backward passes are not run: autograd's threads want a driver.
-"""
-
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.torch_version import TorchVersion
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from baselines.kl_vae import KLVAE, ConvDecoderConfig, KLVAEConfig, KLVAETokenizer, PatchGAN
-from ssdd_models import flow
+import tokbench.training.session
+from baselines import train as klvae_training
+from baselines.kl_vae import KLVAE, ConvDecoderConfig, KLVAEConfig, KLVAETokenizer
+from ssdd_models import train as ssdd_training
 from ssdd_models.encoder import EncoderConfig
-from ssdd_models.layers import Discriminator
-from ssdd_models.losses import critic_loss, flow_losses, generator_loss, training_times
+from ssdd_models.losses import DINO_DIM, Repa
 from ssdd_models.ssdd import SSDD
 from ssdd_models.tokenizer import SSDDTokenizer
+from ssdd_models.uvit import DecoderConfig
+from tests.fake_cuda import CPU, CUDA, Waited, empty, fake_cuda, gradients, moved
+from tokbench import weights
+from tokbench.config import override
 from tokbench.data.pixels import quantise
+from tokbench.evaluation.reconstruct import Timer, append_scores, latent_columns, measure, round_trip
 from tokbench.generation.dit import DiT, dit_config
 from tokbench.generation.flow import guided, integrate
+from tokbench.generation.train import flow_loss
+from tokbench.metrics import pixel
+from tokbench.metrics.dreamsim import DreamSim
+from tokbench.metrics.extractors import DINOv2, Inception, MobileNet
 from tokbench.metrics.perceptual import DISTS, LPIPS
-from tokbench.runtime.device import precision, prepare
-from tokbench.tokenizer import Tokenizer
+from tokbench.metrics.suite import MetricSuite, NetworkScorer
+from tokbench.records.measurement import Measurement
+from tokbench.registry import TrainOptions
+from tokbench.runtime.device import precision, prepare, to_host
+from tokbench.tokenizer import Tokenizer, checks_deferred
 
-if TorchVersion(torch.__version__) < "2.14":
-    pytest.skip("fake CUDA tensors want a driver before torch 2.14", allow_module_level=True)
-
-CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 SIZES = [(128, 128), (256, 256), (512, 512), (256, 384)]
-
-
-class Copies(TorchDispatchMode):
-    """Lists copies between devices that wait for both."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and not (kwargs or {}).get("non_blocking"):
-            given = {x.device.type for x in args if isinstance(x, Tensor) and x.ndim}
-            if given and out.device.type not in given:
-                self.made.append(f"{func} {tuple(out.shape)} to {out.device.type}")
-        return out
-
-
-@contextlib.contextmanager
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Copies]:
-    """Tensors made inside hold nothing; autocast for CUDA works although there is none."""
-    times = {steps: flow.sampler_times(steps) for steps in (1, 8)}  # computed on the CPU, of real numbers
-    monkeypatch.setattr(flow, "sampler_times", lambda steps, shift=2.0: times[steps])
-    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    with FakeTensorMode(allow_non_fake_inputs=True), Copies() as copies:
-        yield copies
-
-
-def moved(network: nn.Module) -> nn.Module:
-    """A network of the meta device to fake CUDA, its memory formats kept."""
-    for module in network.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is not None:
-                    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=CUDA)
-                    store[name] = nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
-    return network
-
-
-def empty(make: Callable[[], nn.Module]) -> nn.Module:
-    with torch.device("meta"):
-        return make().to(memory_format=torch.channels_last)
 
 
 def batch(size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -84,41 +45,49 @@ def batch(size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return torch.empty(2, 3, *size, dtype=torch.uint8, device=CUDA), torch.empty(2, dtype=torch.int64, device=CUDA)
 
 
-def kl_vae() -> KLVAE:
-    return KLVAE(KLVAEConfig(EncoderConfig.parse("f8c4"), ConvDecoderConfig()))
-
-
+TINY = {"encoder": EncoderConfig(8, 4, 32, 4), "decoder": DecoderConfig((32, 32, 32, 32), 1, 2, 4)}
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     **{f"ssdd-{size}": lambda size=size: SSDDTokenizer(empty(lambda: SSDD("f8c4", size)), 1)
        for size in ("XS", "S", "B", "M", "L", "XL", "H")},
-    "ssdd-S-8-steps": lambda: SSDDTokenizer(empty(lambda: SSDD("f8c4", "S")), 8),
     "ssdd-f16c4": lambda: SSDDTokenizer(empty(lambda: SSDD("f16c4", "S")), 1),
-    "klvae": lambda: KLVAETokenizer(empty(kl_vae), {}),
+    "ssdd-tiny": lambda: SSDDTokenizer(empty(lambda: SSDD(**TINY)), 1),  # type: ignore[arg-type]
+    "klvae": lambda: KLVAETokenizer(empty(lambda: KLVAE(KLVAEConfig())), {}),
 }  # fmt: skip
-CASES = [(name, size, torch.float32) for name in ("ssdd-S", "klvae") for size in SIZES]
-CASES += [(name, (128, 128) if "steps" in name else (256, 256), torch.bfloat16) for name in TOKENIZERS]
+BRIEF = [("ssdd-tiny", (256, 256), torch.bfloat16), ("klvae", (256, 384), torch.bfloat16)]
+ALL = [(name, size, torch.bfloat16) for name in TOKENIZERS for size in SIZES]
+ALL += [(name, size, torch.float32) for name in ("ssdd-S", "klvae") for size in SIZES]
 
 
-@pytest.mark.parametrize(("name", "size", "dtype"), CASES)
+@pytest.mark.parametrize(
+    ("name", "size", "dtype"), [*BRIEF, *(pytest.param(*case, marks=pytest.mark.compiled) for case in ALL)]
+)
 def test_tokenizers_stay_on_the_device_and_never_wait_for_it(
     name: str, size: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = TOKENIZERS[name]()
-    with fake_cuda(monkeypatch) as copies:
+    tokenizer: Any = TOKENIZERS[name]()
+    with fake_cuda(monkeypatch) as watch:
         for network in tokenizer.networks.values():
             moved(network)
         images, seeds = batch(size)
         with precision(CUDA, dtype):
             latents = tokenizer.encode(images, sample=True, seeds=seeds)
-            decoded = tokenizer.decode(latents, seeds=seeds, size=size)
-            fake = quantise(decoded, "nearest")
-        assert copies.made == []
-        assert (fake.shape, fake.device.type, fake.dtype) == (images.shape, "cuda", torch.uint8)
-        assert latents.dtype == decoded.dtype == torch.float32
+            for steps in (1, 8) if tokenizer.info.decode_steps else (None,):
+                tokenizer.steps = steps
+                decoded = tokenizer.decode(latents, seeds=seeds, size=size)
+                fake = quantise(decoded, "nearest")
+                assert (fake.shape, fake.device.type, fake.dtype) == (images.shape, "cuda", torch.uint8)
+                assert latents.dtype == decoded.dtype == torch.float32
+        assert watch.waited == []
+        assert watch.products == {dtype}
 
 
 @pytest.mark.parametrize(
-    "tokenizer", [SSDDTokenizer(SSDD("f8c4", "XS"), 1), KLVAETokenizer(kl_vae(), {})], ids=["ssdd", "klvae"]
+    "tokenizer",
+    [
+        SSDDTokenizer(SSDD(**TINY), 1),  # type: ignore[arg-type]
+        KLVAETokenizer(KLVAE(KLVAEConfig(TINY["encoder"], ConvDecoderConfig(32, groups=4))), {}),  # type: ignore[arg-type]
+    ],
+    ids=["ssdd", "klvae"],
 )
 def test_everything_between_convolutions_keeps_channels_last(tokenizer: Tokenizer) -> None:
     """With real numbers: a fake convolution has no library that would choose a format."""
@@ -142,65 +111,237 @@ def test_everything_between_convolutions_keeps_channels_last(tokenizer: Tokenize
     assert len(strayed) <= 2
 
 
+# ---- metrics and the loop of an evaluation ------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("make", [lambda: LPIPS("alex"), lambda: LPIPS("vgg"), DISTS], ids=["alex", "vgg", "dists"])
 def test_networks_of_metrics_stay_on_the_device(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     network = empty(make)
-    with fake_cuda(monkeypatch) as copies, precision(CUDA, torch.float32):
+    with fake_cuda(monkeypatch) as watch, precision(CUDA, torch.float32):
         real, fake = torch.empty(2, 2, 3, 256, 256, device=CUDA)
         scores = moved(network)(real, fake)
         assert (scores.shape, scores.device.type) == ((2,), "cuda")
-        assert copies.made == []
+        assert watch.waited == []
+
+
+def inception(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    monkeypatch.setattr(weights, "load", lambda path: {})
+    monkeypatch.setattr(nn.Module, "load_state_dict", lambda *_: None)
+    return empty(lambda: Inception(Path()))
+
+
+def mobilenet(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    monkeypatch.setattr(weights, "load", lambda path: {})
+    monkeypatch.setattr(nn.Module, "load_state_dict", lambda *_: None)
+    return empty(lambda: MobileNet(Path()))
+
+
+def dinov2(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    from transformers import Dinov2Config, Dinov2Model
+
+    with torch.device("meta"):
+        config = Dinov2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, image_size=518, patch_size=14)
+        state = Dinov2Model(config).state_dict()
+    monkeypatch.setattr(weights, "load", lambda path: state)
+    return empty(lambda: DINOv2(Path()))
+
+
+def dreamsim(native: bool, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    state = {}
+    for part in ("dino", "clip", "open_clip"):
+        clip = part != "dino"
+        vit = VisionTransformer(embed_dim=64, depth=1, num_heads=1, num_classes=0, pre_norm=clip, device="meta")
+        if clip:
+            vit.patch_embed.proj = nn.Conv2d(3, 64, 16, 16, device="meta")
+        state |= {f"{part}.{key}": tensor for key, tensor in vit.state_dict().items()}
+        state[f"{part}.proj"] = torch.empty(64, 32, device="meta")
+    return empty(lambda: DreamSim(state, ("dino", "clip", "open_clip"), native=native))
+
+
+@pytest.mark.parametrize("size", [(256, 256), (256, 384)])
+@pytest.mark.parametrize(
+    "make", [inception, mobilenet, dinov2, partial(dreamsim, False), partial(dreamsim, True)],
+    ids=["inception", "mobilenet", "dinov2", "dreamsim", "dreamsim-native"],
+)  # fmt: skip
+def test_extractors_stay_on_the_device(
+    make: Callable[[pytest.MonkeyPatch], Any], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        network = make(patch)
+    network.eval().requires_grad_(False)
+    with fake_cuda(monkeypatch) as watch, precision(CUDA, torch.float32):
+        images = moved_input(network, batch(size)[0])
+        found = network.features(images) if isinstance(network, DreamSim) else network(images).values()
+        assert {features.device.type for features in found} == {"cuda"}
+        assert watch.waited == []
+
+
+def moved_input(network: nn.Module, images: Tensor) -> Tensor:
+    moved(network)
+    return images.float() if isinstance(network, DreamSim) else images
+
+
+def test_an_evaluation_sends_one_batch_up_and_one_packed_copy_back_and_waits_a_batch_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One tokenizer, all kinds of metrics; the host waits in the call that keeps the results, and nowhere before."""
+    suite = MetricSuite(("psnr", "ssim", "ssim-gauss", "ms-ssim", "latent-std"), 2, 256, CUDA)
+    lpips, tokenizer = empty(lambda: LPIPS("alex")), TOKENIZERS["ssdd-tiny"]()
+    measurement, kept = Measurement(seeds=(0, 1)), []
+    with fake_cuda(monkeypatch) as watch:
+        for network in (lpips, *tokenizer.networks.values()):
+            moved(network)
+        monkeypatch.setattr(pixel, "UNIFORM", torch.empty(7))
+        monkeypatch.setattr(pixel, "GAUSSIAN", torch.empty(11))
+        suite.scorers.append(NetworkScorer("lpips-alex", lpips))
+        suite.extractors = {"features": lambda images: images.float().mean((2, 3))}  # type: ignore[assignment, dict-item]
+
+        def step(ids: Sequence[str], real: Tensor, seeds: Tensor) -> Callable[[], object]:
+            real = real.to(CUDA, non_blocking=True)
+            watch.sent.clear()
+            with checks_deferred() as checks:
+                fakes, latents = round_trip(tokenizer, (ids, real, seeds), measurement, Timer(CUDA))
+            assert {where for where, _ in checks} == {"the latents", "the reconstruction"}
+            columns = latent_columns(tokenizer, latents, 256 * 256)
+            append = append_scores(None, suite, "ssdd", ids, real, fakes, {}, columns, {}, checks)  # type: ignore[arg-type]
+            kept.append([copy for copy in watch.sent if copy.endswith("cpu")])
+            return append
+
+        images, seeds = torch.empty(2, 3, 256, 256, dtype=torch.uint8), torch.empty(2, 2, dtype=torch.int64)
+        with pytest.raises(Waited):
+            measure(step, [("ab", images, seeds)] * 3, name="", device=CUDA, limit=2)
+    assert watch.waited == []
+    assert [len(copies) for copies in kept] == [1, 1]  # the second batch is under way when the first is waited for
+
+
+def test_what_comes_back_is_what_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {
+        "a": torch.arange(3),
+        "b": torch.rand(2, 3),
+        "c": torch.tensor([True, False]),
+        "d": torch.rand(2).double(),
+    }
+    (back,) = to_host([tensors])()
+    assert {key: array.tolist() for key, array in back.items()} == {key: x.tolist() for key, x in tensors.items()}
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_sampling_a_generator_stays_on_the_device(guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    dit = empty(lambda: DiT(dit_config("B", patch=2, channels=4, num_classes=1000)))
-    with fake_cuda(monkeypatch) as copies, precision(CUDA, torch.bfloat16):
+    dit = empty(lambda: DiT(dit_config("tiny", patch=2, channels=4, num_classes=1000)))
+    with fake_cuda(monkeypatch) as watch, precision(CUDA, torch.bfloat16):
         moved(dit)
         noise, labels = torch.empty(2, 4, 32, 32, device=CUDA), torch.empty(2, dtype=torch.int64, device=CUDA)
         latents = integrate(guided(dit, labels, 1000, guidance), noise, 4, "heun")
         assert (latents.shape, latents.device.type) == (noise.shape, "cuda")
-        assert copies.made == []
+        assert watch.waited == []
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_losses_of_a_step_of_ssdd_stay_on_the_device(compute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, critic, lpips = empty(lambda: SSDD("f8c4", "S")), empty(Discriminator), empty(lambda: LPIPS("vgg"))
-    with fake_cuda(monkeypatch) as copies:
-        for network in (model, critic, lpips):
-            moved(network)
-        real, noise = torch.empty(2, 2, 3, 128, 128, device=CUDA)
-        with torch.autocast("cuda", torch.bfloat16, enabled=compute == "bfloat16"):
-            t = training_times(torch.empty(2, 2, device=CUDA), 0.1)
-            posterior = model.encode(real)
-            z = posterior.sample(torch.empty_like(posterior.mean))
-            losses, clean, x_t = flow_losses(model, z, real, noise, t, real=real, perceptual=lpips)
-            losses |= {"kl": posterior.kl().mean(), "gan": generator_loss(critic, clean, x_t, t)}
-            losses["critic"] = critic_loss(critic, real, clean, x_t, t)
-        assert {name: loss.dtype for name, loss in losses.items()} == dict.fromkeys(losses, torch.float32)
-        assert all(loss.device.type == "cuda" and loss.requires_grad for loss in losses.values())
-        assert copies.made == []
+# ---- training: one step of each loop, backward included -----------------------------------------------------------
 
 
-def test_losses_of_a_step_of_klvae_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, critic = empty(kl_vae), empty(PatchGAN)
-    with fake_cuda(monkeypatch) as copies, torch.autocast("cuda", torch.bfloat16):
-        moved(model)
-        moved(critic)
-        real = torch.empty(2, 3, 128, 128, device=CUDA)
-        posterior = model.encode(real)
-        fake = model.decode(posterior.sample(torch.empty_like(posterior.mean)))
-        assert {x.device.type for x in (fake, posterior.kl(), critic(fake))} == {"cuda"}
-        assert copies.made == []
+class Stop(Exception):
+    """The step is over."""
+
+
+def repa(model: SSDD, device: torch.device) -> Repa:
+    def features(images: Tensor) -> Tensor:
+        return images.new_empty(len(images), images.shape[2] // 14 * (images.shape[3] // 14), DINO_DIM)
+
+    return moved(Repa(model.decoder.config.widths[-1], features))  # type: ignore[return-value]
+
+
+NARROW = ("encoder.width=32", "encoder.groups=4", "decoder.layers=1")
+TRAININGS: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
+    "joint": (ssdd_training, {"decoder": "XS"}, (*NARROW, "weights.gan=0.5", "gan_start=0")),
+    "distill": (ssdd_training, {"decoder": "XS", "stage": "distill"}, NARROW),
+    "klvae": (klvae_training, {}, ("gan.start_step=0", "model.encoder.width=32", "model.decoder.blocks=1")),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.compiled)])
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_training_step_stays_on_the_device(
+    name: str, dtype: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From uint8 crops to gradients; optimiser and log, which may wait, are where the step ends."""
+    trainer, options, settings = TRAININGS[name]
+    chosen = trainer.configure(TrainOptions(str(photographs), tmp_path, **options))
+    settings = (
+        *settings,
+        f"run.dtype={dtype}",
+        "run.compile=false",
+        "run.batch_size=2",
+        "run.held_out=0",
+        "crops.size=64",
+        "crops.late_size=0",
+    )
+    config = override(chosen, settings)
+    judged: list[nn.Module] = []
+
+    def update(step: Any, ids: Sequence[str]) -> None:
+        assert watch.waited == []
+        gradients = {id(p): p.grad for p in step.session.parameters if p.grad is not None}
+        assert len(gradients) > 0.9 * len(step.session.parameters)
+        assert {g.device.type for g in gradients.values()} == {"cuda"}
+        assert {g.dtype for g in gradients.values()} == {torch.float32}
+        assert step._terms["loss"].dtype == torch.float32
+        assert getattr(torch, dtype) in watch.products
+        raise Stop
+
+    crops = torch.empty(2, 3, 64, 64, dtype=torch.uint8)
+    with fake_cuda(monkeypatch) as watch:
+        monkeypatch.setattr(nn.Module, "to", moved)
+        monkeypatch.setattr(tokbench.training.session, "select_device", lambda *_: CUDA)
+        monkeypatch.setattr(
+            tokbench.training.session.Session, "batches", lambda *_: iter([(range(2), crops, ["a", "b"])])
+        )
+        monkeypatch.setattr(tokbench.training.session.Step, "update", update)
+        monkeypatch.setattr(trainer, "perceptual_loss", lambda *_: moved(LPIPS("vgg", safe=True).requires_grad_(False)))
+        monkeypatch.setattr(trainer, "optimizer_step", lambda *_: judged.append(trainer))
+        monkeypatch.setattr(trainer, "start_from", lambda *_: {})
+        monkeypatch.setattr(ssdd_training, "make_repa", repa)
+        twin = SimpleNamespace(deepcopy=lambda model: moved(SSDD.from_config(model.config)))
+        monkeypatch.setattr(ssdd_training, "copy", twin)
+        with pytest.raises(Stop):
+            trainer.train(config, TrainOptions(str(photographs), tmp_path, start=tmp_path))
+    assert bool(judged) == (name != "distill")
+
+
+def test_a_generators_step_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    dit = empty(lambda: DiT(dit_config("tiny", patch=2, channels=4, num_classes=1000)))
+    with fake_cuda(monkeypatch) as watch, torch.autocast("cuda", torch.bfloat16):
+        moved(dit)
+        x, labels = torch.empty(2, 4, 32, 32, device=CUDA), torch.empty(2, dtype=torch.int64, device=CUDA)
+        seeds = [torch.empty(2, dtype=torch.int64)] * 2
+        flow_loss(dit, dit, x, labels, seeds, "logit-normal").backward()
+        assert {p.grad.device.type for p in dit.parameters() if p.grad is not None} == {"cuda"}
+        assert watch.waited == []
+
+
+# ---- the means themselves -----------------------------------------------------------------------------------------
 
 
 def test_what_waits_for_the_device_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    with fake_cuda(monkeypatch) as copies:
+    with fake_cuda(monkeypatch) as watch:
         tensor = torch.empty(3, device=CUDA)
         tensor.cpu()
         torch.empty(3).to(CUDA)
-        assert len(copies.made) == 2
+        tensor.to("cpu", non_blocking=True)
+        assert (len(watch.waited), len(watch.sent)) == (2, 1)
         with pytest.raises(Exception, match="_local_scalar_dense"):
             tensor.sum().item()
         with pytest.raises(Exception, match=r"is_nonzero|_local_scalar_dense"):
             bool(tensor.sum() > 0)
+
+
+def test_gradients_without_autograds_engine_are_those_with_it() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 3, 3))
+    images, scale = torch.randn(2, 3, 8, 8), torch.randn(3, 1, 1)
+    loss = (network(images) * scale + network(images).mean()).square().mean()
+    parameters = list(network.parameters())
+    for ours, theirs in zip(
+        gradients(loss, parameters), torch.autograd.grad(loss, parameters, retain_graph=True), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)

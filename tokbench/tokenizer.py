@@ -1,10 +1,13 @@
 """The one interface a tokenizer has to offer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,15 +51,39 @@ class NotFiniteError(ValueError):
         self.rows = rows
 
 
+Checks = dict[tuple[str, int], Tensor]
+_deferred: ContextVar[Checks | None] = ContextVar("deferred checks", default=None)
+
+
 def finite(x: Tensor, where: str) -> Tensor:
     """`x` [B, ...] itself. NotFiniteError, in which the harness names the images, if it holds NaN or infinity.
 
     To be called before a quantiser, which makes some code of whatever it is given.
     """
-    good = torch.isfinite(x).reshape(len(x), -1).all(1)
-    if not good.all():
-        raise NotFiniteError(where, (~good).nonzero().flatten().tolist())
+    good, deferred = torch.isfinite(x).reshape(len(x), -1).all(1), _deferred.get()
+    if deferred is None or x.device.type == "cpu":
+        refuse({(where, 0): good.cpu().numpy()})
+    else:
+        deferred[where, len(deferred)] = good
     return x
+
+
+def refuse(checks: Mapping[tuple[str, int], np.ndarray]) -> None:
+    """NotFiniteError for the images of a batch that are not good somewhere, bool [B] by where and number."""
+    for (where, _), good in checks.items():
+        if not good.all():
+            raise NotFiniteError(where, np.flatnonzero(~good).tolist())
+
+
+@contextmanager
+def checks_deferred() -> Iterator[Checks]:
+    """Inside, `finite` waits for no GPU: what it found, bool [B] by where and number, is in the mapping, for `refuse`."""
+    checks: Checks = {}
+    token = _deferred.set(checks)
+    try:
+        yield checks
+    finally:
+        _deferred.reset(token)
 
 
 def _latents(info: TokenizerInfo) -> str:

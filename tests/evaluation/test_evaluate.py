@@ -1,6 +1,6 @@
 """evaluate() as a notebook or a training loop calls it, and the loop's own arithmetic."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from tokbench.data.pixels import quantise
 from tokbench.errors import CellError, InputError
 from tokbench.evaluation.evaluate import evaluate
 from tokbench.evaluation.pictures import KeptImages
+from tokbench.evaluation.reconstruct import measure
 from tokbench.evaluation.summary import over_seeds
 from tokbench.records.cache import cache_folder
 from tokbench.records.result import Value
@@ -220,3 +221,17 @@ def test_float16_is_a_dtype(photographs: Path) -> None:
     assert half.settings.dtype == "float16"
     assert half.metrics["psnr"].value == pytest.approx(whole.metrics["psnr"].value, abs=0.05)
     assert half.metrics["psnr"].value != whole.metrics["psnr"].value
+
+
+def test_a_part_is_kept_when_the_next_is_under_way_and_before_an_error_ends_it_all() -> None:
+    happened: list[str] = []
+
+    def step(ids: Sequence[str]) -> Callable[[], None]:
+        if ids[0] == "broken":
+            raise CellError("broken")
+        happened.append(f"start {ids[0]}")
+        return lambda: happened.append(f"keep {ids[0]}")
+
+    with pytest.raises(CellError, match="broken"):
+        measure(step, [(["a", "b"],), (["c"],), (["broken"],)], name="", device=torch.device("cpu"), limit=1)
+    assert happened == ["start a", "start b", "keep a", "start c", "keep b", "keep c"]

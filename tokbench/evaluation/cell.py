@@ -12,7 +12,7 @@ import secrets
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
@@ -68,6 +68,7 @@ from tokbench.records.samples import SampleStore
 from tokbench.runtime.device import describe_device
 from tokbench.runtime.processes import Processes
 from tokbench.runtime.terminal import bar, say
+from tokbench.tokenizer import checks_deferred
 
 log = logging.getLogger("tokbench")
 
@@ -304,12 +305,14 @@ def fill_store(cell: Cell, pairs: Pairs, work: Path, images: KeptImages) -> int:
     mine = share(source.ids, done, work, processes)
     where = f"{cell.info.name} at {size_text(cell.measurement.resolution)}"
 
-    def step(ids: Sequence[str], real: Tensor, beside: Tensor) -> None:
+    def step(ids: Sequence[str], real: Tensor, beside: Tensor) -> Callable[[], None]:
         real = real.to(device, non_blocking=True)
-        fakes, columns, found = pairs.fakes(ids, real, beside)
+        with checks_deferred() as checks:
+            fakes, columns, found = pairs.fakes(ids, real, beside)
         features = {key: found[key].reshape(len(ids), -1) for key in cell.given}
-        rows = append_scores(store, cell.suite, ids, real, fakes, known, columns, features)
-        images.add(ids, error_rank(rows, len(ids)).tolist(), real, next(iter(fakes.values()))[0])
+        append = append_scores(store, cell.suite, cell.info.name, ids, real, fakes, known, columns, features, checks)
+        shown = next(iter(fakes.values()))[0]
+        return lambda: images.add(ids, error_rank(append(), len(ids)).tolist(), real, shown)
 
     def fill() -> int:
         with store, bar(where, len(mine)) as progress:

@@ -2,6 +2,7 @@
 
 Everything between a model's float output and a metric's uint8 input happens here and nowhere else: clamp, rounding by
 the protocol, the check for NaN. What is measured is stored per sample; metrics are computed later from the store.
+A GPU is waited for once a batch, while it works on the next one: see `measure`.
 """
 
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +23,16 @@ from tokbench.metrics.suite import MetricSuite
 from tokbench.protocols import Protocol, sides_of
 from tokbench.records.measurement import Measurement
 from tokbench.records.samples import SampleStore
-from tokbench.runtime.device import find_dtype, in_float64, is_out_of_memory, precision, release
-from tokbench.tokenizer import NotFiniteError, Tokenizer, finite
+from tokbench.runtime.device import (
+    find_dtype,
+    in_float64,
+    is_out_of_memory,
+    precision,
+    release,
+    to_host,
+    unless_full,
+)
+from tokbench.tokenizer import Checks, NotFiniteError, Tokenizer, finite, refuse
 
 PIXELS_PER_BATCH = {"cpu": 8 * 256 * 256, "cuda": 64 * 256 * 256, "mps": 8 * 256 * 256}
 TYPICAL = (1024, 1024)  # what native images are taken for; a batch that does not fit into memory is halved
@@ -31,6 +41,7 @@ LARGEST_BATCH = {"cpu": 16, "cuda": 256, "mps": 16}
 LATENT_COLUMNS = frozenset(("bpp", "latent-mean", "latent-square", "label", *GRID))
 
 Batch = tuple[Sequence[str], Tensor, Tensor]  # ids, uint8 [B, 3, H, W], int64 [B, S] with the image's seeds
+Mark = float | torch.cuda.Event  # a moment, on the clock of the CPU or in the queue of a GPU
 Fakes = Mapping[int, tuple[Tensor, Tensor | None]]  # by seed: uint8 [B, 3, H, W], and the decoder's float output
 
 Columns = Mapping[str, Tensor]  # [B] each
@@ -63,28 +74,37 @@ class Timer:
     """Seconds of encoding and decoding; the first batch pays for warming up and counts only if it is the only one."""
 
     device: torch.device
-    seconds: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: {"encode": [], "decode": []})
+    marks: dict[str, list[tuple[int, Mark, Mark]]] = field(default_factory=lambda: {"encode": [], "decode": []})
 
     def time(self, part: str, num_images: int, call: Callable[[], Tensor]) -> Tensor:
-        """The call's value; its seconds are kept under `part`."""
-        start = self._now()
+        """The call's value; when it began and ended is kept under `part`. Does not wait for a GPU."""
+        start = self._mark()
         output = call()
-        self.seconds[part].append((num_images, self._now() - start))
+        self.marks[part].append((num_images, start, self._mark()))
         return output
 
     def per_image(self) -> dict[str, float]:
         """Mean seconds an image, {} before anything was timed."""
         means = {}
-        for part, timed in self.seconds.items():
+        for part, timed in self.marks.items():
             timed = timed[1:] or timed
             if timed:
-                means[part] = sum(seconds for _, seconds in timed) / sum(count for count, _ in timed)
+                means[part] = sum(_seconds(*marks) for _, *marks in timed) / sum(count for count, *_ in timed)
         return means
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def _mark(self) -> Mark:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
 
 
 @contextmanager
@@ -159,38 +179,44 @@ def seed_column(name: str, seed: int) -> str:
 def append_scores(
     store: SampleStore,
     suite: MetricSuite,
+    name: str,
     ids: Sequence[str],
     real: Tensor,
     fakes: Fakes,
     known: Mapping[str, set[str]],
     columns: Mapping[str, Tensor],
     features: Mapping[tuple[str, str], Tensor],
-) -> dict[str, np.ndarray]:
-    """Measure uint8 [B, 3, H, W] against its reconstructions and store it; returns the columns [B].
+    checks: Checks,
+) -> Callable[[], dict[str, np.ndarray]]:
+    """Measure uint8 [B, 3, H, W] against its reconstructions; the call stores that and returns the columns [B].
 
     `fakes` are, by seed, the reconstruction uint8 and the decoder's float output (None: there is none). With several
     seeds a column is their mean, beside one column (and feature) per seed. `known` are, by extractor, ids whose real
-    features are there already. `columns` and `features` are stored as well.
+    features are there already. `columns` and `features` are stored as well. The call is the one that waits for a GPU,
+    and raises CellError in the `name` of the model for `checks` that were deferred and fail.
     """
-    scores = {seed: _numpy(suite.score(real, fake, decoded)) for seed, (fake, decoded) in fakes.items()}
-    several, first = len(fakes) > 1, next(iter(scores.values()))
-    rows = {name: np.mean([score[name] for score in scores.values()], axis=0) for name in first}
-    found: dict[tuple[str, str], Tensor] = dict(features)
+    several = len(fakes) > 1
     lacking = [name for name in suite.extractors if not known.get(name, set()).issuperset(ids)]
     with torch.inference_mode():
-        found |= {("real", name): suite.extractors[name](real) for name in lacking}
+        scores = [suite.score(real, fake, decoded) for fake, decoded in fakes.values()]
+        found = {**features, **{("real", name): suite.extractors[name](real) for name in lacking}}
         for seed, (fake, _) in fakes.items():
-            if several:
-                rows |= {seed_column(name, seed): values for name, values in scores[seed].items()}
-            for name, extract in suite.extractors.items():
-                found["fake", seed_column(name, seed) if several else name] = extract(fake)
-    rows |= _numpy(columns)
-    store.append(ids, rows, {key: values.cpu().numpy() for key, values in found.items()})
-    return rows
+            for extractor, extract in suite.extractors.items():
+                found["fake", seed_column(extractor, seed) if several else extractor] = extract(fake)
+    landing = to_host([found, columns, checks, *scores])
 
+    def finish() -> dict[str, np.ndarray]:
+        found, columns, checks, *scores = landing()
+        with model_errors_as_cell_errors(name, ids):
+            refuse(checks)
+        rows = {column: np.mean([score[column] for score in scores], axis=0) for column in scores[0]}
+        if several:
+            for seed, score in zip(fakes, scores, strict=True):
+                rows |= {seed_column(column, seed): values for column, values in score.items()}
+        store.append(ids, rows | columns, found)
+        return rows | columns
 
-def _numpy(columns: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: values.detach().cpu().numpy() for name, values in columns.items()}
+    return finish
 
 
 def latent_columns(tokenizer: Tokenizer, latents: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
@@ -211,7 +237,7 @@ def latent_columns(tokenizer: Tokenizer, latents: Tensor, size: tuple[int, int])
 
 
 def measure(
-    step: Callable[..., None],
+    step: Callable[..., Callable[[], object]],
     batches: Iterable[tuple[Sequence[str], *tuple[Tensor, ...]]],
     *,
     name: str,
@@ -222,36 +248,35 @@ def measure(
 ) -> int:
     """Call `step(ids, ...)` with every batch, cut into parts of at most `limit` samples; returns the limit in the end.
 
-    A step does all of its part or, if anything fails, nothing. When memory runs out, the part is halved, and so are all
-    that follow. CellError if even one sample needs too much, or if the `batch_size` was the user's wish. `progress` is
-    told how many are done.
+    A step tells a GPU what to do and returns the call that waits for it and keeps the results, which is made when the
+    next part is under way: so the GPU works while the host stores. When memory runs out, the part is halved, and so are
+    all that follow. CellError if even one sample needs too much, or if the `batch_size` was the user's wish. `progress`
+    is told how many are under way.
     """
-    for ids, *tensors in batches:
-        start = 0
-        while start < len(ids):
-            part = slice(start, min(start + limit, len(ids)))
-            size = part.stop - part.start
-            if _fits(partial(step, ids[part], *(tensor[part] for tensor in tensors))):
-                progress(size)
-                start = part.stop
-                continue
-            release(device)
-            if batch_size is not None or size == 1:
-                hint = f"; try --batch-size {size // 2}, or auto" if size > 1 else ""
-                raise CellError(f"{name}: out of memory with batch size {size}{hint}")
-            limit = size // 2
-    return limit
-
-
-def _fits(call: Callable[[], None]) -> bool:
-    """Whether memory was enough for the call. The traceback, which would keep its tensors alive, ends here."""
+    held: list[Callable[[], object]] = []  # of the part before, if it is not kept yet
     try:
-        call()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
-    return True
+        for ids, *tensors in batches:
+            start = 0
+            while start < len(ids):
+                part = slice(start, min(start + limit, len(ids)))
+                size = part.stop - part.start
+                finish = unless_full(partial(step, ids[part], *(tensor[part] for tensor in tensors)))
+                if held:
+                    held.pop()()
+                if finish is not None:
+                    held.append(finish)
+                    progress(size)
+                    start = part.stop
+                    continue
+                release(device)
+                if batch_size is not None or size == 1:
+                    hint = f"; try --batch-size {size // 2}, or auto" if size > 1 else ""
+                    raise CellError(f"{name}: out of memory with batch size {size}{hint}")
+                limit = size // 2
+    finally:  # what was measured before an error is kept
+        if held:
+            held.pop()()
+    return limit
 
 
 def round_trip(tokenizer: Tokenizer, batch: Batch, measurement: Measurement, timer: Timer) -> tuple[Fakes, Tensor]:

@@ -112,7 +112,15 @@ class SavedPairs:
         """Ids and both sides, uint8 [B, 3, H, W]."""
         asked, size = self.measurement, images_at_once(self.measurement, self.device)
         real, fake = (
-            Loader(side, asked.resolution, asked.rules, batch_size=size, indices=indices, workers=asked.workers)
+            Loader(
+                side,
+                asked.resolution,
+                asked.rules,
+                batch_size=size,
+                indices=indices,
+                workers=asked.workers,
+                pin_memory=self.device.type == "cuda",
+            )
             for side in (self.real, self.fake)
         )
         for (ids, reals), (_, fakes) in zip(real, fake, strict=True):
@@ -120,7 +128,7 @@ class SavedPairs:
 
     def fakes(self, ids: Sequence[str], real: Tensor, beside: Tensor) -> tuple[Fakes, Columns, Features]:
         """The fakes as they were read: no columns, no features."""
-        return {0: (beside.to(self.device), None)}, {}, {}
+        return {0: (beside.to(self.device, non_blocking=True), None)}, {}, {}
 
     def facts(self, processes: Processes) -> dict[str, Any]:
         """Nothing to say."""

@@ -7,7 +7,7 @@ nothing, and asking for more samples later goes on from those that are there.
 import json
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +40,11 @@ from tokbench.metrics.suite import MetricSuite
 from tokbench.records.files import writable, write_whole
 from tokbench.records.measurement import Measurement
 from tokbench.records.samples import SampleStore
-from tokbench.runtime.device import is_out_of_memory, precision
+from tokbench.runtime.device import is_out_of_memory, precision, to_host
 from tokbench.runtime.processes import Processes
 from tokbench.runtime.seeding import normal, sample_seeds
 from tokbench.runtime.terminal import bar
-from tokbench.tokenizer import Tokenizer
+from tokbench.tokenizer import Tokenizer, checks_deferred, refuse
 
 CHUNK = 128  # samples of a file of latents
 FIRST = 16  # samples whose images are always kept, for a picture
@@ -241,16 +241,26 @@ def decode_latents(
                 latents = draw.read(k)[0][[number - k * CHUNK for number in numbers]]
                 yield [sample_id(n) for n in numbers], latents, sample_seeds(draw.how.seed, numbers, DECODER)
 
-    def step(ids: Sequence[str], latents: Tensor, seeds: Tensor) -> None:
+    def step(ids: Sequence[str], latents: Tensor, seeds: Tensor) -> Callable[[], None]:
         latents, timer, side = latents.to(device), Timer(device), draw.generator.space.resolution
         if draw.generator.space.dtype == "uint8":
             latents = latents.round().clamp(0, 255).to(torch.uint8)
-        with model_errors_as_cell_errors(name, ids), precision(device, autocast_dtype(measurement)):
+        safely = model_errors_as_cell_errors(name, ids)
+        with safely, precision(device, autocast_dtype(measurement)), checks_deferred() as checks:
             fake = quantise(decode(tokenizer, latents, seeds, (side, side), ids, timer), "nearest")
-        write_images(images, {sample: image for sample, image in zip(ids, fake, strict=True) if sample in saved})
         with torch.inference_mode():
-            features = {("fake", e.identity): e(fake).cpu().numpy() for e in extractors}
-        store.append(ids, {"decode.seconds": np.full(len(ids), timer.per_image()["decode"])}, features)
+            features = {("fake", e.identity): e(fake) for e in extractors}
+        shown = {sample: image for sample, image in zip(ids, fake, strict=True) if sample in saved}
+        landing = to_host([shown, features, checks])
+
+        def finish() -> None:
+            shown, features, checks = landing()
+            with model_errors_as_cell_errors(name, ids):
+                refuse(checks)
+            write_images(images, shown)
+            store.append(ids, {"decode.seconds": np.full(len(ids), timer.per_image()["decode"])}, features)
+
+        return finish
 
     with bar(f"decode {name}", sum(len(numbers) for _, numbers in share)) as progress:
         measure(
@@ -264,13 +274,13 @@ def decode_latents(
         )
 
 
-def write_images(folder: Path, images: Mapping[str, Tensor]) -> None:
+def write_images(folder: Path, images: Mapping[str, np.ndarray]) -> None:
     """uint8 [3, H, W] by sample id, as PNG files, which lose nothing."""
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for sample, image in images.items():
             partial_file = folder / f".{sample}.tmp"
-            Image.fromarray(image.cpu().permute(1, 2, 0).numpy()).save(partial_file, format="PNG")
+            Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(partial_file, format="PNG")
             partial_file.replace(folder / f"{sample}.png")
 
 

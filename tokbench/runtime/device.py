@@ -5,16 +5,19 @@ import gc
 import hashlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokbench.errors import CellError, InputError
 from tokbench.runtime.terminal import say
 from tokbench.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WITHOUT_FLOAT64 = ("mps",)
@@ -170,6 +173,40 @@ def precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """torch, cuDNN and cuBLAS say it in different ways."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(s in str(error) for s in OUT_OF_MEMORY)
+
+
+def unless_full(call: Callable[[], T]) -> T | None:
+    """What the call gives, None if memory does not suffice; the traceback, which keeps tensors alive, ends here."""
+    try:
+        return call()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
+
+
+def to_host(groups: Sequence[Mapping[Any, Tensor]]) -> Callable[[], list[dict[Any, np.ndarray]]]:
+    """Start to copy tensors to the host, those of a GPU as one; the call waits for the copy and gives their arrays."""
+    tensors = [tensor.detach().contiguous() for group in groups for tensor in group.values()]
+    far = [tensor for tensor in tensors if tensor.device.type == "cuda"]
+    if far:
+        packed = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in far])
+        landed, arrived = packed.to("cpu", non_blocking=True), torch.cuda.Event()  # torch gives it pinned memory
+        arrived.record()
+
+    def wait() -> list[dict[Any, np.ndarray]]:
+        if far:
+            arrived.synchronize()
+            parts = iter(landed.split([tensor.nbytes for tensor in far]))
+        arrays = iter(
+            next(parts).clone().view(tensor.dtype).view(tensor.shape).numpy()
+            if tensor.device.type == "cuda"
+            else tensor.cpu().numpy()
+            for tensor in tensors
+        )
+        return [{key: next(arrays) for key in group} for group in groups]
+
+    return wait
 
 
 def release(device: torch.device) -> None:

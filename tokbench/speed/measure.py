@@ -37,7 +37,7 @@ from tokbench.records import provenance
 from tokbench.records.files import slug, write_whole
 from tokbench.records.result import SpeedResult, Stage, TokenizerInfo, to_json
 from tokbench.registry import Spec, create, numbered, parse_all
-from tokbench.runtime.device import describe_device, precision, prepare, warn_of_emulation
+from tokbench.runtime.device import describe_device, precision, prepare, unless_full, warn_of_emulation
 from tokbench.speed.timing import (
     QUICK,
     STANDARD,
@@ -48,7 +48,6 @@ from tokbench.speed.timing import (
     synchronise,
     take_turns,
     time_block,
-    unless_full,
     warm_up,
 )
 from tokbench.tokenizer import Tokenizer

@@ -6,14 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 
-from tokbench.runtime.device import is_out_of_memory, release
+from tokbench.runtime.device import release, unless_full
 
 Step = Callable[[], object]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,16 +63,6 @@ def warm_up(step: Step, device: torch.device, limit: int = STANDARD.warm_ups) ->
             return now
         last = now
     return last
-
-
-def unless_full(measure: Callable[[], T]) -> T | None:
-    """What `measure` gives, None if memory does not suffice; the traceback, which keeps tensors alive, ends here."""
-    try:
-        return measure()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    return None
 
 
 def take_turns(steps: Sequence[Step], device: torch.device, budget: TimingBudget) -> list[list[float] | None]:
