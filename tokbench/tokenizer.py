@@ -77,7 +77,7 @@ def refuse(checks: Mapping[tuple[str, int], np.ndarray]) -> None:
 
 @contextmanager
 def checks_deferred() -> Iterator[Checks]:
-    """Inside, `finite` waits for no GPU: what it found, bool [B] by where and number, is in the mapping, for `refuse`."""
+    """Inside, `finite` waits for no GPU: what it found, bool [B] by where and number, waits for `refuse`."""
     checks: Checks = {}
     token = _deferred.set(checks)
     try:
