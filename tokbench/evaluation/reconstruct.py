@@ -23,15 +23,7 @@ from tokbench.metrics.suite import MetricSuite
 from tokbench.protocols import Protocol, sides_of
 from tokbench.records.measurement import Measurement
 from tokbench.records.samples import SampleStore
-from tokbench.runtime.device import (
-    find_dtype,
-    in_float64,
-    is_out_of_memory,
-    precision,
-    release,
-    to_host,
-    unless_full,
-)
+from tokbench.runtime.device import find_dtype, in_float64, is_out_of_memory, precision, release, to_host, unless_full
 from tokbench.tokenizer import Checks, NotFiniteError, Tokenizer, finite, refuse
 
 PIXELS_PER_BATCH = {"cpu": 8 * 256 * 256, "cuda": 64 * 256 * 256, "mps": 8 * 256 * 256}
