@@ -11,7 +11,7 @@ import torch
 from tests.metrics.test_metrics import Stored
 from tokbench.errors import InputError
 from tokbench.metrics import METRICS, distribution, frechet, kernel_of
-from tokbench.metrics.statistics import from_half_samples
+from tokbench.metrics.statistics import from_half_samples, half_samples
 
 
 def features(num: int, dim: int, seed: int, scale: float = 1.0) -> np.ndarray:
@@ -281,3 +281,14 @@ def test_mind_has_the_error_of_its_half_samples() -> None:
     assert value.low is not None
     assert 0 < value.stderr < 0.3 * value.value
     assert value.low < value.value
+
+
+def test_the_bias_of_mind_is_told_from_half_samples() -> None:
+    generator, (real, fake) = np.random.default_rng(4), (features(4000, 16, 0), features(4000, 16, 1, 1.1))
+    real, truth, values, told = np.asarray(real), mind(real, fake), [], []
+    for _ in range(20):
+        rows = generator.choice(4000, 64, replace=False)
+        value = mind(real[rows], fake[rows])
+        values.append(value)
+        told.append(distribution.monge_distances(real[rows], fake[rows], half_samples(64)).mean() - value)
+    assert np.mean(values) - truth == pytest.approx(np.mean(told), rel=0.3)

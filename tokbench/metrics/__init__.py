@@ -34,7 +34,9 @@ CODES, LATENTS = "codes", "latents"  # features that are a tokenizer's own: code
 GRID = ("latent-channels", "latent-height", "latent-step")  # columns, equal for all images: C, H, pixels a position
 # Images: below it the covariance of 2048 features is singular, and the bias is most of the value.
 FRECHET_MINIMUM = 2048
-MIND_MINIMUM = 512  # from here on the bias is about a tenth of the value, or less: docs/probes.md
+# From here on the bias is about a tenth of the value, or less; of images far from the real ones far earlier
+# (docs/concepts/latents.md).
+MIND_MINIMUM, MIND_MINIMUM_BETWEEN, MIND_BIAS = 512, 16, 0.02
 
 
 class Samples(Protocol):
@@ -170,7 +172,9 @@ def monge_of(extractor: str, samples: Samples) -> Value:
     count = min(len(real), len(fake))
     value, *halves = distribution.monge_distances(real, fake, [np.arange(count), *half_samples(count)])
     found = from_half_samples(float(value), np.array(halves))
-    return Value(found.value, found.error, *within(found, (0.0, math.inf)), len(samples.ids), FRECHET_NOTE)
+    bias = (float(np.mean(halves)) - found.value) / max(found.value, 1e-30)  # of half as many it is twice as large
+    note = f"{FRECHET_NOTE}; about {bias:.0%} of it is bias" if bias > MIND_BIAS else FRECHET_NOTE
+    return Value(found.value, found.error, *within(found, (0.0, math.inf)), len(samples.ids), note)
 
 
 def half_sample_monge(real: np.ndarray, fake: np.ndarray) -> np.ndarray:
@@ -337,11 +341,12 @@ def _frechet(
 
 
 def _monge(
-    name: str, extractor: str, what: str, networks: tuple[str, ...], scope: Literal["both", "interpolation"] = "both"
-) -> Metric:
+    name: str, extractor: str, what: str, networks: tuple[str, ...], scope: Literal["both", "interpolation"] = "both",
+    minimum: int = MIND_MINIMUM,
+) -> Metric:  # fmt: skip
     return Metric(
         name, "lower", f"MIND, sliced Wasserstein distance of {what}", low=0.0, tolerance=0.02, digits=2,
-        compute=partial(monge_of, extractor), extractor=extractor, networks=networks, scope=scope, minimum=MIND_MINIMUM,
+        compute=partial(monge_of, extractor), extractor=extractor, networks=networks, scope=scope, minimum=minimum,
         halves=half_sample_monge,
     )  # fmt: skip
 
@@ -369,7 +374,7 @@ def _paired(extractor: str, what: str) -> Metric:
 
 _INCEPTION = "FID Inception features (torch-fidelity's weights and resize)"
 _FEATURES = {"inception": _INCEPTION, "dinov2": "DINOv2 ViT-L/14 features", "mobilenet": "MobileNetV2 features"}
-_BETWEEN = "of images decoded halfway to a neighbour among the same latents"
+_SHORT = {"inception": "Inception", "dinov2": "DINOv2", "mobilenet": "MobileNetV2"}
 _LABELLED: dict[str, Any] = {"extractor": LATENTS, "sides": ("fake",), "reads": (*GRID[:2], "label"), "minimum": 2}
 
 _SSIM: dict[str, Any] = {"low": -1.0, "high": 1.0, "tolerance": 0.002}
@@ -458,10 +463,11 @@ METRICS: dict[str, Metric] = {
                digits=3, compute=partial(irreducible_variance, 0), **_LABELLED),
         Metric("latent-within", "lower", "share of variance within classes", low=0.0, tolerance=0.01, digits=3,
                compute=partial(irreducible_variance, 1), **_LABELLED),
-        *(_frechet("ifid-val" if name == "inception" else f"ifd-val-{name}", name, f"{what}, {_BETWEEN}", (name,),
-                   "interpolation") for name, what in _FEATURES.items()),
-        *(_monge(f"imind-val-{name}", name, f"{what}, {_BETWEEN}", (name,), "interpolation")
-          for name, what in _FEATURES.items()),
+        *(_frechet("ifid-val" if name == "inception" else f"ifd-val-{name}", name,
+                   f"images decoded between neighbouring latents ({what})", (name,), "interpolation")
+          for name, what in _SHORT.items()),
+        *(_monge(f"imind-val-{name}", name, f"images decoded between neighbouring latents ({what})", (name,),
+                 "interpolation", MIND_MINIMUM_BETWEEN) for name, what in _SHORT.items()),
     )
 }  # fmt: skip
 
