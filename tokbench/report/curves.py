@@ -164,7 +164,7 @@ def against_arena(entries: Sequence[ResultEntry], reported: Sequence[Reported], 
     arena: dict[str, dict[str, float]] = {}
     for row in reported:
         if row.source.startswith(ARENA) and row.tokenizer and (gfid := row.numbers["gfid"]):
-            arena.setdefault(row.model.rpartition(" + ")[2], {})[row.tokenizer] = gfid
+            arena.setdefault(row.model.rpartition(" + ")[2].partition("/")[0], {})[row.tokenizer] = gfid
     panels: dict[str, Lines] = {}
     for metric in ARENA_METRICS:
         for entry in entries:
