@@ -416,7 +416,9 @@ def probe(
 
 
 @app.command(epilog=_examples("latents"))
-@with_options(Measurement, "protocol", "metrics", "dtype", "device", "batch_size", "workers", "small", "skip_bad")
+@with_options(
+    Measurement, "protocol", "metrics", "dtype", "device", "batch_size", "workers", "small", "skip_bad", "keep_features"
+)
 def latents(
     models: Models,
     measurement: Measurement,

@@ -18,7 +18,7 @@ from PIL import Image
 from tests.conftest import Ran
 from tokbench.data import sources
 from tokbench.data.open import SAMPLES, describe, open_source
-from tokbench.data.sources import Source
+from tokbench.data.sources import Source, class_labels, group_columns
 from tokbench.errors import InputError
 
 
@@ -454,3 +454,26 @@ def test_the_column_of_images_is_chosen_or_asked_for(tmp_path: Path) -> None:
     for index in (1, 2):
         with pytest.raises(InputError, match=f"row {index}: "):
             rows.load(index)
+
+
+def test_columns_that_sort_rows_into_groups_are_known_by_name(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the hf extra")
+    rows = {
+        "image": [{"bytes": gray(i), "path": None} for i in range(4)], "label": [0, 1, 1, 0],
+        "light": ["day", "night", "day", "day"], "caption": list("abcd"), "score": [0.1, 0.2, 0.3, 0.4],
+    }  # fmt: skip
+    features = datasets.Features({
+        "image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"]),
+        "light": datasets.Value("string"), "caption": datasets.Value("string"), "score": datasets.Value("float32"),
+    })  # fmt: skip
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "part.parquet")
+    found = group_columns(open_source(f"hf:{tmp_path}"))
+    assert found == {"label": ["cat", "dog", "dog", "cat"], "light": ["day", "night", "day", "day"]}
+
+
+def test_the_folders_of_images_are_classes(folder: Path, tmp_path: Path) -> None:
+    for spec in (folder, tar_of(folder, tmp_path / "a.tar")):
+        source = open_source(spec)
+        assert group_columns(source)["class"] == [sample.partition("/")[0] for sample in source.ids]
+        assert class_labels(source)[1] == sorted(set(group_columns(source)["class"]))
+    assert group_columns(open_source("samples", limit=3)) == {}

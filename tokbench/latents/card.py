@@ -108,7 +108,7 @@ def card(
         replace(cell, measurement=replace(cell.measurement, metrics=names, keep_features=keep))
         for keep, names in (
             (True, tuple({n: 1 for n in ("latent-rank", *cell.measurement.metrics) if n in OF_LATENTS})),
-            (False, tuple(n for n in cell.measurement.metrics if n not in OF_LATENTS)),
+            (measurement.keep_features, tuple(n for n in cell.measurement.metrics if n not in OF_LATENTS)),
         )
     )
     result, _ = measure_cell(first, Encodings(tokenizer, source, first.measurement, Timer(device)), fresh=fresh)
@@ -184,14 +184,20 @@ def card_table(results: Sequence[EvalResult]) -> Table:
             arrow = Heading(key=name, better=metric.better).label
             cells = {key: _cell(values.get(key, Value(None)), metric.digits) for key in (h.key for h in headings)}
             lines.append(TableRow(arrow, cells | {"meaning": TableCell(metric.description)}))
-    notes = {f"{name}: {v.note}" for r in results for name, v in r.metrics.items() if v.note}
-    notes |= {f"{name}: {why}" for r in results for name, why in r.unavailable.items()}
+    remarks: dict[tuple[str, str], list[str]] = {}
+    for r in results:
+        for name, why in [*((n, v.note) for n, v in r.metrics.items() if v.note), *r.unavailable.items()]:
+            remarks.setdefault((name, why), []).append(r.tokenizer.name)
+    notes = [
+        f"{name}{'' if len(who) == len(results) else ' of ' + ', '.join(who)}: {why}"
+        for (name, why), who in sorted(remarks.items())
+    ]
     data, where = results[0].dataset, results[0].provenance.device
     title = f"latents of {data.name} at {data.resolution} px · protocol {results[0].protocol}"
     shapes = ", ".join(f"{r.tokenizer.name} {'x'.join(map(str, r.latents['shape']))}" for r in results)
     return Table(
         title=title, names="quantity", columns=headings, groups=[("", lines)],
-        notes=[f"N = {data.num_images:,} · {where} · {ERRORS}", f"latents: {shapes}", *sorted(notes)],
+        notes=[f"N = {data.num_images:,} · {where} · {ERRORS}", f"latents: {shapes}", *notes],
     )  # fmt: skip
 
 

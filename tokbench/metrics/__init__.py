@@ -35,7 +35,7 @@ GRID = ("latent-channels", "latent-height", "latent-step")  # columns, equal for
 # Images: below it the covariance of 2048 features is singular, and the bias is most of the value.
 FRECHET_MINIMUM = 2048
 # From here on the bias is about a tenth of the value, or less; of images far from the real ones far earlier
-# (docs/concepts/latents.md).
+# (docs/concepts/frechet.md).
 MIND_MINIMUM, MIND_MINIMUM_BETWEEN, MIND_BIAS = 512, 16, 0.02
 
 

@@ -150,13 +150,14 @@ def rfid_vs_gfid(entries: Sequence[ResultEntry], reported: Sequence[Reported], p
 
 
 def latent_spectra(entries: Sequence[ResultEntry], path: Path) -> Path | None:
-    """Power of latents against spatial frequency, both logarithmic, a line per tokenizer; a slope of 0 is white."""
+    """Power of latents against spatial frequency, both logarithmic, a line per tokenizer; a flat one is white noise."""
     lines: Lines = {
         entry.name: list(zip(found["frequency"], found["power"], strict=True))
         for entry in entries
         if (found := entry.result.latents).get("power")
     }
-    return curves(lines, "spatial frequency of the latents (Nyquist = 1)", "mean power", path, log_y=True)
+    label = "spatial frequency of the latents (Nyquist rate = 1)"
+    return curves(lines, label, "mean power of a coefficient", path, log_y=True, legend=True)
 
 
 def against_arena(entries: Sequence[ResultEntry], reported: Sequence[Reported], path: Path) -> Path | None:
