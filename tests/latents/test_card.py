@@ -61,9 +61,13 @@ def test_a_card_is_a_record_and_is_answered_from_it(classes: Path, tmp_path: Pat
 
 
 def test_scale_and_shift_make_the_latents_standard(photographs: Path, tmp_path: Path, tokbench: Call) -> None:
-    asked = ("--data", photographs, "--res", 32, "--out", tmp_path, "--metrics", "latent-std")
-    assert tokbench("latents", "--models", f"t={TINY}", *asked).status == 0
-    card = read_result(tmp_path / "latents/adm/photographs-32/t.json")
+    asked = ("--data", photographs, "--res", 32, "--out", tmp_path, "--metrics", "latent-std", "--keep-features")
+    assert tokbench("latents", "--models", f"t={TINY},same={TINY}", *asked).status == 0
+    folder = tmp_path / "latents/adm/photographs-32"
+    compared = tokbench("compare", folder / "t.json", folder / "same.json").out  # by the features that both kept
+    assert "inconclusive" not in compared
+    assert "latent-rank" in compared
+    card = read_result(folder / "t.json")
     mean, deviation = np.array(card.latents["latents_mean"]), np.array(card.latents["latents_std"])
     whole = np.sqrt((deviation**2).mean() + mean.var())
     assert card.latents["scaling_factor"] == pytest.approx(1 / whole)

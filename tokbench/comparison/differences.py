@@ -224,7 +224,7 @@ def _change(metric: Metric, base: ResultEntry, new: ResultEntry) -> tuple[Estima
 
 
 def _halves(metric: Metric, base: ResultEntry, new: ResultEntry) -> np.ndarray | None:
-    """Differences of a distance on half-samples of the features that both kept; None where they are not."""
+    """Differences of a metric on half-samples of the features that both kept; None where they are not."""
     if metric.halves is None:
         return None
     folders = [entry.path.with_suffix(".features") for entry in (base, new) if entry.path is not None]
@@ -246,11 +246,10 @@ def _halves(metric: Metric, base: ResultEntry, new: ResultEntry) -> np.ndarray |
 def _half_sample_distances(store: SampleStore, metric: Metric, seeds: Sequence[int]) -> np.ndarray:
     """Distances [2 * repeats] on half-samples, averaged over the seeds, as the value is; KeyError if features
     are missing."""
-    extractor = metric.extractor or ""
     assert metric.halves is not None
+    extractor = metric.extractor or ""
     names = [extractor] if len(seeds) == 1 else [f"{extractor}.seed{seed}" for seed in seeds]  # reconstruct.seeded
-    real = store.features("real", extractor)
-    distances = [metric.halves(real, store.features("fake", name)) for name in names]
+    distances = [metric.halves(store, name) for name in names]
     mean: np.ndarray = np.mean(distances, axis=0)
     return mean
 

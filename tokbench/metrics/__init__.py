@@ -92,7 +92,8 @@ class Metric:
     scope: Literal["reconstruction", "generation", "both", "interpolation"] = "reconstruction"
     terms: Callable[[Mapping[str, np.ndarray]], np.ndarray] | None = None
     probe: str = ""  # which one gives it; "": `run` does
-    halves: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None  # of features, for paired differences
+    # Values on half-samples of what `keep_features` keeps, fakes under this name (of one seed): paired differences.
+    halves: Callable[[Samples, str], np.ndarray] | None = None
     rows: Callable[[Samples], np.ndarray] | None = None  # values per image [N] that the features give, for the table
     share: bool = False  # an image counts 1 or 0
     minimum: int = 1  # images; below it the value is null, and neither networks nor features are needed
@@ -177,9 +178,15 @@ def monge_of(extractor: str, samples: Samples) -> Value:
     return Value(found.value, found.error, *within(found, (0.0, math.inf)), len(samples.ids), note)
 
 
-def half_sample_monge(real: np.ndarray, fake: np.ndarray) -> np.ndarray:
+def monge_halves(extractor: str, samples: Samples, fakes: str) -> np.ndarray:
     """MIND on half-samples."""
+    real, fake = samples.features("real", extractor), samples.features("fake", fakes)
     return distribution.monge_distances(real, fake, half_samples(min(len(real), len(fake))))
+
+
+def frechet_halves(extractor: str, samples: Samples, fakes: str) -> np.ndarray:
+    """Fréchet distances on half-samples."""
+    return frechet.half_sample_distances(samples.features("real", extractor), samples.features("fake", fakes))
 
 
 def kernel_of(extractor: str, samples: Samples, *, subset: int = distribution.KID_SUBSET) -> Value:
@@ -299,6 +306,12 @@ def latent_statistic(statistic: Callable[[latents.Sums], float], samples: Sample
     return Value(value, error, n=len(samples.ids))
 
 
+def latent_halves(statistic: Callable[[latents.Sums], float], samples: Samples, _: str) -> np.ndarray:
+    """A statistic on half-samples of the latents."""
+    own = latents_of(samples)
+    return np.array([statistic(latents.sums_over(own, rows)) for rows in half_samples(len(own.rows))])
+
+
 def latent_rows(rows: Callable[[latents.Latents], np.ndarray], samples: Samples) -> np.ndarray:
     """What latents give per image."""
     return rows(latents_of(samples))
@@ -336,7 +349,7 @@ def _frechet(
     return Metric(
         name, "lower", f"Fréchet distance of {what}", low=0.0, tolerance=0.02, digits=3,
         compute=partial(frechet_of, extractor), extractor=extractor, networks=networks, scope=scope,
-        minimum=FRECHET_MINIMUM, halves=frechet.half_sample_distances,
+        minimum=FRECHET_MINIMUM, halves=partial(frechet_halves, extractor),
     )  # fmt: skip
 
 
@@ -347,7 +360,7 @@ def _monge(
     return Metric(
         name, "lower", f"MIND, sliced Wasserstein distance of {what}", low=0.0, tolerance=0.02, digits=2,
         compute=partial(monge_of, extractor), extractor=extractor, networks=networks, scope=scope, minimum=minimum,
-        halves=half_sample_monge,
+        halves=partial(monge_halves, extractor),
     )  # fmt: skip
 
 
@@ -357,7 +370,7 @@ def _latent(
 ) -> Metric:  # fmt: skip
     return Metric(
         name, better, what, reads=GRID if grid else GRID[:2], extractor=LATENTS, sides=("fake",),
-        compute=partial(latent_statistic, statistic), minimum=2, **options,
+        compute=partial(latent_statistic, statistic), halves=partial(latent_halves, statistic), minimum=2, **options,
     )  # fmt: skip
 
 

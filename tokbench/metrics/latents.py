@@ -64,7 +64,7 @@ def sums_of(latents: Latents) -> Sums:
         if found.energy.shape[1] == latents.height:
             return found
     num = min(GROUPS, len(latents.rows))
-    found = _added([_group(latents, np.arange(g, len(latents.rows), num)) for g in range(num)])
+    found = _added([sums_over(latents, np.arange(g, len(latents.rows), num)) for g in range(num)])
     _kept[:] = [(weakref.ref(latents.rows), found)]
     return found
 
@@ -73,7 +73,8 @@ def _added(parts: list[Sums]) -> Sums:
     return Sums(**{f.name: np.stack([getattr(part, f.name) for part in parts]) for f in fields(Sums)})
 
 
-def _group(latents: Latents, rows: np.ndarray) -> Sums:
+def sums_over(latents: Latents, rows: np.ndarray) -> Sums:
+    """Of these images, without groups."""
     c, h = latents.channels, latents.height
     w = latents.rows.shape[1] // (c * h)
     down, across = cosines(h), cosines(w)
