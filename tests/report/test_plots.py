@@ -120,7 +120,7 @@ def test_reported_rows_are_readable_and_name_known_tokenizers() -> None:
     from tokbench.registry import TOKENIZERS
 
     found = read_reported(REPORTED)
-    assert len(found) == 295
+    assert len(found) == 322
     assert {row.tokenizer for row in found} - {""} <= set(TOKENIZERS.all())
     assert all(row.source for row in found)
 

@@ -141,6 +141,8 @@ def curves(
     fig, ax = figure()
     if log:
         log_axis(ax.xaxis, xs)
+    if log_y:
+        log_axis(ax.yaxis, [y for points in lines.values() for _, y in points])
     ends = []
     for (name, points), (colour, marker) in zip(lines.items(), styles(lines).values(), strict=True):
         line = sorted(points)
