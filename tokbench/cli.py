@@ -344,6 +344,7 @@ def train(
     encoder_from: Annotated[Path | None, typer.Option(help="File whose encoder is taken.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Encoder by name, as f8c4.")] = None,
     decoder: Annotated[str | None, typer.Option(help="Decoder by name, as S.")] = None,
+    track: Annotated[str, typer.Option(help="tensorboard, wandb or trackio, beside log.jsonl.")] = "",
     show_help: Annotated[bool, typer.Option("--help", help="Show this, and all settings of MODEL.")] = False,
 ) -> None:
     """Train a tokenizer, or a generator in its latents. Under torchrun or accelerate: in several processes."""
@@ -352,7 +353,8 @@ def train(
     if show_help or model is None:
         typer.echo(context.get_help() + "\n\n" + train_help(model, stage, preset))
         return
-    options = TrainOptions(data, out, stage, preset, start, encoder_from, encoder, decoder, tuple(settings or ()))
+    pairs = (*(settings or ()), *([f"run.track={track}"] if track else ()))
+    options = TrainOptions(data, out, stage, preset, start, encoder_from, encoder, decoder, pairs)
     typer.echo(train_model(model, options))
 
 

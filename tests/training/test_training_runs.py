@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +156,43 @@ def test_recomputed_activations_change_nothing(
         settings = ["run.steps=2", f"run.checkpoint_activations={value}"]
         assert tokbench(*command(model, photographs, tmp_path / name, *settings)).status == 0
     assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "again"), rel=1e-6)
+
+
+def test_tensorboard_is_told_what_the_log_says(photographs: Path, tmp_path: Path, tokbench: Callable[..., Any]) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    judged = (
+        "run.held_out=2",
+        "run.eval_every=2",
+        "run.eval_resolution=32",
+        "run.best_by=psnr",
+        "run.eval_metrics=psnr",
+    )
+    for steps in (2, 4):  # the second time it goes on
+        settings = (f"run.steps={steps}", "run.sample_every=2", "run.eval_metrics=psnr", *judged)
+        ran = tokbench(*command("klvae", photographs, tmp_path, *settings), "--track", "tensorboard")
+        assert ran.status == 0, ran.err
+    read = events.EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
+    read.Reload()
+    tags = read.Tags()
+    said = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for group, key in (("train", "loss"), ("train", "gradient"), ("train", "images_per_second"), ("held-out", "psnr")):
+        found = [(event.step, event.value) for event in read.Scalars(f"{group}/{key}")]
+        assert found == [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in said if key in line]
+    assert [event.step for event in read.Images("samples")] == [2, 4]
+    text = read.Tensors("configuration/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert "run.batch_size=4" in text
+    assert "optim.learning_rate" in text
+    assert "train/rate" in tags["scalars"]
+
+
+def test_a_tracker_that_is_not_there_is_one_line(
+    photographs: Path, tmp_path: Path, tokbench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for name, said in ("wandb", "wandb is not installed; pip install 'tokbench[wandb]'"), ("x", "one of none, tensor"):
+        ran = tokbench(*command("klvae", photographs, tmp_path), "--track", name)
+        assert ran.status == 2
+        assert said in ran.reason
 
 
 def test_stages_follow_each_other_and_record_their_origin(

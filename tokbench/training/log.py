@@ -18,13 +18,17 @@ from torch import Tensor
 from tokbench.errors import CellError
 from tokbench.metrics import METRICS
 from tokbench.records.files import read_log, writable, write_whole
+from tokbench.training.track import Tracker
 
 
 class Log:
-    """A JSON line per record in log.jsonl; resuming at a step drops the lines of later ones. One process writes."""
+    """A JSON line per record in log.jsonl; resuming at a step drops the lines of later ones. One process writes.
 
-    def __init__(self, path: Path, first_step: int, main: bool = True) -> None:
-        self.path, self.main = path, main
+    A tracker gets the same, and the pictures.
+    """
+
+    def __init__(self, path: Path, first_step: int, main: bool = True, tracker: Tracker | None = None) -> None:
+        self.path, self.main, self.tracker = path, main, tracker
         if not main:
             return
         kept = [record for record in self.records() if record["step"] <= first_step]
@@ -35,6 +39,16 @@ class Log:
             return
         with writable(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        if self.tracker is not None:
+            group = "train" if "rate" in record else "held-out"
+            values = {f"{group}/{name}": value for name, value in record.items() if name != "step"}
+            self.tracker.write(record["step"], values)
+
+    def show(self, step: int, picture: Image.Image) -> None:
+        """A picture into samples/ beside the log."""
+        save_image(picture, self.path.with_name("samples") / f"{step:07d}.png")
+        if self.tracker is not None:
+            self.tracker.show(step, picture)
 
     def records(self) -> list[dict[str, Any]]:
         return read_log(self.path)

@@ -71,6 +71,7 @@ class RunConfig:
     eval_metrics: tuple[str, ...] = ("psnr", "lpips-alex")
     best_by: str = "lpips-alex"  # the held-out metric that chooses best.safetensors
     loss_limit: float = 1e4  # a loss above this stops the run
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # where the log goes beside log.jsonl
 
     def on(self, device: torch.device) -> "RunConfig":
         """The settings with `auto` decided for a device, but for `workers`, which depends on the data too."""

@@ -40,7 +40,7 @@ from tokbench.runtime.terminal import bar, say
 from tokbench.tokenizer import Tokenizer
 from tokbench.training.gradients import GradientAverage
 from tokbench.training.held_out import score
-from tokbench.training.log import Log, Meter, check_losses, interrupts, is_best, save_image
+from tokbench.training.log import Log, Meter, check_losses, interrupts, is_best
 from tokbench.training.optimisation import (
     Ema,
     EmaConfig,
@@ -51,11 +51,12 @@ from tokbench.training.optimisation import (
     optimizer_step,
     schedule_free_average,
 )
+from tokbench.training.track import open_tracker
 from tokbench.weights.files import file_sha256
 
 FREE_SETTINGS = (  # of `run`: may change when a run goes on, for they do not change its result
     "device", "workers", "steps", "compile", "log_every", "sample_every", "save_every",
-    "eval_every", "eval_resolution", "eval_metrics", "best_by", "loss_limit",
+    "eval_every", "eval_resolution", "eval_metrics", "best_by", "loss_limit", "track",
 )  # fmt: skip
 
 READ_EVERY = 100  # steps after which losses are looked at where no log is wanted
@@ -116,7 +117,11 @@ class Session:
             for part, stateful in self.state.items():
                 stateful.load_state_dict(saved["parts"][part])
         self.gradients = GradientAverage(self.parameters, self.processes)
-        self.log, self.meter = Log(self.out / "log.jsonl", self.first_step, self.processes.main), Meter()
+        main, tracker = self.processes.main, None
+        if main and self.run.track != "none":
+            tracker = open_tracker(self.run.track, self.config, self.out, self.first_step)
+            self._stack.callback(tracker.close)
+        self.log, self.meter = Log(self.out / "log.jsonl", self.first_step, main, tracker), Meter()
         self.unread: list[tuple[int, Sequence[str], dict[str, Tensor]]] = []  # steps, their samples, their losses
 
     def batches(self, crops: PhotoCrops) -> Iterator[tuple[Sequence[int], Tensor, list[str]]]:
@@ -274,7 +279,7 @@ class Step(Generic[Batch]):
         return self.stopping or self.due(self.session.run.save_every)
 
     def show(self, picture: Image.Image) -> None:
-        save_image(picture, self.session.out / "samples" / f"{self.number:07d}.png")
+        self.session.log.show(self.number, picture)
 
 
 def start_from(model: nn.Module, options: TrainOptions) -> dict[str, str]:
