@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help docs schema demo test test-compiled test-weights format lint check bench gpu-check study sweep leaderboard verify cards
+.PHONY: help docs schema demo test test-compiled test-weights format lint check bench gpu-check gpu-train study sweep leaderboard verify cards
 
 demo: $(VENV)/.installed  ## measure the two bundled tokenizers on the bundled photographs
 	$(BIN)/tokbench run --models ssdd,klvae --res 256
@@ -58,8 +58,12 @@ bench: $(VENV)/.installed  ## our speed beside other software's
 	$(BIN)/python -m tests.bench_train
 
 # Everything that needs CUDA. PYTHON=python3 runs it from the checkout alone, without an environment of its own.
-gpu-check:  ## tests and speed on a GPU
-	if [ -x $(BIN)/python ]; then $(BIN)/python -m tests.gpu_check; else $(PYTHON) -m tests.gpu_check; fi
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu-check:  ## 8 minutes of a GPU: decodes, speed, kernels, attention, tests
+	$(GPU_PYTHON) -m tests.gpu_check
+
+gpu-train:  ## 20 minutes of a GPU: demo weights of two latents, a short study: TRAIN=FOLDER
+	$(GPU_PYTHON) -m tests.gpu_train --train $(TRAIN)
 
 # After a field of a record has changed; a test fails where this was forgotten.
 schema: $(VENV)/.installed  ## docs/schema

@@ -204,7 +204,7 @@ def test_an_evaluation_sends_one_batch_up_and_one_packed_copy_back_and_waits_a_b
             with checks_deferred() as checks:
                 fakes, latents = round_trip(tokenizer, (ids, real, seeds), measurement, Timer(CUDA))
             assert {where for where, _ in checks} == {"the latents", "the reconstruction"}
-            columns = latent_columns(tokenizer, latents, 256 * 256)
+            columns = latent_columns(tokenizer, latents, (256, 256))
             append = append_scores(None, suite, "ssdd", ids, real, fakes, {}, columns, {}, checks)  # type: ignore[arg-type]
             kept.append([copy for copy in watch.sent if copy.endswith("cpu")])
             return append

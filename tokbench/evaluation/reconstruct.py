@@ -223,7 +223,7 @@ def latent_columns(tokenizer: Tokenizer, latents: Tensor, size: tuple[int, int])
             columns |= {"latent-mean": values.mean(1), "latent-square": values.square().mean(1)}
             _, channels, *grid = latents.shape if latents.ndim > 2 else (0, tokenizer.info.channels)
             height = grid[0] if len(grid) == 2 else 1
-            shape = values.new_tensor([channels, height, size[0] / height]).expand(len(latents), 3)
+            shape = torch.tensor([channels, height, size[0] / height], dtype=values.dtype).expand(len(latents), 3)
             columns |= dict(zip(GRID, shape.unbind(1), strict=True))
     return columns
 
