@@ -54,6 +54,7 @@ bench: $(VENV)/.installed  ## our speed beside other software's
 	$(BIN)/python -m tests.bench_metrics
 	$(BIN)/python -m tests.bench_report
 	$(BIN)/python -m tests.bench_data
+	$(BIN)/python -m tests.bench_tiles
 	$(BIN)/python -m tests.bench_ssdd
 	$(BIN)/python -m tests.bench_train
 

@@ -1,10 +1,11 @@
 """Files of published models: from the hub, its cache or a folder, with errors that say what to do."""
 
+import contextlib
 import json
 import re
 import socket
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, list_repo_files
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -41,6 +42,7 @@ SETS = ("ema", "params_ema", "ema_state_dict", "model_ema_state_dict", "model_em
         "model_state_dict")  # fmt: skip
 # What processes, compilers and latent diffusion put before the names of tensors.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|first_stage_model)\.)+|(?<=\.)_orig_mod\.")
+WEIGHTS = re.compile(r"diffusion_pytorch_model(\.(?P<variant>\w+))?(-\d+-of-\d+)?\.(?P<kind>safetensors|bin)")
 REFUSED = "holds more than tensors: refused, for reading it would run its code; if you trust it, save it as safetensors"
 
 
@@ -68,11 +70,13 @@ def load_model(source: str, subfolder: str, kind: str | None, name: str) -> tupl
     found = read_config(config_file, name).get("_class_name", "a model without _class_name")
     if kind is not None and found != kind:
         raise CellError(f"{name}: {source} holds {found}, expected {kind}")
+    variant, safe = weights_of(names_in(source, subfolder, config_file))
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # of diffusers' own use of the hub
             model, report = model_class(name, found).from_pretrained(
-                source, subfolder=folder, local_files_only=local_only(), output_loading_info=True
-            )
+                source, subfolder=folder, local_files_only=local_only(), output_loading_info=True,
+                variant=variant or None, use_safetensors=safe,
+            )  # fmt: skip
     except LOAD_ERRORS as error:
         chain: list[BaseException] = [error]
         while chain[-1].__context__ is not None:
@@ -96,6 +100,22 @@ def file_hash(path: Path) -> str:
     """The sha256 of a file, which the hub's cache calls its large files by."""
     name = path.resolve().name
     return name if re.fullmatch("[0-9a-f]{64}", name) else file_sha256(path)
+
+
+def names_in(source: str, subfolder: str, config_file: Path) -> list[str]:
+    """Files beside a model's config: in its repository, or on this machine where the hub cannot be asked."""
+    if not Path(source).is_dir() and not local_only():
+        with contextlib.suppress(HfHubHTTPError, OSError):
+            prefix = f"{subfolder}/" if subfolder else ""
+            return [file.removeprefix(prefix) for file in list_repo_files(source) if file.startswith(prefix)]
+    return [file.name for file in config_file.parent.iterdir()]
+
+
+def weights_of(names: Iterable[str]) -> tuple[str, bool | None]:
+    """(variant, whether as safetensors) of the weights among files: full ones before variants; ("", None) of none."""
+    found = [match for match in map(WEIGHTS.fullmatch, names) if match]
+    choices = [(match["variant"] or "", match["kind"] == "safetensors") for match in found]
+    return min(choices, key=lambda one: (one[0] != "", one[0] != "fp16", one[0], not one[1]), default=("", None))
 
 
 @cache
@@ -255,7 +275,9 @@ def model_class(name: str, kind: str) -> Any:
     """A class of diffusers. Raises CellError if it is none, or no autoencoder."""
     import diffusers
 
-    diffusers.logging.set_verbosity_error()  # its remarks on harmless config entries; what matters is raised here
+    # Its remarks on what is harmless, and its bars for what takes a moment; what matters is raised here.
+    diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)
+    diffusers.logging.disable_progress_bar()
     found = getattr(diffusers, kind, None)
     if found is None or not all(hasattr(found, method) for method in ("encode", "decode", "from_pretrained")):
         raise CellError(f"{name}: {kind} is no autoencoder of diffusers {diffusers.__version__}")

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.families.quantisers import code_bits, nearest_codes
-from baselines.hub import checkpoint, file_hash, load_model, load_weights, model_class
+from baselines.hub import checkpoint, file_hash, load_model, load_weights, model_class, weights_of
 from baselines.published import PUBLISHED, VERIFIED, Published
 from tokbench.data.pixels import to_float
 from tokbench.errors import CellError, InputError
 from tokbench.records.result import TokenizerInfo
 from tokbench.runtime.seeding import normal
+from tokbench.runtime.tiling import Tiling
 
 FRAME_CLASSES = ("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLCosmos", "AutoencoderKLHunyuanVideo")
 ANY = "diffusers"  # family of a model that states its own facts
@@ -51,6 +52,7 @@ class Continuous:
 
     resolution: int | None = None  # the only one it works at
     files: tuple[Path, ...] = ()  # of its weights
+    tiling: Tiling | None = None  # diffusers' own
 
     def __init__(self, model: Any, info: TokenizerInfo, shift: Any = 0.0, scale: Any = 1.0) -> None:
         self.info = info
@@ -209,10 +211,12 @@ ADAPTERS: dict[str, type[Continuous]] = {
 }
 
 
-def published(name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None) -> Any:
+def published(
+    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None, tiled: bool = False
+) -> Any:
     """A row of the table, from the hub, from a diffusers folder or one file of weights, or with random weights.
 
-    Raises CellError if it cannot be fetched or does not fit the row.
+    `tiled` switches diffusers' own tiling on. Raises CellError if it cannot be fetched or does not fit the row.
     """
     row = PUBLISHED[name]
     if random_weights or (file is not None and file.is_file()):
@@ -224,14 +228,35 @@ def published(name: str, file: Path | None = None, random_weights: bool = False,
             row = load_weights(model, file, row, weights, partial(diffusers_names, config=model.config))
     else:
         model, files = load_model(str(file) if file else row.repo, "" if file else row.subfolder, row.kind, name)
-        row = replace(row, files=files)
+        row = with_files(row, files)
         downsample, channels = latent_shape(row.kind, model.config, name)
         if (downsample, channels) != (row.downsample, row.channels or channels):
             raise CellError(
                 f"{name}: {file or row.repo} has f{downsample} and {channels} channels, expected f{row.downsample} and "
                 f"{row.channels}; load it as hf:{file or row.repo}"
             )
-    return wrap(model, row, random_weights)
+    tokenizer = wrap(model, row, random_weights)
+    tokenizer.tiling = own_tiling(model, name) if tiled else None
+    return tokenizer
+
+
+def with_files(row: Published, files: tuple[Path, ...]) -> Published:
+    """The row with the files that its weights came from, and a note if they are a variant."""
+    variant, _ = weights_of(file.name for file in files)
+    note = "; ".join(filter(None, (row.note, variant and f"weights are its {variant} files")))
+    return replace(row, files=files, note=note)
+
+
+def own_tiling(model: Any, name: str) -> Tiling:
+    """Switch a diffusers model's tiling on; how it cuts images. InputError if it has none for both directions."""
+    if not hasattr(model, "use_tiling") or not (hasattr(model, "tiled_decode") or hasattr(model, "_tiled_decode")):
+        raise InputError(f"{name}: diffusers has no tiling of {type(model).__name__}; write @tile=512@overlap=64")
+    model.enable_tiling()
+    if hasattr(model, "tile_sample_stride_height"):
+        tile = model.tile_sample_min_height
+        return Tiling(tile, tile - model.tile_sample_stride_height, cut_short=True)
+    tile = model.tile_sample_min_size
+    return Tiling(tile, int(tile * model.tile_overlap_factor), cut_short=True)
 
 
 def diffusers_names(held: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -244,10 +269,10 @@ def diffusers_names(held: dict[str, Tensor], config: Mapping[str, Any]) -> dict[
     return converted
 
 
-def any_autoencoder(source: str, latent_space: str = "") -> Any:
+def any_autoencoder(source: str, latent_space: str = "", tiled: bool = False) -> Any:
     """`OWNER/NAME[:SUBFOLDER]` on the hub or a local folder: any diffusers autoencoder, by its config.
 
-    `latent_space` ("sd", ...) says which other models' latents it shares, for A+B.
+    `latent_space` ("sd", ...) says which other models' latents it shares, for A+B; `tiled` is as for `published`.
 
     Raises InputError for a malformed address, CellError if it cannot be fetched or is something else.
     """
@@ -256,14 +281,16 @@ def any_autoencoder(source: str, latent_space: str = "") -> Any:
         raise InputError(f'"{source}": write hf:OWNER/NAME or hf:OWNER/NAME:FOLDER')
     if not subfolder and Path(repo, "vae", "config.json").is_file() and not Path(repo, "config.json").is_file():
         subfolder = "vae"  # a whole pipeline
-    model, _ = load_model(repo, subfolder, None, source)
+    model, files = load_model(repo, subfolder, None, source)
     kind = type(model).__name__
     downsample, channels = latent_shape(kind, model.config, source)
     note = f"{kind}; scale and shift from its config"
     row = Published(source, ANY, kind, downsample, repo, channels, latent_space=latent_space, note=note)
     if kind == "VQModel":
         row = replace(row, channels=None, codebook_size=model.config.num_vq_embeddings)
-    return wrap(model, row, random_weights=False)
+    tokenizer = wrap(model, with_files(row, files), random_weights=False)
+    tokenizer.tiling = own_tiling(model, source) if tiled else None
+    return tokenizer
 
 
 def from_file(

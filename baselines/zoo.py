@@ -4,11 +4,13 @@ import math
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from baselines.published import PUBLISHED, VERIFIED, Published
 from tokbench.registry import Trainer, register_trainer
 from tokbench.registry import register as add
+
+Tiling = Literal["diffusers"]  # its own tiles; tokbench's are @tile=
 
 
 def register() -> None:
@@ -93,10 +95,10 @@ def klvae(file: Path | None = None, arch: str = "", random_weights: bool = False
     return load_tokenizer(file, arch, random_weights=random_weights)
 
 
-def any_autoencoder(file: str, latent_space: str = "") -> Any:
+def any_autoencoder(file: str, latent_space: str = "", tiling: Tiling | None = None) -> Any:
     from baselines.pretrained import any_autoencoder
 
-    return any_autoencoder(file, latent_space)
+    return any_autoencoder(file, latent_space, tiling == "diffusers")
 
 
 def _is_folder(path: Path) -> bool:
@@ -133,4 +135,11 @@ def _published(name: str) -> Callable[..., Any]:
     ) -> Any:
         return import_module(module).published(name, file, random_weights, weights, steps)
 
+    def of_diffusers(
+        file: Path | None = None, random_weights: bool = False, weights: str | None = None, tiling: Tiling | None = None
+    ) -> Any:
+        return import_module(module).published(name, file, random_weights, weights, tiling == "diffusers")
+
+    if not kind.islower():
+        return of_diffusers
     return stepped if kind in STEPS else {"cosmos": scripted}.get(kind, factory)

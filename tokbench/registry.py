@@ -42,6 +42,7 @@ PLUGINS = "tokbench.plugins"
 FACTS = ("family", "f", "c", "codes", "tokens", "bpp", "params", "px", "licence", "verified", "source", "options",
          "about")  # fmt: skip
 SHOWN = ("family", "f", "c", "codes", "tokens", "params", "verified", "licence", "bpp")
+TILING = ("tile", "overlap")  # options of every model, in pixels
 ROW_NAME = re.compile(r"[a-z0-9_][a-z0-9._-]*")
 UNTOLD = ("model", "last", "checkpoint", "pytorch_model", "diffusion_pytorch_model")  # files that their folder names
 LOAD_ERRORS = (SafetensorError, *MODEL_ERRORS)
@@ -162,6 +163,7 @@ class Part:
     name: str
     entry: Entry
     options: Mapping[str, Any] = field(default_factory=dict)
+    tiling: Mapping[str, int] = field(default_factory=dict)  # of TILING
 
 
 @dataclass(frozen=True)
@@ -322,6 +324,10 @@ def _build(part: Part, random_weights: bool) -> Any:
         raise CellError(f"{part.text}: does not load: {first_line(error)}{place(error)}") from error
     if missing := [name for name in ("info", "networks", "encode", "decode") if not hasattr(made, name)]:
         raise CellError(f"{part.text}: {type(made).__name__} is no tokenizer, it lacks {', '.join(missing)}")
+    if part.tiling:
+        from tokbench.runtime.tiling import Tiled
+
+        return Tiled(made, **part.tiling)
     return made
 
 
@@ -336,11 +342,14 @@ def _parse_part(text: str) -> Part:
         if key in texts:
             raise InputError(f'model "{text}": option {key} is given twice')
         texts[key] = value
+    tiling = {key: parse_value(texts.pop(key), int, f'model "{text}": option {key}') for key in TILING if key in texts}
+    if tiling and "tile" not in tiling:
+        raise InputError(f'model "{text}": overlap is that of tiles; add @tile=512')
     entry, found = _find_entry(head, text)
     if twice := set(found) & set(texts):
         raise InputError(f'model "{text}": option {min(twice)} is given twice')
     name = "-".join([_own_name(head, entry), *given])
-    return Part(text, name, entry, _typed(entry, {**found, **texts}, text))
+    return Part(text, name, entry, _typed(entry, {**found, **texts}, text), tiling)
 
 
 def _own_name(head: str, entry: Entry) -> str:
@@ -369,8 +378,9 @@ def _find_entry(head: str, text: str) -> tuple[Entry, dict[str, str]]:
         if "file" not in known[name].options:
             raise InputError(f'model "{text}": {name} takes no file')
         return known[name], {"file": rest}
-    if Path(head).exists():
-        return _entry_for_file(Path(head), text), {"file": head}
+    for path in (Path(head), Path(*head.rsplit(":", 1))):  # PATH, or PATH:SUBFOLDER as of the hub
+        if path.exists():
+            return _entry_for_file(path, text), {"file": str(path)}
     if "/" in head or "\\" in head or head.endswith(".safetensors"):
         raise InputError(f'model "{text}": no such file or folder: {head}')
     return TOKENIZERS.find(head), {}  # which says what is alike
@@ -418,7 +428,7 @@ def _typed(entry: Entry, texts: Mapping[str, str], text: str) -> dict[str, Any]:
     values = {}
     for key, value in texts.items():
         if key not in options:
-            raise InputError(f'model "{text}": unknown option "{key}"; {suggest(key, list(options))}')
+            raise InputError(f'model "{text}": unknown option "{key}"; {suggest(key, [*options, *TILING])}')
         annotation = options[key][0]
         where = f'model "{text}": option {key}'
         values[key] = (

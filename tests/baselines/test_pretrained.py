@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+import tokbench
 from baselines.families.quantisers import code_bits, nearest_codes
 from baselines.pretrained import latent_shape
 from baselines.published import PUBLISHED
@@ -343,3 +345,45 @@ def test_a_class_gives_on_a_gpu_what_it_gives_on_a_cpu(kind: str, saved: Callabl
         torch.testing.assert_close(again.cpu(), latents, rtol=1e-2, atol=1e-2)
     other = tokenizer.decode(latents.cuda(), seeds=SEEDS, size=(16, 16))
     torch.testing.assert_close(other.cpu(), decoded, rtol=1e-2, atol=1e-2)
+
+
+def test_tiles_of_diffusers_are_an_option_and_said(tmp_path: Path) -> None:
+    folder = save("AutoencoderKL", {**CLASSES["AutoencoderKL"][0], "sample_size": 16}, tmp_path / "kl")
+    whole, tiled, ours = (create(f"{folder}{how}") for how in ("", "@tiling=diffusers", "@tile=16@overlap=4"))
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 28, 40), dtype=np.uint8))
+    found = [both_ways(one, images) for one in (whole, tiled, ours)]
+    assert len({(latents.shape, decoded.shape) for latents, decoded in found}) == 1
+    assert not any(torch.allclose(found[i][1], found[j][1], atol=1e-2) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert (str(tiled.tiling), tiled.tiling.borders(40)) == ("16 px, overlap 4 px, by diffusers", [14, 26, 38])
+    with pytest.raises(InputError, match="in tiles already"):
+        create(f"{folder}@tiling=diffusers@tile=16")
+
+
+def test_diffusers_tiles_that_are_no_choice_are_refused(saved: Callable[[str], Path]) -> None:
+    with pytest.raises(InputError, match="diffusers has no tiling of VQModel; write @tile=512"):
+        create(f"{saved('VQModel')}@tiling=diffusers")
+
+
+def test_a_fault_of_diffusers_tiles_costs_its_row_only(tmp_path: Path, images: Tensor) -> None:
+    folder = save("AutoencoderTiny", {**TAESD, "latent_channels": 16}, tmp_path / "tiny")
+    Image.fromarray(np.zeros((520, 520, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(CellError, match="must match the size"):  # it takes every latent to have 4 channels
+        tokbench.evaluate(f"{folder}@tiling=diffusers", tmp_path, 520, ["psnr"])
+
+
+@pytest.mark.parametrize(
+    ("how", "note"),
+    [({"variant": "fp16"}, "; weights are its fp16 files"), ({"safe_serialization": False}, ""),
+     ({"variant": "fp16", "max_shard_size": "10KB"}, "; weights are its fp16 files"), ({"max_shard_size": "10KB"}, "")],
+)  # fmt: skip
+def test_weights_are_found_by_listing_in_silence(
+    how: dict[str, Any], note: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(**KL)
+    (model.half() if "variant" in how else model).save_pretrained(tmp_path / "model" / "part", **how)
+    tokenizer = create(f"{tmp_path}/model:part")
+    assert tokenizer.info.note == f"AutoencoderKL; scale and shift from its config{note}"
+    for found, saved in zip(tokenizer.networks["encoder"].parameters(), model.encoder.parameters(), strict=False):
+        assert torch.equal(found, saved.float())
+    assert capfd.readouterr().err == ""

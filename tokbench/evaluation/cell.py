@@ -28,7 +28,7 @@ from tokbench.data.sources import Source, group_columns
 from tokbench.errors import CellError, InputError
 from tokbench.evaluation.pictures import KeptImages, draw, error_map, error_rank, save_pairs
 from tokbench.evaluation.reconstruct import (
-    LATENT_COLUMNS,
+    SHARED_COLUMNS,
     Columns,
     Fakes,
     Features,
@@ -149,7 +149,7 @@ class Cell:
         """The columns and features that a sample must have to count as measured."""
         seeds = self.measurement.seeds if len(self.measurement.seeds) > 1 else ()
         columns = {column for metric in self.suite.available for column in metric.columns}
-        columns |= {seed_column(column, seed) for column in columns - LATENT_COLUMNS for seed in seeds}
+        columns |= {seed_column(column, seed) for column in columns - SHARED_COLUMNS for seed in seeds}
         features = {("real", name) for name in self.suite.extractors}
         for name in self.suite.extractors:
             features |= {("fake", seed_column(name, seed)) for seed in seeds} or {("fake", name)}

@@ -29,6 +29,7 @@ from tokbench.evaluation.reconstruct import (
     first_batch_size,
     latent_columns,
     round_trip,
+    seam_columns,
 )
 from tokbench.metrics import CODES, DEFAULT, LATENTS, find_metrics
 from tokbench.protocols import Resolution, parse_resolution
@@ -37,6 +38,7 @@ from tokbench.records.result import EvalResult, Settings, read_result
 from tokbench.runtime.device import find_dtype, prepare, select_device
 from tokbench.runtime.processes import Processes
 from tokbench.runtime.terminal import say
+from tokbench.runtime.tiling import tiling_of
 from tokbench.tokenizer import Tokenizer
 
 # What a user can do about an image; training and scoring read images too, but have no such options.
@@ -107,10 +109,11 @@ class Reconstructions:
         yield from loader.seeded(asked.seeds)
 
     def fakes(self, ids: Sequence[str], real: Tensor, beside: Tensor) -> tuple[Fakes, Columns, Features]:
-        """The reconstructions by seed, the columns of the latents, and the latents."""
+        """The reconstructions by seed, the columns of latents and tiles, and the latents."""
         fakes, latents = round_trip(self.tokenizer, (ids, real, beside), self.measurement, self.timer)
         with torch.inference_mode():
-            return fakes, self.columns(ids, latents, (real.shape[2], real.shape[3])), self.features(latents)
+            columns = self.columns(ids, latents, (real.shape[2], real.shape[3]))
+            return fakes, columns | seam_columns(self.tokenizer, real, fakes), self.features(latents)
 
     def columns(self, ids: Sequence[str], latents: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
         """Columns [B] of the latents of images of this size, and the images' classes where there are several."""
@@ -148,6 +151,7 @@ def settings_of(tokenizer: Tokenizer, spec: str, source: Source, measurement: Me
     seeds = tuple(dict.fromkeys(measurement.seeds))
     return Settings(
         spec=spec,
+        tiling=str(tiling_of(tokenizer) or ""),
         dtype=str(autocast_dtype(measurement)).removeprefix("torch."),
         seeds=seeds if drawn else seeds[:1],
         upscaled=len(source.below(measurement.resolution, protocol)) or None if protocol.small == "enlarge" else None,

@@ -6,12 +6,13 @@ import torch
 
 from tokbench import registry
 from tokbench.errors import InputError
-from tokbench.metrics import CODES, GRID, LATENTS, Metric
+from tokbench.metrics import CODES, GRID, LATENTS, SEAM, Metric
 from tokbench.protocols import Resolution, sides_of
 from tokbench.records import provenance
 from tokbench.records.result import TokenizerInfo
 from tokbench.runtime.device import count_parameters, hash_state
-from tokbench.tokenizer import Tokenizer
+from tokbench.runtime.tiling import Tiled, tiling_of
+from tokbench.tokenizer import Joined, Tokenizer
 
 
 def with_facts(tokenizer: Tokenizer) -> TokenizerInfo:
@@ -35,9 +36,11 @@ def check_size(tokenizer: Tokenizer, resolution: Resolution) -> None:
 
 
 def applies(metric: Metric, tokenizer: Tokenizer) -> bool:
-    """bpp needs `tokenizer.bits`, code metrics a codebook, latent metrics continuous channels, or a grid of them."""
+    """bpp needs `tokenizer.bits`, code metrics a codebook, latent metrics channels, or a grid of them, seam tiles."""
     if "bpp" in metric.columns:
         return hasattr(tokenizer, "bits")
+    if SEAM in metric.columns:
+        return tiling_of(tokenizer) is not None
     if "latent-mean" in metric.columns or metric.extractor == LATENTS or metric.scope == "interpolation":
         grid = tokenizer.info.downsample is not None
         return tokenizer.info.channels is not None and (grid or GRID[-1] not in metric.columns)
@@ -46,8 +49,7 @@ def applies(metric: Metric, tokenizer: Tokenizer) -> bool:
 
 def model_key(info: TokenizerInfo, tokenizer: Tokenizer) -> str | None:
     """What decides a model's output: its state, its attributes, and all code behind it; None where nobody can tell."""
-    parts = [tokenizer, getattr(tokenizer, "encoding", None), getattr(tokenizer, "decoding", None)]
-    parts = [part for part in parts if part is not None]
+    parts = _parts(tokenizer)
     modules = [m for name in sorted(tokenizer.networks) for m in tokenizer.networks[name].modules()]
     known = registry.packages()
     inside = {type(m).__module__ for m in (*parts, *modules)}
@@ -57,6 +59,13 @@ def model_key(info: TokenizerInfo, tokenizer: Tokenizer) -> str | None:
     if info.weights is None or source is None:
         return None
     return provenance.key(info.weights, source, libraries, [attributes(part) for part in (*parts, *modules)])
+
+
+def _parts(tokenizer: Tokenizer) -> list[Tokenizer]:
+    """The tokenizer and those that it is made of."""
+    joined = (tokenizer.encoding, tokenizer.decoding) if isinstance(tokenizer, Joined) else ()
+    inner = (tokenizer.inner,) if isinstance(tokenizer, Tiled) else joined
+    return [tokenizer, *(part for one in inner for part in _parts(one))]
 
 
 def attributes(owner: object) -> list[str]:

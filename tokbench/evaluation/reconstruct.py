@@ -18,19 +18,21 @@ from torch import Tensor
 
 from tokbench.data.pixels import quantise
 from tokbench.errors import MODEL_ERRORS, CellError, first_line, place, preview
-from tokbench.metrics import GRID
+from tokbench.metrics import GRID, SEAM
+from tokbench.metrics.pixel import seam
 from tokbench.metrics.suite import MetricSuite
 from tokbench.protocols import Protocol, sides_of
 from tokbench.records.measurement import Measurement
 from tokbench.records.samples import SampleStore
 from tokbench.runtime.device import find_dtype, in_float64, is_out_of_memory, precision, release, to_host, unless_full
+from tokbench.runtime.tiling import tiling_of
 from tokbench.tokenizer import Checks, NotFiniteError, Tokenizer, finite, refuse
 
 PIXELS_PER_BATCH = {"cpu": 8 * 256 * 256, "cuda": 64 * 256 * 256, "mps": 8 * 256 * 256}
 TYPICAL = (1024, 1024)  # what native images are taken for; a batch that does not fit into memory is halved
 LARGEST_BATCH = {"cpu": 16, "cuda": 256, "mps": 16}
-# Of the latents or of the data, so the same for all seeds.
-LATENT_COLUMNS = frozenset(("bpp", "latent-mean", "latent-square", "label", *GRID))
+# Of the latents or of the data, so the same for all seeds; or a mean over seeds.
+SHARED_COLUMNS = frozenset(("bpp", "latent-mean", "latent-square", "label", *GRID, SEAM, "tile-borders"))
 
 Batch = tuple[Sequence[str], Tensor, Tensor]  # ids, uint8 [B, 3, H, W], int64 [B, S] with the image's seeds
 Mark = float | torch.cuda.Event  # a moment, on the clock of the CPU or in the queue of a GPU
@@ -226,6 +228,15 @@ def latent_columns(tokenizer: Tokenizer, latents: Tensor, size: tuple[int, int])
             shape = torch.tensor([channels, height, size[0] / height], dtype=values.dtype).expand(len(latents), 3)
             columns |= dict(zip(GRID, shape.unbind(1), strict=True))
     return columns
+
+
+def seam_columns(tokenizer: Tokenizer, real: Tensor, fakes: Fakes) -> dict[str, Tensor]:
+    """Columns [B] of how tile borders show, the mean over seeds; {} for a tokenizer without tiles."""
+    tiling = tiling_of(tokenizer)
+    if tiling is None:
+        return {}
+    found = [seam(real, fake, tiling) for fake, _ in fakes.values()]
+    return {name: torch.stack([one[name] for one in found]).mean(0) for name in found[0]}
 
 
 def measure(

@@ -18,7 +18,7 @@ from tokbench.evaluation.cell import Cell, measure_cell
 from tokbench.evaluation.evaluate import checked
 from tokbench.evaluation.reconstruct import Columns, Fakes, Features, images_at_once
 from tokbench.evaluation.run import share_facts
-from tokbench.metrics import CODES, LATENTS, Metric, find_metrics
+from tokbench.metrics import CODES, LATENTS, SEAM, Metric, find_metrics
 from tokbench.metrics.suite import UNCLAMPED
 from tokbench.protocols import NATIVE, Resolution, find_protocol, parse_resolution
 from tokbench.records import provenance
@@ -31,7 +31,7 @@ from tokbench.runtime.processes import Processes, join
 
 LOSSLESS = ("PNG", "WEBP", "BMP", "TIFF")
 LOSSLESS_TIFF = ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd")
-MODEL_ONLY = ("bpp", UNCLAMPED, "latent-mean", "latent-square")  # columns that need the model, not its images
+MODEL_ONLY = ("bpp", UNCLAMPED, "latent-mean", "latent-square", SEAM)  # columns that need the model, not its images
 
 
 def run_score(

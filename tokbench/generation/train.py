@@ -17,7 +17,7 @@ from tokbench.generation.compatibility import latent_space
 from tokbench.generation.dit import Block, DiT, dit_config
 from tokbench.generation.flow import draw_times, guided, integrate, noised, velocity
 from tokbench.generation.latents import Images, LatentConfig, Latents, Normaliser, encode
-from tokbench.registry import TrainOptions, choose, create, row_name
+from tokbench.registry import TrainOptions, choose, create
 from tokbench.runtime.device import prepare
 from tokbench.runtime.processes import Processes
 from tokbench.runtime.seeding import normal, sample_seeds
@@ -145,7 +145,7 @@ def train(config: DiTTraining, options: TrainOptions) -> Path:
         normaliser = latents.statistics(config.normalise)
         if session.processes.main:
             count, classes = f"{len(latents)} latents {latents.shape}", len(images.classes)
-            say(f"{count} of {row_name(config.tokenizer)}, {classes} classes; normalised as {normaliser}")
+            say(f"{count} of {tokenizer.info.name}, {classes} classes; normalised as {normaliser}")
 
         # Model. All processes start from the same weights.
         torch.manual_seed(run.seed)

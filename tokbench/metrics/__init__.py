@@ -27,6 +27,7 @@ from tokbench.metrics.statistics import (
 from tokbench.records.result import Value
 
 INCEPTION_TENTHS = 10  # parts of the Inception score
+SEAM = "seam"
 IDENTICAL = 100.0  # dB of images that do not differ, whose PSNR would be infinite; also the cap
 MANIFOLD_NOTE = "error of the images counted, the manifold taken as it is"
 FRECHET_NOTE = "95 % interval: of the distance that so many images give on average, not of its limit"
@@ -249,6 +250,14 @@ def recall(samples: Samples) -> Value:
     return Value(value, found.error, *within(found, (0.0, 1.0)), len(fake), "its 95 % interval covers 90 to 93 %")
 
 
+def seam(samples: Samples) -> Value:
+    """The mean over images of more than one tile."""
+    several = samples.column("tile-borders") > 0
+    left = int(len(several) - several.sum())
+    note = f"{left} image{' lies' if left == 1 else 's lie'} in one tile, not counted" if left else ""
+    return mean_and_error(samples.column(SEAM)[several], note) if several.any() else Value(None, n=left, note=note)
+
+
 def perplexity(samples: Samples) -> Value:
     """exp of the entropy of the codes used over the whole set."""
     codes = samples.features("fake", CODES)
@@ -444,6 +453,8 @@ METRICS: dict[str, Metric] = {
         Metric("recall", "higher", "share of reals in the fake manifold (Inception, k = 3)", compute=recall,
                extractor="inception", minimum=4, **_SHARE, **_GENERATED),
         Metric("bpp", "lower", "measured size of the code", unit="bit/px", low=0.0, tolerance=0.01, digits=3),
+        Metric(SEAM, "lower", "change of the error across tile borders, less that elsewhere", unit="of 255",
+               tolerance=0.05, digits=3, compute=seam, reads=(SEAM, "tile-borders")),
         Metric("perplexity", "higher", "codebook perplexity: exp of the codes' entropy", digits=1, compute=perplexity,
                **_CODES),
         Metric("codebook-use", "higher", "different codes that occur", unit="codes", digits=0, compute=codebook_use,

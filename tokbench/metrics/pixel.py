@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokbench.metrics import IDENTICAL
+from tokbench.metrics import IDENTICAL, SEAM
 from tokbench.runtime.device import exact_device, precision
+from tokbench.runtime.tiling import Tiling
 
 C1, C2 = 0.01**2, 0.03**2  # Wang et al. 2004, for data_range 1
 GAUSSIAN = torch.exp(-((torch.arange(11.0, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
@@ -34,6 +35,35 @@ def squared_error(real: Tensor, fake: Tensor) -> Tensor:
 def psnr(errors: Tensor) -> Tensor:
     """Squared error [B] -> decibels, at most 100, which is also what identical images get."""
     return (-10 * torch.log10(errors)).clamp(max=IDENTICAL)
+
+
+def seam(real: Tensor, fake: Tensor, tiling: Tiling) -> dict[str, Tensor]:
+    """What tile borders do: columns seam, in levels of 255, and tile-borders, how many lines of the image are one.
+
+    The error is fake - real. Its mean absolute change from one side of an overlap to the other, less the same change
+    over the same distance elsewhere: 0 where no border shows, about the step where colours shift from tile to tile.
+    """
+    error = fake.to(torch.int16) - real.to(torch.int16)
+    reach = tiling.overlap // 2
+    distance = 2 * reach + 1
+    across, elsewhere = [], []
+    for dim in (2, 3):
+        borders = tiling.borders(error.shape[dim])
+        pairs = error.shape[dim] - distance  # of lines that far apart, by the first of them
+        if not borders or pairs < 1:
+            continue
+        change = error.narrow(dim, distance, pairs) - error.narrow(dim, 0, pairs)
+        lines = change.abs_().float().mean((1, 5 - dim))  # [B, pairs]
+        middles = [border - 1 - reach for border in borders]
+        across.append(lines[:, [line for line in middles if 0 <= line < pairs]])
+        within = [i for i in range(pairs) if not any(i < border <= i + distance for border in borders)]
+        elsewhere.append(lines[:, within])
+    if not across or not torch.cat(elsewhere, 1).shape[1]:
+        zero = torch.zeros(len(real), dtype=torch.float64)
+        return {SEAM: zero, "tile-borders": zero}
+    there = torch.cat(across, 1)
+    value = there.mean(1, dtype=torch.float64) - torch.cat(elsewhere, 1).mean(1, dtype=torch.float64)
+    return {SEAM: value, "tile-borders": torch.full_like(value, there.shape[1])}
 
 
 def ssim(real: Tensor, fake: Tensor, *, data_range: float = 1.0) -> Tensor:

@@ -72,6 +72,7 @@ class Settings:
     """What was chosen, as it took effect: everything besides protocol, images and weights that can change a number."""
 
     spec: str = ""
+    tiling: str = ""  # of the decoder, where images go through it in tiles
     dtype: str = "float32"
     seeds: tuple[int, ...] = (0,)  # those that were run: one is enough where nothing is drawn
     upscaled: int | None = None  # images below the resolution, which were enlarged; None: there were none
