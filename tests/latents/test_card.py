@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import TINY, Ran
+from tests.forked import start
 from tests.report.test_report import entry
 from tokbench.latents.card import OF_LATENTS
 from tokbench.latents.pairs import neighbours, slerp
@@ -55,6 +56,9 @@ def test_a_card_is_a_record_and_is_answered_from_it(classes: Path, tmp_path: Pat
     assert tokbench(*asked, "--metrics", "latent-rank").status == 0
     assert (folder / "t.json").read_bytes() == before
     assert tokbench("report", "--results", tmp_path / "latents", "--columns", "latent-rank,latent-sec").status == 0
+    page = ("--results", tmp_path / "latents", "--format", "html", "--out", tmp_path / "page")
+    assert tokbench("report", *page).status == 0
+    assert "plots/spectra-0.svg" in (tmp_path / "page" / "index.html").read_text()
     compared = tokbench("compare", folder / "t.json", folder / "b.json")
     assert "latent-sec" in compared.out
     assert set(read_groups(folder / "t.per_image.csv.gz")["class"]) == {"n0", "n1", "n2"}
@@ -90,6 +94,17 @@ def test_what_is_decoded_between_copies_is_the_image_itself(
     between = read_result(tmp_path / "latents/adm/classes-32/t.json").metrics["imind-val-mobilenet"].value
     itself = read_result(tmp_path / "adm/classes-32/t.json").metrics["mind-mobilenet"].value
     assert between == pytest.approx(itself, rel=1e-3)
+
+
+def test_two_processes_make_the_card_of_one(photographs: Path, tmp_path: Path, tokbench: Call) -> None:
+    asked = ["--models", f"t={TINY}", "--data", str(photographs), "--res", "32"]
+    asked += ["--metrics", "latent-rank,latent-lds,imind-val-mobilenet", "--out"]
+    ended = [process.finish() for process in start(["latents", *asked, str(tmp_path / "two")], tmp_path, 2)]
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert tokbench("latents", *asked, tmp_path / "one").status == 0
+    one, two = (read_result(tmp_path / name / "latents/adm/photographs-32/t.json") for name in ("one", "two"))
+    assert (two.provenance.world_size, two.latents, two.metrics) == (2, one.latents, one.metrics)
+    assert "positions within 32 px" in one.metrics["latent-lds"].note
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,7 @@ def card(
     )
     result, _ = measure_cell(first, Encodings(tokenizer, source, first.measurement, Timer(device)), fresh=fresh)
     features = cell.path.with_suffix(".features")
+    processes.wait()  # until the features are in their place
     store = SampleStore(features)
     if second.measurement.metrics:
         own = store.features("fake", LATENTS)

@@ -321,6 +321,15 @@ def latent_halves(statistic: Callable[[latents.Sums], float], samples: Samples, 
     return np.array([statistic(latents.sums_over(own, rows)) for rows in half_samples(len(own.rows))])
 
 
+def similarity(rows: Callable[[Samples], np.ndarray], samples: Samples) -> Value:
+    """The mean over images of what positions near and far give."""
+    values = rows(samples)
+    if np.isnan(values).any():
+        note = f"needs positions within {latents.NEAR:g} px of one another and beyond {latents.FAR:g} px"
+        return Value(None, n=len(values), note=note)
+    return mean_and_error(values)
+
+
 def latent_rows(rows: Callable[[latents.Latents], np.ndarray], samples: Samples) -> np.ndarray:
     """What latents give per image."""
     return rows(latents_of(samples))
@@ -385,6 +394,11 @@ def _latent(
 
 def _from_rows(rows: Callable[[Samples], np.ndarray]) -> dict[str, Any]:
     return {"rows": rows, "compute": partial(mean_of_rows, rows)}
+
+
+def _positions(of: Callable[[latents.Latents], np.ndarray]) -> dict[str, Any]:
+    rows = partial(latent_rows, of)
+    return {"rows": rows, "compute": partial(similarity, rows), "reads": GRID, "extractor": LATENTS, "sides": ("fake",)}
 
 
 def _paired(extractor: str, what: str) -> Metric:
@@ -477,10 +491,9 @@ METRICS: dict[str, Metric] = {
         _latent("latent-sec", "lower", "SEC: share of cosine-transform energy in the upper half", latents.sec,
                 grid=True, low=0.0, high=1.0, tolerance=0.01, digits=3),
         Metric("latent-lds", "higher", "LDS: cosine within 32 px less that beyond 96 px", low=-2.0, high=2.0,
-               tolerance=0.01, digits=3, reads=GRID, extractor=LATENTS, sides=("fake",),
-               **_from_rows(partial(latent_rows, latents.lds))),
-        Metric("latent-cds", "higher", "CDS: fall of the cosine every 16 px", tolerance=0.005, reads=GRID,
-               extractor=LATENTS, sides=("fake",), **_from_rows(partial(latent_rows, latents.cds))),
+               tolerance=0.01, digits=3, **_positions(latents.lds)),
+        Metric("latent-cds", "higher", "CDS: fall of the cosine every 16 px", tolerance=0.005,
+               **_positions(latents.cds)),
         Metric("latent-lnc", "higher", "LNC: share of 10 neighbours that are of the image's class", low=0.0, high=1.0,
                tolerance=0.01, digits=3, **_LABELLED, **_from_rows(consistency_rows)),
         Metric("latent-viv", "lower", "VIV by dimension; compares latents of one size only", low=0.0, tolerance=0.01,

@@ -49,13 +49,17 @@ def _block(block: Block, number: int, out: Path) -> dict[str, Any]:
 
 
 def _figures(block: Block, number: int, out: Path) -> list[Path]:
-    """The curves of a block that was probed."""
-    entries = list(block.entries.values())
-    if not any("@" in metric for entry in entries for metric in entry.result.metrics):
-        return []
-    from tokbench.report.probes.plots import probe_plots  # matplotlib takes half a second that other pages can spare
+    """The curves of a block that was probed, the spectra of one of latents."""
+    entries, made = list(block.entries.values()), []  # matplotlib takes half a second that other pages can spare
+    if any("@" in metric for entry in entries for metric in entry.result.metrics):
+        from tokbench.report.probes.plots import probe_plots
 
-    return [path for path in probe_plots(entries, out / "plots", f"{number}.svg") if path is not None]
+        made += probe_plots(entries, out / "plots", f"{number}.svg")
+    if any(entry.result.latents for entry in entries):
+        from tokbench.report.curves import latent_spectra
+
+        made.append(latent_spectra(entries, out / "plots" / f"spectra-{number}.svg"))
+    return [path for path in made if path is not None]
 
 
 def provenance(entry: ResultEntry) -> list[tuple[str, str]]:
