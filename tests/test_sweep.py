@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from results.sweep import analyse, rate
+from results.sweep import analyse, measure
 from tests import made_records
 from tokbench.records.result import TokenizerInfo, Value
 
@@ -30,9 +30,9 @@ def kept(tmp_path: Path) -> Path:
                     training = tmp_path / "training" / latent / f"{decoder}-{seed}{part}.json"
                     training.parent.mkdir(parents=True, exist_ok=True)
                     training.write_text('{"images_seen": 1600, "seconds": 60.0}')
-            (tmp_path / "rate").mkdir(exist_ok=True)
-            (tmp_path / "rate" / f"{decoder}-{latent}-0.json").write_text(
-                json.dumps({"bits_per_pixel": {"128": 0.3, "256": 16 / factor**2}})
+            (tmp_path / "latents").mkdir(exist_ok=True)
+            (tmp_path / "latents" / f"{decoder}-{latent}-0.json").write_text(
+                json.dumps({"bits_per_pixel": {"128": 0.3, "256": 16 / factor**2}, "decode_bytes": {"256": 5e8}})
             )
     for quality, bits in ((10, 0.3), (50, 1.0)):
         codec = made_records.record(f"jpeg-q{quality}", family="codec", downsample=None, channels=None)
@@ -69,16 +69,16 @@ class Pixels:
 
 def test_bits_of_latents_are_the_entropy_of_their_symbols() -> None:
     symbols = torch.tensor([0, 255, 0, 255], dtype=torch.uint8).view(1, 1, 2, 2).expand(1, 3, 2, 2)  # -1 and 1
-    assert rate.bits_per_pixel(Pixels(), [symbols], 1.0) == pytest.approx(3)  # a bit in each of three channels
-    assert rate.bits_per_pixel(Pixels(), [symbols], 8.0) == 0
+    assert measure.bits_per_pixel(Pixels(), [symbols], 1.0) == pytest.approx(3)  # a bit in each of three channels
+    assert measure.bits_per_pixel(Pixels(), [symbols], 8.0) == 0
 
 
 def test_the_step_is_the_coarsest_within_the_loss() -> None:
     images = [torch.randint(0, 256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(i)).to(torch.uint8)
               for i in range(2)]  # fmt: skip
-    step, best, quantised = rate.coarsest_step(Pixels(), images)
-    coarser = rate.STEPS[rate.STEPS.index(step) + 1]
+    step, best, quantised = measure.coarsest_step(Pixels(), images)
+    coarser = measure.STEPS[measure.STEPS.index(step) + 1]
     latents = [
         (Pixels().encode(image, sample=False, seeds=torch.zeros(1)) / coarser).round() * coarser for image in images
     ]
-    assert best - quantised <= rate.LOSS < best - rate.quality(Pixels(), images, latents)
+    assert best - quantised <= measure.LOSS < best - measure.quality(Pixels(), images, latents)

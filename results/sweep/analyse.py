@@ -60,6 +60,8 @@ file was written.
 ## Across resolutions
 
 {markdown(resolutions_table(kept, places))}
+Memory: of a decode of one image; on a CPU by how much the process grows at most.
+
 ## Codecs at {side} px
 
 {markdown(codecs_table(places[side]))}
@@ -99,10 +101,14 @@ def numbers_per_pixel(result: EvalResult) -> float:
     return result.tokenizer.channels / result.tokenizer.downsample**2
 
 
-def rate(kept: Path, name: str, side: str) -> float:
-    """Bits per pixel of the entropy-coded latents."""
-    found: float = json.loads((kept / "rate" / f"{name}.json").read_text())["bits_per_pixel"][side]
+def measured(kept: Path, name: str) -> dict[str, dict[str, float]]:
+    """What measure.py found of a model, by side: `bits_per_pixel` of the entropy-coded latents, `decode_bytes`."""
+    found: dict[str, dict[str, float]] = json.loads((kept / "latents" / f"{name}.json").read_text())
     return found
+
+
+def rate(kept: Path, name: str, side: str) -> float:
+    return measured(kept, name)["bits_per_pixel"][side]
 
 
 def shown(places: Places) -> list[str]:
@@ -208,7 +214,7 @@ def about_f16c4(places: Places, judged: Mapping[str, tuple[Contrast, float, str]
 
 
 def resolutions_table(kept: Path, places: Places) -> Table:
-    """The endpoint and psnr at every size, mean over seeds; time and memory of a decode from the speed records."""
+    """The endpoint and psnr at every size, mean over seeds; time and memory of a decode of one image."""
     seeds, metric = seeds_of(places), endpoint(places)
     metrics = list(dict.fromkeys((metric, "psnr")))
     timed = timings(kept)
@@ -220,12 +226,17 @@ def resolutions_table(kept: Path, places: Places) -> Table:
             scores = [text(over_seeds(results, arm, seeds, m), m) for m in metrics for results in places.values()]
             found = [timed.get(arm, {}).get(side) for side in sides]
             times = ["–" if f is None else f"{f[0]:.0f}" for f in found]
-            memory = ["–" if f is None or f[1] is None else f"{f[1] / 1e9:.2f}" for f in found]
+            grown = measured(kept, f"{arm}-{seeds[0]}")["decode_bytes"]
+            used = [
+                grown.get(str(side)) if f is None or f[1] is None else f[1]
+                for side, f in zip(sides, found, strict=True)
+            ]
+            memory = ["–" if value is None else f"{value / 1e6:,.0f}" for value in used]
             lines.append([arm, *scores, *times, *memory])
     headings = [Heading(key="decoder")]
     headings += [Heading(key=f"{m} {side}", better=metric_column(m).better) for m in metrics for side in places]
     headings += [Heading(key=f"decode {side}", unit="ms/img", better="lower") for side in sides]
-    headings += [Heading(key=f"memory {side}", unit="GB", better="lower") for side in sides]
+    headings += [Heading(key=f"memory {side}", unit="MB", better="lower") for side in sides]
     return plain("", headings, lines)
 
 

@@ -53,7 +53,7 @@ def quick(preset: Preset) -> Preset:
 def main() -> None:
     """Run what is missing of a preset."""
     from results.sweep.analyse import write
-    from results.sweep.rate import measure_rates
+    from results.sweep.measure import measure_latents
 
     parser = argparse.ArgumentParser(description="The sweep of PLAN.md.")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
@@ -80,12 +80,12 @@ def main() -> None:
     where = ["--device", preset.device, "--metrics", preset.metrics, "--out", str(out / "eval")]
     for resolution in preset.resolutions.split(","):  # the small ones first: something to look at early
         tokbench("run", "--models", ",".join([*models, *preset.codecs]), "--res", resolution, *where)
-    measure_rates(first, preset, out / "rate")
+    measure_latents(first, preset, out / "latents")
     sides = ",".join(side for side in preset.resolutions.split(",") if side != NATIVE)
     speed = ["--device", preset.device, "--res", sides, *(["--quick"] if preset.device == "cpu" else [])]
     tokbench("speed", "--models", ",".join(first), *speed, "--out", str(out / "speed"))
     trained = {str(file.parent.relative_to(out)): file for file in out.glob("*/*/model.safetensors")}
-    measured = ("eval/*/*/*.json", "eval/*/*/*.csv.gz", "rate/*.json", "speed/*/*.json")
+    measured = ("eval/*/*/*.json", "eval/*/*/*.csv.gz", "latents/*.json", "speed/*/*.json")
     write(keep(kept, trained, out, measured))
 
 

@@ -24,7 +24,16 @@ from tokbench.metrics.suite import MetricSuite
 from tokbench.protocols import Protocol, sides_of
 from tokbench.records.measurement import Measurement
 from tokbench.records.samples import SampleStore
-from tokbench.runtime.device import find_dtype, in_float64, is_out_of_memory, precision, release, to_host, unless_full
+from tokbench.runtime.device import (
+    find_dtype,
+    in_float64,
+    is_out_of_memory,
+    precision,
+    release,
+    synchronise,
+    to_host,
+    unless_full,
+)
 from tokbench.runtime.tiling import tiling_of
 from tokbench.tokenizer import Checks, NotFiniteError, Tokenizer, finite, refuse
 
@@ -88,6 +97,7 @@ class Timer:
 
     def _mark(self) -> Mark:
         if self.device.type != "cuda":
+            synchronise(self.device)
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()

@@ -40,7 +40,7 @@ from tokbench.metrics.suite import MetricSuite
 from tokbench.records.files import writable, write_whole
 from tokbench.records.measurement import Measurement
 from tokbench.records.samples import SampleStore
-from tokbench.runtime.device import is_out_of_memory, precision, to_host
+from tokbench.runtime.device import is_out_of_memory, precision, synchronise, to_host
 from tokbench.runtime.processes import Processes
 from tokbench.runtime.seeding import normal, sample_seeds
 from tokbench.runtime.terminal import bar
@@ -205,8 +205,7 @@ def _memory_errors(name: str, size: int) -> Iterator[None]:
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronise(device)
     return time.perf_counter()
 
 

@@ -209,6 +209,14 @@ def to_host(groups: Sequence[Mapping[Any, Tensor]]) -> Callable[[], list[dict[An
     return wait
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was told; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
+
+
 def release(device: torch.device) -> None:
     """Hand back memory that nobody refers to any more."""
     gc.collect()

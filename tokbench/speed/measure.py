@@ -37,7 +37,7 @@ from tokbench.records import provenance
 from tokbench.records.files import slug, write_whole
 from tokbench.records.result import SpeedResult, Stage, TokenizerInfo, to_json
 from tokbench.registry import Spec, create, numbered, parse_all
-from tokbench.runtime.device import describe_device, precision, prepare, unless_full, warn_of_emulation
+from tokbench.runtime.device import describe_device, precision, prepare, synchronise, unless_full, warn_of_emulation
 from tokbench.speed.timing import (
     QUICK,
     STANDARD,
@@ -45,7 +45,6 @@ from tokbench.speed.timing import (
     TimingBudget,
     peak_memory,
     peak_rate,
-    synchronise,
     take_turns,
     time_block,
     warm_up,

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from tokbench.runtime.device import release, unless_full
+from tokbench.runtime.device import release, synchronise, unless_full
 
 Step = Callable[[], object]
 
@@ -28,18 +28,13 @@ STANDARD = TimingBudget()
 QUICK = TimingBudget(seconds=0.0, iterations=3, search_seconds=0.0, warm_ups=0)
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was told; a CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def time_block(step: Step, iterations: int, device: torch.device) -> list[float]:
     """Seconds of each of `iterations` calls; one synchronisation at the end on CUDA."""
     if device.type != "cuda":
         marks = [time.perf_counter()]
         for _ in range(iterations):
             step()
+            synchronise(device)
             marks.append(time.perf_counter())
         return [after - before for before, after in itertools.pairwise(marks)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(iterations + 1)]

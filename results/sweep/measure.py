@@ -1,4 +1,6 @@
-"""How many bits the latents of a continuous tokenizer need: an estimate by quantising them and counting symbols."""
+"""What `tokbench run` does not measure: the bits of latents, estimated by quantising them and counting symbols, and the
+memory of a decode on a CPU.
+"""
 
 import json
 from collections.abc import Sequence
@@ -22,24 +24,24 @@ LOSS = 0.1  # dB of psnr that quantising may cost
 STEPS = tuple(2.0 ** (k / 4) for k in range(-24, 9))  # in units of the latents, whose deviation is about 1
 
 
-def measure_rates(models: Sequence[str], preset: Preset, out: Path) -> None:
+def measure_latents(models: Sequence[str], preset: Preset, out: Path) -> None:
     """Write NAME.json for each model: the coarsest of STEPS that costs at most LOSS dB on the bundled photographs at
-    `preset.chosen_at` pixels, and with it the bits per pixel at each resolution."""
+    `preset.chosen_at` pixels, with it the bits per pixel at each resolution, and the bytes of a decode there."""
     for spec in registry.parse_all(",".join(models)):
         if (path := out / f"{spec.row}.json").exists():
             continue
-        print(f"$ rate of {spec.row}", flush=True)
+        print(f"$ latents of {spec.row}", flush=True)
         tokenizer, device = registry.create(spec), select_device(preset.device)
         prepare(tokenizer, device)
         with precision(device, torch.float32):
             images = crops(preset.chosen_at, device)
             step, psnr, quantised = coarsest_step(tokenizer, images)
-            rates = {
-                side: bits_per_pixel(tokenizer, crops(int(side), device), step)
-                for side in preset.resolutions.split(",")
-                if side != NATIVE  # the bundled photographs have 512 px
-            }
-        record = {"step": step, "psnr": psnr, "psnr_quantised": quantised, "bits_per_pixel": rates}
+            # The bundled photographs have 512 px: native size is one of these.
+            pictures = {side: crops(int(side), device) for side in preset.resolutions.split(",") if side != NATIVE}
+            rates = {side: bits_per_pixel(tokenizer, found, step) for side, found in pictures.items()}
+            memory = {side: decode_bytes(tokenizer, found[0]) for side, found in pictures.items()}
+        record = {"step": step, "psnr": psnr, "psnr_quantised": quantised, "bits_per_pixel": rates,
+                  "decode_bytes": memory}  # fmt: skip
         write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
@@ -84,6 +86,25 @@ def bits_per_pixel(tokenizer: Tokenizer, images: Sequence[Tensor], step: float) 
         _, counts = torch.cat([z[:, channel].flatten() for z in symbols]).unique(return_counts=True)
         bits -= float((counts * (counts / counts.sum()).log2()).sum())
     return bits / sum(image.shape[2] * image.shape[3] for image in images)
+
+
+def decode_bytes(tokenizer: Tokenizer, image: Tensor) -> int | None:
+    """By how much the process grows at most while it decodes one image; None where that cannot be told (not Linux)."""
+    latents, seeds, size = encode(tokenizer, image), torch.zeros(1, dtype=torch.int64), (image.shape[2], image.shape[3])
+    tokenizer.decode(latents, seeds=seeds, size=size)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+        before = resident("VmRSS")
+        tokenizer.decode(latents, seeds=seeds, size=size)
+        return resident("VmHWM") - before
+    except OSError:
+        return None
+
+
+def resident(key: str) -> int:
+    """Bytes of this process in memory: now (VmRSS), at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def encode(tokenizer: Tokenizer, image: Tensor) -> Tensor:
