@@ -45,6 +45,7 @@ SHOWN = ("family", "f", "c", "codes", "tokens", "params", "verified", "licence",
 TILING = ("tile", "overlap")  # options of every model, in pixels
 ROW_NAME = re.compile(r"[a-z0-9_][a-z0-9._-]*")
 UNTOLD = ("model", "last", "checkpoint", "pytorch_model", "diffusion_pytorch_model")  # files that their folder names
+NEEDED = ("info", "networks", "encode", "decode")  # of a tokenizer
 LOAD_ERRORS = (SafetensorError, *MODEL_ERRORS)
 
 
@@ -322,7 +323,7 @@ def _build(part: Part, random_weights: bool) -> Any:
         made = part.entry.factory(**options)
     except LOAD_ERRORS as error:
         raise CellError(f"{part.text}: does not load: {first_line(error)}{place(error)}") from error
-    if missing := [name for name in ("info", "networks", "encode", "decode") if not hasattr(made, name)]:
+    if missing := [name for name in NEEDED if not hasattr(made, name)]:
         raise CellError(f"{part.text}: {type(made).__name__} is no tokenizer, it lacks {', '.join(missing)}")
     if part.tiling:
         from tokbench.runtime.tiling import Tiled

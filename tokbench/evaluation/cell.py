@@ -361,7 +361,8 @@ def merged_facts(work: Path) -> dict[str, Any]:
     seconds = {part: float(np.mean([one[part] for one in timed])) for part in (timed[0] if timed else {})}
     notes: Counter[str] = sum((Counter(facts["image_notes"]) for facts in shards), Counter())
     return {"batch_size": max((facts["batch_size"] for facts in shards), default=None), "seconds": seconds,
-            "image_notes": dict(notes)}  # fmt: skip
+            "image_notes": dict(notes),
+            "warnings": tuple(dict.fromkeys(text for facts in shards for text in facts["warnings"]))}  # fmt: skip
 
 
 # ---- its record ---------------------------------------------------------------------------------------------------
@@ -391,7 +392,7 @@ def write_record(
                 for shard in (file for shared in store.real.values() for file in shared.folder.glob("*.npz")):
                     shutil.copyfile(shard, work / shard.name)
         write_whole(cell.path, to_json(result))
-    return result
+    return replace(result, rows={"id": store.ids, **columns})
 
 
 def write_rows(
@@ -438,7 +439,7 @@ def joined(earlier: EvalResult, new: EvalResult) -> EvalResult:
         unavailable=missing,
         latents=new.latents or earlier.latents,
         measurement=replace(new.measurement, metrics=tuple(dict.fromkeys((*before, *new.measurement.metrics)))),
-        provenance=replace(now, extractors=extractors, metrics=keys),
+        provenance=replace(now, extractors=extractors, metrics=keys, warnings=then.warnings or now.warnings),
     )
 
 

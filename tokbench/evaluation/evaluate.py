@@ -19,7 +19,7 @@ from tokbench.data.open import open_source
 from tokbench.data.sources import Source, class_labels
 from tokbench.errors import InputError
 from tokbench.evaluation.cell import Cell, measure_cell
-from tokbench.evaluation.model import applies, check_size, model_key, with_facts
+from tokbench.evaluation.model import Watch, applies, check_size, model_key, with_facts
 from tokbench.evaluation.reconstruct import (
     Columns,
     Fakes,
@@ -33,6 +33,7 @@ from tokbench.evaluation.reconstruct import (
 )
 from tokbench.metrics import CODES, DEFAULT, LATENTS, find_metrics
 from tokbench.protocols import Resolution, parse_resolution
+from tokbench.records.files import per_image_path, read_per_image, result_path
 from tokbench.records.measurement import Measurement
 from tokbench.records.result import EvalResult, Settings, read_result
 from tokbench.runtime.device import find_dtype, prepare, select_device
@@ -88,6 +89,10 @@ class Reconstructions:
     timer: Timer
     crops: CropCache | None = None
     loaders: list[Loader] = field(default_factory=list)
+    watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.tokenizer)
 
     def batches(self, indices: Sequence[int]) -> Iterator[tuple[Sequence[str], Tensor, Tensor]]:
         """Ids, images uint8 [B, 3, H, W] and their seeds int64 [B, S]."""
@@ -112,6 +117,7 @@ class Reconstructions:
         """The reconstructions by seed, the columns of latents and tiles, and the latents."""
         fakes, latents = round_trip(self.tokenizer, (ids, real, beside), self.measurement, self.timer)
         with torch.inference_mode():
+            self.watch.see(real, latents, next(iter(fakes.values()))[1])
             columns = self.columns(ids, latents, (real.shape[2], real.shape[3]))
             return fakes, columns | seam_columns(self.tokenizer, real, fakes), self.features(latents)
 
@@ -138,10 +144,14 @@ class Reconstructions:
         """Seconds an image, and what was done to images; those left out are named."""
         for reason in (reason for loader in self.loaders for reason in loader.skipped.values()):
             say(f"left out: {reason}")
+        warnings = tuple(dict.fromkeys(text for own in processes.all_gather(self.watch.found()) for text in own))
+        for text in warnings if processes.main else ():
+            say(f"warning: {self.tokenizer.info.name}: {text}")
         rates = [rate for rate in processes.all_gather(self.timer.per_image()) if rate]
         seconds = {part: float(np.mean([rate[part] for rate in rates])) for part in (rates[0] if rates else {})}
         notes = processes.all_gather([loader.notes for loader in self.loaders])
-        return {"seconds": seconds, "image_notes": dict(sum((own for part in notes for own in part), Counter()))}
+        counts = dict(sum((own for part in notes for own in part), Counter()))
+        return {"seconds": seconds, "image_notes": counts, "warnings": warnings}
 
 
 def settings_of(tokenizer: Tokenizer, spec: str, source: Source, measurement: Measurement) -> Settings:
@@ -214,8 +224,13 @@ def evaluate(
     the result lies where `tokbench run` would put it and is found there again. Raises InputError for wrong use or bad
     images and CellError if the model fails. This process alone measures.
     """
+    names = metrics.split(",") if isinstance(metrics, str) else metrics
+    if not isinstance(data, str | Path | Source):
+        raise InputError(f"evaluate: data is a {type(data).__name__}; give a folder, an archive, a name or a tb.Source")
+    if not isinstance(tokenizer, str) and (lacking := [n for n in registry.NEEDED if not hasattr(tokenizer, n)]):
+        raise InputError(f"evaluate: {type(tokenizer).__name__} is no tokenizer, it lacks {', '.join(lacking)}")
     try:
-        measurement = checked(Measurement(resolution=resolution, metrics=tuple(metrics or ()), **options))
+        measurement = checked(Measurement(resolution=resolution, metrics=tuple(names or ()), **options))
     except TypeError as error:
         raise InputError(f"evaluate: {str(error).partition(') ')[2] or error}") from None
     model = registry.create(tokenizer) if isinstance(tokenizer, str) else tokenizer
@@ -235,7 +250,11 @@ def evaluate(
     try:
         with torch.random.fork_rng(devices=[]):  # building networks and loaders draws from the caller's generator
             folder = None if out is None else Path(out)
-            return evaluate_cell(model, spec, source, measurement, device, out=folder)[0]
+            result, _ = evaluate_cell(model, spec, source, measurement, device, out=folder)
+            if folder is None or result.rows is not None:
+                return result
+            ids, columns = read_per_image(per_image_path(result_path(folder, result)))
+            return replace(result, rows={"id": ids, **columns})
     finally:
         for module, mode in zip(modules, training, strict=True):
             module.training = mode

@@ -1,8 +1,10 @@
 """What the harness finds out about a tokenizer by itself: its size, its state, the code behind it."""
 
-from dataclasses import is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, is_dataclass, replace
 
 import torch
+from torch import Tensor
 
 from tokbench import registry
 from tokbench.errors import InputError
@@ -73,3 +75,62 @@ def attributes(owner: object) -> list[str]:
     kinds = (bool, int, float, str, tuple, torch.dtype)
     found = [f"{k}={v!r}" for k, v in getattr(owner, "__dict__", {}).items() if isinstance(v, kinds) or is_dataclass(v)]
     return sorted(text for text in found if " at 0x" not in text and not text.startswith(("training=", "_")))
+
+
+# What computes otherwise in training.
+TRAINED_OTHERWISE = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
+
+
+@dataclass
+class Watch:
+    """What a model does that is seldom meant, looked for in all of its batches without waiting for the device."""
+
+    tokenizer: Tokenizer
+    seen: dict[str, Tensor] = field(default_factory=dict)
+    first: tuple[Tensor, Tensor] | None = None
+
+    def see(self, real: Tensor, latents: Tensor, decoded: Tensor | None) -> None:
+        """uint8 [B, 3, H, W], its latents [B, ...] and what decode gave [B, 3, H, W]."""
+        if self.first is None:
+            self.first = real[:1], latents[:1]
+        self._more("images", torch.maximum, _unlike(real, self.first[0]))
+        self._more("latents", torch.maximum, _unlike(latents, self.first[1]))
+        self._more("darkest", torch.minimum, real.amin().float())
+        if latents.is_floating_point():
+            self._more("size", torch.maximum, latents.float().square().mean().sqrt())
+        if decoded is not None:
+            self._more("least", torch.minimum, decoded.amin().float())
+            self._more("most", torch.maximum, decoded.amax().float())
+            self._more(
+                "spread", torch.maximum, (decoded.flatten(1).amax(1) - decoded.flatten(1).amin(1)).amax().float()
+            )
+
+    def _more(self, name: str, join: Callable[[Tensor, Tensor], Tensor], value: Tensor) -> None:
+        self.seen[name] = join(self.seen[name], value) if name in self.seen else value
+
+    def found(self) -> list[str]:
+        """A warning for each, that names the cure."""
+        seen = {name: float(value) for name, value in self.seen.items()}
+        parts = getattr(self.tokenizer, "__dict__", {}).items()
+        says = [f"{name} is in training mode: name it in `networks`, which are set to eval mode"
+                for name, part in parts if isinstance(part, torch.nn.Module)
+                and any(m.training for m in part.modules() if isinstance(m, TRAINED_OTHERWISE))]  # fmt: skip
+        if "most" in seen:
+            if seen["spread"] == 0:
+                says.append("every reconstruction has one value throughout")
+            elif seen["most"] > 20:
+                says.append(f"decode gives values up to {seen['most']:.0f}; expected -1 to 1: return x / 127.5 - 1")
+            elif seen["least"] >= 0 and seen["darkest"] < 64:
+                says.append("decode never gives a value below 0, as if from 0 to 1; expected -1 to 1: return 2 * x - 1")
+        if seen.get("latents") == 0 and seen["images"] > 0:
+            says.append("the latents of all images are equal")
+        if (size := seen.get("size", 0.0)) > 20:
+            says.append(f"latents are of size {size:.0f}: does encode take pixels as they come, from 0 to 255? "
+                        "Scale them: images / 127.5 - 1")  # fmt: skip
+        return says
+
+
+def _unlike(batch: Tensor, first: Tensor) -> Tensor:
+    """1 if anything in a batch [B, ...] differs from a first [1, ...], else 0."""
+    same_size = batch.shape[1:] == first.shape[1:]
+    return (batch != first).any().float() if same_size else torch.ones((), device=batch.device)

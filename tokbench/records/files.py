@@ -199,29 +199,7 @@ def results_frame(results: Iterable[EvalResult]) -> "pd.DataFrame":
     """One row per cell: what was measured, on what, and `<metric>`, `<metric>.stderr` (missing: NaN)."""
     import pandas as pd  # half a second that other readers of this module need not wait
 
-    rows = []
-    for result in results:
-        info, dataset = result.tokenizer, result.dataset
-        row: dict[str, object] = {
-            "protocol": result.protocol,
-            "protocol_fingerprint": result.protocol_fingerprint,
-            "dataset": dataset.name,
-            "split": dataset.split,
-            "resolution": dataset.resolution,
-            "num_images": dataset.num_images,
-            "fingerprint": dataset.fingerprint,
-            "name": info.name,
-            "family": info.family,
-            "downsample": info.downsample,
-            "channels": info.channels,
-            "codebook_size": info.codebook_size,
-            "decode_steps": info.decode_steps,
-            "device": result.provenance.device,
-        }
-        for metric, value in result.metrics.items():
-            row[metric], row[f"{metric}.stderr"] = value.value, value.stderr
-        rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame([result.row() for result in results])
 
 
 def results(folder: str | Path = "runs") -> "pd.DataFrame":

@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokbench.config import from_dict
 from tokbench.errors import InputError
-from tokbench.protocols import Resolution
+from tokbench.protocols import Resolution, size_text
 from tokbench.records.measurement import Measurement
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA = 2
 
@@ -102,6 +105,7 @@ class Provenance:
     image_notes: Mapping[str, int] = field(default_factory=dict)  # images turned, put on white, ...
     extractors: Mapping[str, str] = field(default_factory=dict)  # name -> sha256 of its weights
     metrics: Mapping[str, str] = field(default_factory=dict)  # metric -> key of its networks, libraries, plugin's code
+    warnings: tuple[str, ...] = ()  # what the model does that is seldom meant
     cell: str | None = None  # the key by which a later run knows that it may answer from this record
 
 
@@ -120,11 +124,66 @@ class EvalResult:
     measurement: Measurement | None = None  # what was asked for; None: not known, of an older schema
     provenance: Provenance = field(default_factory=Provenance)
     schema: int = SCHEMA
+    # {"id": [...], column: values [N]} of one that was just measured; a file keeps them beside its record.
+    rows: Mapping[str, Any] | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        name, data = self.tokenizer.name, self.dataset
+        shown = [f"{metric} {value.value:.4g}" + (f" ±{value.stderr:.2g}" if value.stderr else "")
+                 for metric, value in self.metrics.items() if value.value is not None]  # fmt: skip
+        where = f"{name} on {data.num_images} images of {data.name} at {size_text(data.resolution)}"
+        return f"EvalResult({where}: {', '.join(shown) or 'nothing measured'})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain values, as its file holds it."""
+        record: dict[str, Any] = json.loads(to_json(self))
+        return record
+
+    def row(self) -> dict[str, Any]:
+        """What was measured, on what, and `<metric>`, `<metric>.stderr`: a row of `results_frame`."""
+        info, dataset = self.tokenizer, self.dataset
+        row: dict[str, object] = {
+            "protocol": self.protocol,
+            "protocol_fingerprint": self.protocol_fingerprint,
+            "dataset": dataset.name,
+            "split": dataset.split,
+            "resolution": dataset.resolution,
+            "num_images": dataset.num_images,
+            "fingerprint": dataset.fingerprint,
+            "name": info.name,
+            "family": info.family,
+            "downsample": info.downsample,
+            "channels": info.channels,
+            "codebook_size": info.codebook_size,
+            "decode_steps": info.decode_steps,
+            "device": self.provenance.device,
+        }
+        for metric, value in self.metrics.items():
+            row[metric], row[f"{metric}.stderr"] = value.value, value.stderr
+        return row
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A DataFrame of one row, as `tokbench.results` has one for each record of a folder."""
+        import pandas as pd
+
+        return pd.DataFrame([self.row()])
+
+    def per_image(self) -> "pd.DataFrame":
+        """A DataFrame of every measured column, a row an image, by id. InputError for a record that was only read."""
+        import pandas as pd
+
+        if self.rows is None:
+            raise InputError(
+                f"{self.tokenizer.name}: its images' rows are not here; evaluate it, or read the file beside it"
+            )
+        return pd.DataFrame(self.rows).set_index("id")
 
 
 def to_json(result: "EvalResult | SpeedResult") -> str:
     """The record as JSON text. Raises ValueError for a NaN or infinity: such a value belongs in `unavailable`."""
-    record = dataclasses.asdict(result)
+    if isinstance(result, EvalResult):
+        result = dataclasses.replace(result, rows=None)
+    record = {key: value for key, value in dataclasses.asdict(result).items() if key != "rows"}
     return json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False, default=str) + "\n"
 
 
