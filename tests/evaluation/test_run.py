@@ -183,6 +183,12 @@ def test_codes_give_perplexity(tokbench: Command, photographs: Path, tmp_path: P
     found = results(tmp_path)
     assert 1 < found["codes-32"].metrics["perplexity"].value <= 8
     assert set(found["plain-32"].metrics) == {"psnr"}
+    reasons = {"perplexity": "needs codes", "bpp": "needs measured bits: of a codec, or codes"}
+    assert found["plain-32"].unavailable == reasons  # asked for, so not left out without a word
+    ran = tokbench(*command[:-1], "perplexity", "--models", f"x={TINY}")
+    assert ran.status == 1
+    assert "failed: x at 32 px: nothing could be measured: no perplexity (needs codes)" in ran.err
+    assert "0 done, 0 cached, 1 failed" in ran.err
 
 
 def test_a_failed_cell_costs_its_row_and_no_other(tokbench: Command, photographs: Path, tmp_path: Path) -> None:

@@ -156,6 +156,13 @@ def test_terminal_table_fits_a_hundred_columns(tmp_path: Path, terminal: bool) -
     assert not any(line.rstrip().endswith("…") for line in plain)
 
 
+def test_names_are_whole_where_a_column_can_give_way(tmp_path: Path) -> None:
+    names = ["ssdd", "sd-vae-ft-mse-steps-8-and-a-name-of-more-than-fifty-letters"]
+    text = printed([entry(tmp_path, name, seed=i, shift=i) for i, name in enumerate(names)], False)
+    assert any(line.startswith(names[1] + "  ") for line in text.splitlines())
+    assert "hidden, 100 characters are too few (COLUMNS, report --columns): " in text
+
+
 def test_table_says_units_directions_notes_numbers_and_machine(tmp_path: Path) -> None:
     entries = [entry(tmp_path, n, seed=i, losses=("lpips-vgg",), note="undertrained") for i, n in enumerate("ab")]
     text = printed(entries)

@@ -362,7 +362,7 @@ def merged_facts(work: Path) -> dict[str, Any]:
     notes: Counter[str] = sum((Counter(facts["image_notes"]) for facts in shards), Counter())
     return {"batch_size": max((facts["batch_size"] for facts in shards), default=None), "seconds": seconds,
             "image_notes": dict(notes),
-            "warnings": tuple(dict.fromkeys(text for facts in shards for text in facts["warnings"]))}  # fmt: skip
+            "warnings": "; ".join(filter(None, dict.fromkeys(facts["warnings"] for facts in shards)))}  # fmt: skip
 
 
 # ---- its record ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tokbench.data.open import open_source
 from tokbench.data.sources import Source, class_labels
 from tokbench.errors import InputError
 from tokbench.evaluation.cell import Cell, measure_cell
-from tokbench.evaluation.model import Watch, applies, check_size, model_key, with_facts
+from tokbench.evaluation.model import Watch, check_size, lacks, model_key, with_facts
 from tokbench.evaluation.reconstruct import (
     Columns,
     Fakes,
@@ -151,7 +151,7 @@ class Reconstructions:
         seconds = {part: float(np.mean([rate[part] for rate in rates])) for part in (rates[0] if rates else {})}
         notes = processes.all_gather([loader.notes for loader in self.loaders])
         counts = dict(sum((own for part in notes for own in part), Counter()))
-        return {"seconds": seconds, "image_notes": counts, "warnings": warnings}
+        return {"seconds": seconds, "image_notes": counts, "warnings": "; ".join(warnings)}
 
 
 def settings_of(tokenizer: Tokenizer, spec: str, source: Source, measurement: Measurement) -> Settings:
@@ -197,10 +197,13 @@ def cell_of(
 ) -> Cell:
     """A tokenizer's row with those of the metrics asked for that it and the data can have."""
     info, settings = with_facts(tokenizer), settings_of(tokenizer, spec, source, measurement)
-    asked = [metric for metric in find_metrics(measurement.metrics) if applies(metric, tokenizer)]
-    unlabelled = len(class_labels(source)[1]) < 2
-    refused = {m.name: "needs classes: folders or labels" for m in asked if unlabelled and "label" in m.columns}
+    asked, unlabelled = find_metrics(measurement.metrics), len(class_labels(source)[1]) < 2
+    refused = {m.name: why for m in asked if (why := lacks(tokenizer, m))}
     names = tuple(metric.name for metric in asked if metric.name not in refused)
+    if measurement.metrics in (DEFAULT, measurement.rules.metrics):  # nobody asked for these
+        refused = {}
+    unclassed = {m.name: "needs classes: folders or labels" for m in asked if unlabelled and "label" in m.columns}
+    refused, names = refused | unclassed, tuple(name for name in names if name not in unclassed)
     own = replace(measurement, metrics=names, seeds=settings.seeds)
     model = model_key(info, tokenizer)
     return Cell(info, source, own, settings, model, device, out, processes or Processes(), refused)

@@ -37,16 +37,18 @@ def check_size(tokenizer: Tokenizer, resolution: Resolution) -> None:
         )
 
 
-def applies(metric: Metric, tokenizer: Tokenizer) -> bool:
-    """bpp needs `tokenizer.bits`, code metrics a codebook, latent metrics channels, or a grid of them, seam tiles."""
+def lacks(tokenizer: Tokenizer, metric: Metric) -> str:
+    """What a metric needs that this tokenizer has not; "" if nothing."""
+    info = tokenizer.info
     if "bpp" in metric.columns:
-        return hasattr(tokenizer, "bits")
+        return "" if hasattr(tokenizer, "bits") else "needs measured bits: of a codec, or codes"
     if SEAM in metric.columns:
-        return tiling_of(tokenizer) is not None
+        return "" if tiling_of(tokenizer) is not None else "needs a model that works in tiles"
     if "latent-mean" in metric.columns or metric.extractor == LATENTS or metric.scope == "interpolation":
-        grid = tokenizer.info.downsample is not None
-        return tokenizer.info.channels is not None and (grid or GRID[-1] not in metric.columns)
-    return metric.extractor != CODES or tokenizer.info.codebook_size is not None
+        if info.channels is None:
+            return "needs continuous latents"
+        return "needs a grid of latents" if GRID[-1] in metric.columns and info.downsample is None else ""
+    return "needs codes" if metric.extractor == CODES and info.codebook_size is None else ""
 
 
 def model_key(info: TokenizerInfo, tokenizer: Tokenizer) -> str | None:

@@ -185,6 +185,10 @@ def run_model(
         except CellError as error:
             summary.fail(cell, error)
             continue
+        if not result.metrics and result.unavailable:
+            why = "; ".join(f"no {name} ({reason})" for name, reason in result.unavailable.items())
+            summary.fail(cell, CellError(f"nothing could be measured: {why}"))
+            continue
         summary.results.append((result_path(out, result), result))
         if cached:
             summary.cached.append(cell)

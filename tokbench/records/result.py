@@ -105,7 +105,7 @@ class Provenance:
     image_notes: Mapping[str, int] = field(default_factory=dict)  # images turned, put on white, ...
     extractors: Mapping[str, str] = field(default_factory=dict)  # name -> sha256 of its weights
     metrics: Mapping[str, str] = field(default_factory=dict)  # metric -> key of its networks, libraries, plugin's code
-    warnings: tuple[str, ...] = ()  # what the model does that is seldom meant
+    warnings: str = ""  # what the model does that is seldom meant
     cell: str | None = None  # the key by which a later run knows that it may answer from this record
 
 

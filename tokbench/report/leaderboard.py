@@ -245,7 +245,8 @@ def _remarks(result: EvalResult, asked: set[str] | None) -> Iterator[str]:
         yield f"images left out: {settings.skipped}"
     if settings.upscaled:
         yield f"images enlarged: {settings.upscaled}"
-    yield from result.provenance.warnings
+    if result.provenance.warnings:
+        yield result.provenance.warnings
     missing: dict[str, list[str]] = {}  # metrics by reason
     gone = {name: value.note for name, value in result.metrics.items() if value.value is None}
     for name, reason in (gone | dict(result.unavailable)).items():

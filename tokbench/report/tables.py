@@ -16,6 +16,7 @@ from tokbench.errors import InputError
 from tokbench.runtime.terminal import stdout_console
 
 WIDTH = 100  # characters of a table that does not go to a terminal
+SHORTEST = 20  # characters of a name that are left at least
 FOLDED = 16  # characters that a column of words needs at least: it folds
 ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}
 STYLES = {1: "bold", 2: "underline"}  # by rank, in a terminal
@@ -113,7 +114,7 @@ def _plain_text(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def shortened(name: str, limit: int = 32) -> str:
+def shortened(name: str, limit: int) -> str:
     """A row's name, shortened in its middle so that what tells rows apart (prefix and settings) stays."""
     return name if len(name) <= limit else f"{name[: limit - 13]}…{name[-12:]}"
 
@@ -135,21 +136,22 @@ def print_tables(console: Console, tables: Sequence[Table]) -> None:
     """Print within the console's width; where it shows no styles (a file, a pipe), a star marks best values."""
     styled = console.is_terminal
     for table in tables:
-        shown, errors = _fitting(table, console.width)
+        shown, errors, limit = _fitting(table, console.width)
         hidden = [c.key for c in table.columns if c not in shown]
         hidden += ["±"] if not errors and any(c.error for row in table.rows for c in row.cells.values()) else []
-        notes = [*table.notes, *([f"hidden, terminal too narrow: {', '.join(hidden)}"] if hidden else [])]
+        rest = f"hidden, {console.width} characters are too few (COLUMNS, report --columns): {', '.join(hidden)}"
+        notes = [*table.notes, *([rest] if hidden else [])]
         if not errors:
             notes = [note.replace(f"{ERRORS} · ", "") for note in notes]
         if not styled:
             notes = [note.replace(MARKS, UNSTYLED_MARKS) for note in notes]
         console.print(
-            _terminal(table, shown, errors, styled), *(Text(note, style="dim") for note in notes), "", sep="\n"
+            _terminal(table, shown, errors, styled, limit), *(Text(note, style="dim") for note in notes), "", sep="\n"
         )
 
 
-def _terminal(table: Table, columns: Sequence[Heading], errors: bool, styled: bool) -> RichTable:
-    """A rich table with these columns, ± beside the values if `errors`."""
+def _terminal(table: Table, columns: Sequence[Heading], errors: bool, styled: bool, limit: int) -> RichTable:
+    """A rich table with these columns, ± beside the values if `errors`, names of at most `limit` characters."""
     made = RichTable(title=Text(table.title, style="bold"), title_justify="left", box=None, padding=(0, 2, 0, 0),
                      pad_edge=False)  # fmt: skip
     units = any(c.unit for c in columns)
@@ -166,26 +168,27 @@ def _terminal(table: Table, columns: Sequence[Heading], errors: bool, styled: bo
                 Text(value, STYLES.get(row.cells[c.key].rank, "")).append(rest, "not bold not underline dim")
                 for c, (value, rest) in zip(columns, next(lines), strict=True)
             ]
-            made.add_row(Text(("  " if heading else "") + shortened(row.name)), *texts, style=row.style or None)
+            made.add_row(Text(("  " if heading else "") + shortened(row.name, limit)), *texts, style=row.style or None)
     return made
 
 
-def _fitting(table: Table, width: int) -> tuple[list[Heading], bool]:
-    """The columns that fit into `width` characters, and whether ± does."""
+def _fitting(table: Table, width: int) -> tuple[list[Heading], bool, int]:
+    """The columns that fit into `width` characters, whether ± does, and how long names may be: cut at the very last."""
+    longest = max((len(row.name) for row in table.rows), default=0)
     everything = list(table.columns)
     major = [c for c in everything if not c.minor]
     for columns, errors in ((everything, True), (major, True), (everything, False)):
         if _width(table, columns, errors) <= width:
-            return columns, errors
+            return columns, errors, longest
     numbers = [c for c in major if not c.words]
     while len(major) > 1 and numbers and _width(table, major, False) > width:
         major.remove(numbers.pop())
-    return major, False
+    return major, False, max(SHORTEST, longest - max(0, _width(table, major, False) - width))
 
 
 def _width(table: Table, columns: Sequence[Heading], errors: bool) -> int:
     indent = 2 if len(table.groups) > 1 else 0
-    total = max([len(table.names), *(indent + len(shortened(row.name)) for row in table.rows)])
+    total = max([len(table.names), *(indent + len(row.name) for row in table.rows)])
     for c in columns:
         needed = max((len(value + rest) for value, rest in _aligned(table, c, errors, False)), default=0)
         total += 2 + max(len(c.label), len(c.unit), min(needed, FOLDED) if c.words else needed)
