@@ -44,6 +44,8 @@ EXAMPLES = {
     "weights verify": [""],
     "weights export": ["networks"],
     "doctor": [""],
+    "card": ["runs/adm/imagenet-256/mine.json --push me/mine"],
+    "results add": ["mine.json --into results"],
 }  # fmt: skip
 
 
@@ -205,7 +207,7 @@ def report(
     raise typer.Exit(status)
 
 
-@app.command()
+@app.command(epilog=_examples("card"))
 def card(
     results: Annotated[list[Path], typer.Argument(help="Records of one tokenizer.")],
     out: Annotated[Path, typer.Option(help="Folder for .eval_results/*.yaml and model-index.yml.")] = Path("card"),
@@ -213,10 +215,7 @@ def card(
     source: Annotated[str | None, typer.Option(help="Address where the records can be read.")] = None,
     push: Annotated[str | None, typer.Option(help="Offer it to the repository OWNER/NAME, by pull request.")] = None,
 ) -> None:
-    """Write a tokenizer's results as metadata of its repository on the hub.
-
-    Example: tokbench card runs/adm/imagenet-256/mine.json --push me/mine
-    """
+    """Write results as metadata of a tokenizer's repository."""
     from tokbench.sharing.card import write_card
 
     typer.echo("\n".join(map(str, write_card(results, out, benchmark, source, push))))
@@ -226,7 +225,7 @@ results_app = typer.Typer(no_args_is_help=True, help="Results that somebody else
 app.add_typer(results_app, name="results")
 
 
-@results_app.command(name="add")
+@results_app.command(name="add", epilog=_examples("results add"))
 def results_add(
     where: Annotated[str, typer.Argument(help="A record, or the address of one; its per-image table lies beside it.")],
     into: Annotated[Path, typer.Option(help="Folder of results that it is copied into.")] = Path("results"),
