@@ -176,7 +176,7 @@ def report(
         typer.Option(help="Folder of results, or a file; may be repeated. Default: runs, else results."),
     ] = None,
     format: Annotated[str, typer.Option(help="table, markdown, latex, csv, json or html.")] = "table",
-    out: Annotated[Path | None, typer.Option(help="File to write instead of stdout; for html a folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write instead of stdout; for html a folder too.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for plots, of the twelve largest blocks.")] = None,
     plot_format: Annotated[str, typer.Option(help="png, svg or pdf.")] = "png",
     columns: Annotated[
@@ -193,6 +193,9 @@ def report(
         int | None, typer.Option(help="Write a page of N blind comparisons of saved images below --out.")
     ] = None,
     votes: Annotated[list[Path] | None, typer.Option(help="Votes that blind pages exported; may be repeated.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Other results, a folder or a file: show what changed since.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="A file that has to be skipped is a failure.")] = False,
 ) -> None:
     """Tables, plots and a page from result files alone."""
@@ -202,7 +205,7 @@ def report(
     status = build(
         results or [], format=format, out=out, plots=plots, plot_format=plot_format, columns=chosen, where=where,
         group=group, reference=reference, group_by=group_by, reported=reported, strict=strict, blind=blind,
-        votes=votes or [],
+        votes=votes or [], against=against,
     )  # fmt: skip
     raise typer.Exit(status)
 

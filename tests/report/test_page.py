@@ -20,8 +20,8 @@ from tokbench.evaluation.pictures import save_pairs
 from tokbench.report.blind.page import read_votes, write_blind_page
 from tokbench.report.collect import gather
 from tokbench.report.columns import ResultEntry
-from tokbench.report.html import script_json, write_page
 from tokbench.report.leaderboard import blocks
+from tokbench.report.page.html import script_json, write_page
 from tokbench.report.reported import read_reported, reported_table
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from tokbench.records.result import EvalResult, SpeedResult, Value, to_json
 from tokbench.report import tables
 from tokbench.report.blind.page import write_blind_page
 from tokbench.report.blind.votes import votes_table
+from tokbench.report.changes import changes_table
 from tokbench.report.collect import frame, gather
 from tokbench.report.collect import where as keep_where
 from tokbench.report.columns import ResultEntry, column
@@ -35,9 +36,14 @@ class Report:
     votes: Sequence[Path] = ()
     reference: str | None = None
     group_by: str | None = None
+    against: Path | None = None
 
     def ranked(self) -> list[Block]:
         return blocks(self.entries, self.columns, self.group)
+
+    def changes(self) -> Table | None:
+        """What differs from the results in another folder, if one was named."""
+        return None if self.against is None else changes_table(self.entries, self.against)
 
     def more(self, published: bool) -> list[Table]:
         """What is not ranked: how values spread, if asked; speed, papers against ours; with `published` all that papers
@@ -54,12 +60,16 @@ class Report:
             *(table for table in papers if table),
         ]
 
+    def tables(self, published: bool) -> list[Table]:
+        changes = self.changes()
+        return [*self.ranked(), *([changes] if changes else []), *self.more(published)]
+
 
 def build(
     results: Sequence[Path], *, format: str = "table", out: Path | None = None, plots: Path | None = None,
     plot_format: str = "png", columns: Sequence[str] | None = None, where: str | None = None, group: bool = True,
     reference: str | None = None, group_by: str | None = None, reported: Path | None = None, strict: bool = False,
-    blind: int | None = None, votes: Sequence[Path] = (),
+    blind: int | None = None, votes: Sequence[Path] = (), against: Path | None = None,
 ) -> int:  # fmt: skip
     """Write what was asked for; 1 with `strict` if a file had to be skipped, else 0. InputError for wrong use.
 
@@ -67,6 +77,7 @@ def build(
     default reported.csv in the first folder. `reference` and `group_by` add how the metrics among `columns` spread over
     images: their differences to a row, and by a column of the data. `where` and `columns` ask for measured rows alone.
     `blind` writes a page of so many comparisons below `out` instead; `votes` are what such pages exported.
+    `against` is another folder of results: what changed is a table of its own.
     """
     if format not in FORMATS:
         raise InputError(f"--format {format!r}: choose from {', '.join(FORMATS)}")
@@ -94,22 +105,22 @@ def build(
             raise InputError("--blind writes a page: say where with --out DIR")
         print(f"tokbench: wrote {write_blind_page(entries, blind, out)}", file=sys.stderr)
         return 1 if strict and warnings else 0
-    _write(Report(entries, speeds, published, columns, group, votes, reference, group_by), format, out)
+    _write(Report(entries, speeds, published, columns, group, votes, reference, group_by, against), format, out)
     return 1 if strict and warnings else 0
 
 
 def _write(report: Report, format: str, out: Path | None) -> None:
     if format == "html":
-        from tokbench.report.html import write_page
+        from tokbench.report.page.html import write_page
 
         if out is None:
-            raise InputError("--format html writes a folder: say where with --out DIR")
-        index = write_page(report.ranked(), report.more(published=True), out)
+            raise InputError("--format html writes a page: say where with --out DIR or FILE.html")
+        index = write_page(report.ranked(), report.more(published=True), out, report.changes())
         print(f"tokbench: wrote {index}", file=sys.stderr)
     elif out is not None:
         write_whole(out, text(report, format))
     elif format == "table":
-        tables.show([*report.ranked(), *report.more(published=False)])
+        tables.show(report.tables(published=False))
     else:
         sys.stdout.write(text(report, format))
 
@@ -128,7 +139,7 @@ def text(report: Report, format: str) -> str:
         results = [entry.result for entry in report.entries]
         records: list[EvalResult | SpeedResult] = [*results, *report.speeds]
         return "[\n" + ",\n".join(to_json(record).rstrip() for record in records) + "\n]\n"
-    found = [*report.ranked(), *report.more(published=format == "markdown")]
+    found = report.tables(published=format == "markdown")
     if format == "table":
         return tables.laid_out(found)
     if format == "latex":

@@ -15,8 +15,8 @@ from urllib.parse import unquote
 from tokbench.errors import InputError
 from tokbench.records.files import image_folders, writable, write_whole
 from tokbench.report.columns import ResultEntry
-from tokbench.report.html import script_json
 from tokbench.report.leaderboard import blocks
+from tokbench.report.page.html import script_json
 
 FORMAT = "tokbench-votes-1"
 
