@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help docs schema demo test test-compiled test-weights format lint check bench gpu-check gpu-train study sweep leaderboard verify cards
+.PHONY: help docs schema demo test test-compiled test-weights format lint check bench gpu-check gpu-train study sweep leaderboard pictures screenshot verify cards
 
 demo: $(VENV)/.installed  ## measure the two bundled tokenizers on the bundled photographs
 	$(BIN)/tokbench run --models ssdd,klvae --res 256
@@ -82,6 +82,17 @@ study: $(VENV)/.installed  ## the study: PRESET=cpu|gpu TRAIN=FOLDER
 
 sweep: $(VENV)/.installed  ## both decoders on four latents: PRESET=cpu|gpu TRAIN=FOLDER
 	$(BIN)/python -m results.sweep.run --preset $(PRESET) --train $(TRAIN)
+
+# Beside the records, where the page looks. PNG: every program reads it.
+PICTURED := ssdd,klvae,taef2,jpeg-q30,bicubic-f8
+pictures: $(VENV)/.installed  ## the first eight samples, for the page of results/
+	$(BIN)/tokbench run --fresh --models $(PICTURED) --res 256 --limit 8 --metrics psnr --save-images 8 --out runs/pictures
+	rm -rf results/adm/samples-256/*.images
+	cp -r runs/pictures/adm/samples-8-256/*.images results/adm/samples-256/
+
+screenshot: $(VENV)/.installed  ## docs/page.png, by the test that looks at the page of results/
+	$(BIN)/python -m pytest -q tests/report/test_page.py -k our_own_results
+	cp build/page.png docs/page.png
 
 # After results/ has changed; a test fails where this was forgotten.
 leaderboard: $(VENV)/.installed  ## tables and plots of results/

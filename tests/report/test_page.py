@@ -1,5 +1,6 @@
 """The page in a real browser: Debian's chromium, headless, driven by playwright."""
 
+import csv
 import dataclasses
 import io
 import json
@@ -7,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pytest
@@ -17,7 +18,10 @@ from PIL import Image
 from tests import ROOT
 from tests.made_records import record, rows, write
 from tokbench.evaluation.pictures import save_pairs
+from tokbench.records.files import image_folders
 from tokbench.report.blind.page import read_votes, write_blind_page
+from tokbench.report.build import build
+from tokbench.report.changes import changes_table
 from tokbench.report.collect import gather
 from tokbench.report.columns import ResultEntry
 from tokbench.report.leaderboard import blocks
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 NASTY = "<script>window.harm=1</script><img src=x onerror=window.harm=1>"
+AXE = ROOT / "build" / "node_modules" / "axe-core" / "axe.min.js"
 REPORTED = ROOT / "results" / "reported.csv"
 IDS = [f"img{i:05}" for i in range(12)]
 
@@ -39,19 +44,20 @@ def planes(images: np.ndarray) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    results, out = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("site")
+    results, before, out = (tmp_path_factory.mktemp(name) for name in ("results", "before", "site"))
     real = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     for i, (name, c) in enumerate([("ssdd", 4), ("klvae", 4), ("f8c16", 16)]):
         result = record(name, seed=i, n=12, shift=i, channels=c, family=name, note=NASTY, trained_on=NASTY)
         path = write(results, result, rows(i, 12, i))
         save_pairs(path, dict(zip(IDS, zip(planes(real), planes(real // (i + 2)), strict=True), strict=True)))
+        write(before, dataclasses.replace(result, metrics=record(name, n=12, shift=1).metrics), rows(0, 12, 1))
     write(results, record("evil", seed=9, n=12, family=NASTY, note="</script>" + NASTY))
     write(results, record("other", seed=5, n=12, res=512))
     entries, _, _ = gather(results)
     named = [rename(entry, NASTY) if entry.name == "evil" else entry for entry in entries]
     reported = reported_table(read_reported(REPORTED)[:40])
     assert reported is not None
-    write_page(blocks(named), [reported], out)
+    write_page(blocks(named), [reported], out, changes_table(entries, before))
     write_blind_page(named, 6, out)
     return out
 
@@ -73,7 +79,7 @@ def browser() -> Iterator["Browser"]:
         browser.close()
 
 
-@pytest.fixture(scope="module", params=[(1280, 900), (390, 844)], ids=["desk", "phone"])
+@pytest.fixture(scope="module", params=[(1400, 900), (390, 844)], ids=["desk", "phone"])
 def tab(browser: "Browser", request: pytest.FixtureRequest) -> Iterator["Page"]:
     width, height = request.param
     context = browser.new_context(viewport={"width": width, "height": height}, has_touch=width < 500)
@@ -88,14 +94,13 @@ def page(tab: "Page", site: Path) -> Iterator["Page"]:
     watch: list[tuple[Any, Any]] = [
         ("console", lambda message: problems.append(message.text)),
         ("pageerror", lambda error: problems.append(str(error))),
-        ("request", lambda r: r.url.startswith(("file:", "data:")) or problems.append(r.url)),
+        ("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or problems.append(r.url)),
     ]
     for event, handler in watch:
         tab.on(event, handler)
+    tab.goto("about:blank")  # another state of the same page would not load it again
     tab.goto((site / "index.html").as_uri())
-    tab.locator("#compare").scroll_into_view_if_needed()  # the images wait for that
     tab.wait_for_selector("#stage")
-    tab.evaluate("scrollTo(0, 0)")
     yield tab
     for event, handler in watch:
         tab.remove_listener(event, handler)
@@ -187,6 +192,7 @@ def test_divider_follows_pointer_and_keys(page: "Page") -> None:
 def test_two_models_an_image_zoom_and_error_maps_by_keyboard(page: "Page") -> None:
     page.select_option("#side-a", "ssdd")
     page.select_option("#side-b", "klvae")
+    page.select_option("#side-c", "")
     page.focus("#stage")
     first = page.locator("#which").inner_text()
     page.keyboard.press("n")
@@ -205,6 +211,7 @@ def test_two_models_an_image_zoom_and_error_maps_by_keyboard(page: "Page") -> No
 def test_error_map_shows_the_difference(page: "Page") -> None:
     """|real - fake| x 4, as a screenshot of one flat patch shows it."""
     page.select_option("#side-b", "ssdd")
+    page.select_option("#side-c", "")
     page.focus("#stage")
     page.keyboard.press("e")
     page.keyboard.press("Home")
@@ -212,13 +219,12 @@ def test_error_map_shows_the_difference(page: "Page") -> None:
     shown = np.asarray(shot.convert("RGB"))
     assert shown.mean() > 150  # half of random values times four: mostly white
     page.keyboard.press("e")
-    page.select_option("#side-b", "\0input")
+    page.select_option("#side-b", "(input)")
     plain = np.asarray(Image.open(io.BytesIO(page.locator("#stage").screenshot())).convert("RGB"))
     assert 100 < plain.mean() < 150
 
 
 def test_images_are_sorted_by_any_metric_worst_or_best_first(page: "Page", site: Path) -> None:
-    page.wait_for_function("rowsOf[state.block] !== undefined")
     page.select_option("#side-b", "klvae")
     page.select_option("#sort-metric", "psnr")
     psnr = rows(1, 12, 1)["psnr"]
@@ -238,7 +244,6 @@ def test_strip_shows_all_models_and_chooses_one(page: "Page") -> None:
 def test_another_data_set_can_be_chosen(page: "Page") -> None:
     page.select_option("#block", label="samples at 512 px · protocol adm")
     assert names(page) == ["other"]
-    page.locator("#compare").scroll_into_view_if_needed()
     page.locator("#viewer", has_text="No images were saved").wait_for()
 
 
@@ -253,17 +258,156 @@ def test_light_and_dark_follow_the_system_and_the_button(page: "Page") -> None:
     assert page.evaluate(back) == dark
 
 
-def test_images_load_only_when_near(browser: "Browser", site: Path) -> None:
-    page = browser.new_page(viewport={"width": 390, "height": 600})
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto((site / "index.html").as_uri())
-    page.wait_for_selector("#table tbody tr")
-    assert not [url for url in asked if "/images/" in url or "/rows/" in url]
-    page.locator("#compare").scroll_into_view_if_needed()
-    page.wait_for_selector("#film img[src]")
-    assert page.locator("#film img:not([src])").count() > 0
-    page.close()
+def test_three_share_one_zoom_side_by_side_and_take_turns_in_flicker(page: "Page") -> None:
+    for side, name in (("a", "ssdd"), ("b", "klvae"), ("c", "f8c16")):
+        page.select_option(f"#side-{side}", name)
+    handles = page.locator(".handle:visible")
+    assert handles.count() == 2
+    handles.nth(1).press("Home")
+    assert [handle.get_attribute("aria-valuenow") for handle in handles.all()] == ["0", "0"]  # they do not cross
+    page.click("#mode-beside")
+    page.click("[data-zoom='4']")
+    page.focus("#stage")
+    page.keyboard.press("ArrowLeft")
+    boxes = [layer.bounding_box() for layer in page.locator(".layer").all()]
+    views = [view.bounding_box() for view in page.locator(".layer .view").all()]
+    for box, shown in zip(boxes, views, strict=True):
+        assert box is not None
+        assert shown is not None
+        assert shown["width"] == pytest.approx(4 * boxes[0]["width"], rel=0.01)  # type: ignore[index]
+        assert shown["x"] - box["x"] == pytest.approx(views[0]["x"] - boxes[0]["x"], abs=1)  # type: ignore[index]
+    page.keyboard.press("f")
+    assert page.locator(".layer:visible").count() == 1
+    page.wait_for_selector("#tag-1:visible")  # turns by itself
+    page.keyboard.press("3")
+    assert page.locator(".tag:visible").inner_text().startswith("f8c16")
+
+
+def test_values_by_image_name_the_worst_and_open_their_pictures(page: "Page") -> None:
+    page.select_option("#side-b", "klvae")
+    page.select_option("#sort-metric", "psnr")
+    psnr = rows(1, 12, 1)["psnr"]
+    named = page.locator(".extremes p").first.locator("button")
+    assert [button.inner_text().split()[0] for button in named.all()] == [IDS[i] for i in np.argsort(psnr)[:5]]
+    assert page.locator("#spread circle").count() == 3 * 12
+    named.nth(2).click()
+    assert page.locator("#which").inner_text().startswith(IDS[np.argsort(psnr)[2]])
+
+
+def test_a_point_of_the_plot_shows_its_numbers_and_a_picture(page: "Page") -> None:
+    page.locator("#scatter .point[data-name=klvae] circle").hover()
+    assert page.locator("#tip").inner_text().strip().startswith("klvae")
+    assert page.locator("#tip img").evaluate("image => image.decode().then(() => image.naturalWidth)") == 32
+    page.locator("#table th").first.hover()
+
+
+def test_columns_can_be_chosen_and_what_is_shown_downloaded(page: "Page", tmp_path: Path) -> None:
+    page.click("summary")
+    page.locator("#columns label", has_text=re.compile("^ssim$")).locator("input").uncheck()
+    page.fill("#filter", "ssdd")
+    with page.expect_download() as download:
+        page.click("#download")
+    download.value.save_as(tmp_path / "table.csv")
+    table = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert [row["tokenizer"] for row in table] == ["ssdd"]
+    assert float(table[0]["psnr"]) == record("ssdd", seed=0, n=12, shift=0).metrics["psnr"].value
+    assert float(table[0]["psnr.stderr"]) > 0
+    assert "ssim" not in table[0]
+
+
+def test_a_link_holds_the_state(page: "Page") -> None:
+    page.locator("#table th", has_text=re.compile("^psnr")).locator("button").click()
+    page.locator("#table tr[data-name=klvae] input").check()
+    page.select_option("#side-c", "f8c16")
+    page.click("#mode-beside")
+    page.click("[data-zoom='2']")
+    page.click("#errors")
+    page.select_option("#sort-order", "best")
+    state = "JSON.stringify([$('table').innerText, view, state.sort, state.down, [...state.picked]])"
+    before = page.evaluate(state)
+    page.wait_for_function("location.hash.includes('best=1')")
+    link = str(page.locator("#link").evaluate("link => link.href"))
+    page.goto("about:blank")
+    page.goto(link)
+    page.wait_for_selector("#film button")
+    assert page.evaluate(state) == before
+
+
+def test_what_changed_against_another_folder_is_shown(page: "Page") -> None:
+    shown = page.locator("#changes tbody tr").all_inner_texts()
+    assert any(re.search(r"f8c16\s+psnr ↑.*better", row) for row in shown), shown
+    assert any(re.search(r"ssdd\s+psnr ↑.*worse", row) for row in shown), shown
+    assert "only here" in page.locator("#changes .notes").inner_text()
+
+
+def test_the_names_stay_while_a_table_is_scrolled(page: "Page") -> None:
+    name = page.locator("#table tr[data-name=ssdd] td").first
+    before = name.bounding_box()
+    page.locator("#leaderboard .scroll").evaluate("box => box.scrollLeft = 200")
+    assert name.bounding_box() == before
+
+
+def test_axe_finds_nothing_in_light_and_dark(page: "Page") -> None:
+    """WCAG 2.2 AA as far as a program can tell."""
+    if not AXE.exists():
+        pytest.skip("axe-core is not installed: npm install --prefix build --no-save axe-core")
+    page.locator("#table tr[data-name=klvae] input").check()
+    page.add_script_tag(path=AXE)
+    whole = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+    schemes: list[tuple[Literal["light", "dark"], list[str]]] = [("light", whole), ("dark", ["color-contrast"])]
+    for scheme, rules in schemes:
+        page.emulate_media(color_scheme=scheme)
+        found = page.evaluate("rules => axe.run({runOnly: rules})", rules)["violations"]
+        assert [f"{one['id']}: {node['html']} {node['failureSummary']}" for one in found for node in one["nodes"]] == []
+
+
+def test_our_own_results_open_on_pictures_in_one_file(tab: "Page", tmp_path: Path) -> None:
+    """The README's screenshot is this page: `make screenshot`."""
+    assert build([ROOT / "results"], format="html", out=tmp_path / "page.html") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert (tmp_path / "page.html").stat().st_size < 15_000_000
+    size = tab.viewport_size
+    assert size is not None
+    tab.emulate_media(color_scheme="light")
+    tab.goto((tmp_path / "page.html").as_uri())
+    assert tab.locator("#block option:checked").inner_text() == "samples at 256 px · protocol adm"
+    assert tab.locator("#film button").count() == 8
+    assert tab.locator("#strip button").all_inner_texts()[0].strip() == "input"
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    tab.locator("#stage img").first.evaluate("image => image.decode()")
+    if size["width"] > 1000:
+        tab.set_viewport_size({"width": 1300, "height": 1130})
+        tab.evaluate("document.getElementById('compare').scrollIntoView()")
+        shot = Image.open(io.BytesIO(tab.screenshot()))
+        tab.set_viewport_size(size)
+        (ROOT / "build").mkdir(exist_ok=True)
+        shot.convert("RGB").quantize(256).save(ROOT / "build" / "page.png", optimize=True)
+
+
+def test_kept_pictures_are_those_that_were_measured() -> None:
+    """PSNR of the committed pictures is that of the committed rows, but for another processor's rounding."""
+    entries = [e for e in gather(ROOT / "results" / "adm" / "samples-256")[0] if e.path]
+    pictured = [(e, *image_folders(e.path)) for e in entries if e.path and image_folders(e.path)[1].is_dir()]
+    assert {"ssdd", "klvae", "taef2", "jpeg-q30", "bicubic-f8"} <= {entry.name for entry, *_ in pictured}
+    for entry, real, fake in pictured:
+        psnr = dict(zip(entry.rows[0], entry.rows[1]["psnr"], strict=True))
+        for path in fake.iterdir():
+            a, b = (np.asarray(Image.open(folder / path.name), dtype=float) for folder in (real, fake))
+            assert 10 * np.log10(255**2 / np.mean((a - b) ** 2)) == pytest.approx(psnr[path.stem], abs=0.05)
+    folders = {folder for _, *both in pictured for folder in both}
+    assert sum(path.stat().st_size for folder in folders for path in folder.iterdir()) < 8_000_000
+
+
+def test_a_page_leaves_out_pictures_that_have_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "results"
+    path = write(folder, record("one", n=12), rows(0, 12, 0))
+    real = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    save_pairs(path, dict(zip(IDS, zip(planes(real), planes(real), strict=True), strict=True)))
+    size = sum(file.stat().st_size for file in path.parent.glob("*.images/*"))
+    monkeypatch.setattr("tokbench.report.page.html.PICTURE_BYTES", size // 2)
+    text = write_page(blocks(gather(folder)[0]), [], tmp_path / "page.html").read_text()
+    assert text.count("data:image/png") == 2 * 6
+    assert '"left_out":6' in text
 
 
 def test_json_in_the_page_cannot_end_its_script() -> None:

@@ -281,7 +281,7 @@ function labelled(points, x, y) {
         tabindex: 0,
         role: "button",
         "aria-pressed": String(picked),
-        "aria-label": `${name}: ${p.x} ${p.y}`,
+        "aria-label": `${short}: ${p.x} ${p.y}`,
         "data-name": name,
         onclick: pressed,
         onkeydown: (e) => (e.key === "Enter" || e.key === " ") && (e.preventDefault(), pressed()),
@@ -570,6 +570,7 @@ function refreshViewer() {
   if (!view.film.includes(view.image)) view.image = view.film[0] ?? null;
   for (const i of [0, 1, 2]) $("side-" + "abc"[i]).value = view.sides[i];
   $("errors").setAttribute("aria-pressed", String(view.errors));
+  fill($("layer-2").firstChild);
   sides().forEach((model, i) => {
     const errors = view.errors && model !== INPUT;
     const pictures = view.image === null ? [] : errors ? [INPUT, model] : [model];
