@@ -10,11 +10,13 @@ from torch._dynamo.testing import CompileCounter
 
 from baselines.kl_vae import KLVAE, ConvDecoderConfig, KLVAEConfig
 from ssdd_models.encoder import EncoderConfig
+from ssdd_models.losses import flow_losses
 from ssdd_models.ssdd import SSDD
 from ssdd_models.uvit import DecoderConfig
 from tests.conftest import Ran
+from tokbench.metrics.perceptual import LPIPS
 
-SMALL = EncoderConfig.parse("f8c4")
+SMALL, NARROW = EncoderConfig.parse("f8c4"), EncoderConfig(width=32, groups=4)
 SIZES = [(64, 64), (64, 96)]
 
 
@@ -45,12 +47,52 @@ def test_a_decoder_is_one_graph_and_another_only_for_another_size(make: Callable
     assert counter.frame_count == len(SIZES)
 
 
+def ssdd_step() -> Callable[[Tensor, Tensor], Tensor]:
+    """The losses of a step of a small SSDD, of images and noise."""
+    model, lpips = SSDD(NARROW, DecoderConfig((32, 32, 32, 32), 1, 2)), LPIPS("alex", safe=True).requires_grad_(False)
+
+    def losses(real: Tensor, noise: Tensor) -> Tensor:
+        posterior, t = model.encode(real), torch.ones(len(real))
+        z = posterior.sample(torch.ones_like(posterior.mean))
+        terms, _, _ = flow_losses(model, z, real, noise, t, real=real, perceptual=lpips)
+        return torch.stack([*terms.values(), posterior.kl().mean()]).sum()
+
+    return losses
+
+
+def kl_vae_step() -> Callable[[Tensor, Tensor], Tensor]:
+    model = KLVAE(KLVAEConfig(NARROW, ConvDecoderConfig(32, blocks=1)))
+
+    def losses(real: Tensor, noise: Tensor) -> Tensor:
+        posterior = model.encode(real)
+        fake = model.decode(posterior.sample(torch.ones_like(posterior.mean)))
+        return (fake - real).abs().mean() + posterior.kl().mean()
+
+    return losses
+
+
 @pytest.mark.compiled
+@pytest.mark.parametrize("make", [ssdd_step, kl_vae_step])
+def test_a_training_step_is_one_graph_and_another_only_for_another_size_or_batch(
+    make: Callable[[], Callable[[Tensor, Tensor], Tensor]],
+) -> None:
+    counter, losses = CompileCounter(), make()
+    compiled = torch.compile(losses, backend=counter, fullgraph=True, dynamic=False)
+    shapes = [(2, 3, *SIZES[0]), (2, 3, *SIZES[1]), (3, 3, *SIZES[0])]
+    for shape in (*shapes, *shapes):
+        compiled(torch.randn(shape), torch.randn(shape))
+    assert counter.frame_count == len(shapes)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("make", [ssdd, kl_vae])
-def test_compiled_decoders_and_their_gradients_equal_eager_ones(make: Callable[..., object]) -> None:
+def test_compiled_decoders_and_their_gradients_equal_eager_ones(
+    make: Callable[..., object], size: tuple[int, int]
+) -> None:
     torch.manual_seed(0)
     decoder, inputs = make()  # type: ignore[misc]
-    given = inputs(*SIZES[0])
+    given = inputs(*size)
     compiled = torch.compile(decoder, fullgraph=True, dynamic=False)
     ours, theirs = compiled(*given), decoder(*given)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -22,7 +22,10 @@ T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WITHOUT_FLOAT64 = ("mps",)
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
-OUT_OF_MEMORY = ("out of memory", "unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+OUT_OF_MEMORY = (  # the last: a kernel of 32-bit indices, which a smaller batch suits as well
+    "out of memory", "can't allocate memory", "unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED", "less than INT_MAX elements",
+)  # fmt: skip
 
 
 def select_device(name: str, local_rank: int = 0) -> torch.device:
