@@ -15,7 +15,9 @@ def schema_of(record: type) -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a record as `to_json` writes it."""
     from pydantic import TypeAdapter
 
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(record).json_schema()}
+    schema = TypeAdapter(record).json_schema()
+    schema["properties"].pop("rows", None)  # of a record just measured; never in its file
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def text(record: type) -> str:
