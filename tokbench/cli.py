@@ -39,7 +39,7 @@ EXAMPLES = {
     "probe": ["--models ssdd,klvae --res 256"],
     "latents": ["--models sd-vae-ft-mse,flux1-vae --data photos"],
     "compare": ["runs/adm/samples-256/ssdd.json runs/adm/samples-256/klvae.json", "runs/old runs/new"],
-    "list": ["models --family kl-vae --columns params,licence", "models ssdd", "metrics"],
+    "list": ["models --family kl-vae --columns params,licence", "models ssdd", "metrics", "protocols ssdd"],
     "weights fetch": ["", "lpips-alex dinov2"],
     "weights verify": [""],
     "weights export": ["networks"],
@@ -502,10 +502,22 @@ def weights_export(
     typer.echo("\n".join(f"{path}" for path in weights.export(folder, names or [])))
 
 
+def _said_of(metric: Any) -> str:
+    """A line on a metric: which way is better, whether it is measured unless asked otherwise, its network."""
+    from tokbench.metrics import DEFAULT
+    from tokbench.report.tables import ARROWS
+
+    head = f"{ARROWS[metric.better] or ' '} {'*' if metric.name in DEFAULT else ' '} {metric.description}"
+    network = f" (network: {', '.join(metric.networks)})" if metric.networks else ""
+    return head + (f" [{metric.unit}]" if metric.unit else "") + network
+
+
 @app.command(name="list", epilog=_examples("list"))
 def list_known(
     what: Annotated[str, typer.Argument(help="models, metrics, protocols or probes")] = "models",
-    name: Annotated[str | None, typer.Argument(help="A model: its facts and options.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A model: its facts and options. A protocol: its choices and notes.")
+    ] = None,
     family: Annotated[str, typer.Option(help="Models of one family.")] = "",
     columns: Annotated[str, typer.Option(help="Columns of the table of models, comma-separated.")] = "",
     sort: Annotated[str, typer.Option(help="The column that models are sorted by.")] = "",
@@ -514,7 +526,7 @@ def list_known(
     """Show models, metrics, protocols or probes by name."""
     from tokbench import registry
     from tokbench.metrics import METRICS, metrics_of
-    from tokbench.protocols import PROTOCOLS
+    from tokbench.protocols import PROTOCOLS, find_protocol
     from tokbench.report.tables import written
 
     if what == "models" and name is not None:
@@ -525,12 +537,15 @@ def list_known(
         if text := written(registry.catalogue(family, chosen, sort), form):
             typer.echo(text)
         return
+    if what == "protocols" and name is not None:
+        protocol = dataclasses.asdict(find_protocol(name))
+        lines = [f"{key:<14} {value}" for key, value in protocol.items() if not isinstance(value, tuple)]
+        typer.echo("\n".join([*lines, *(f"- {note}" for note in protocol["notes"])]))
+        return
     if what == "probes":  # whose own ones need torch
         import tokbench.evaluation.probes  # noqa: F401
     known = {
-        "metrics": {
-            name: m.description + (f" [{m.unit}]" if m.unit else "") for name, m in METRICS.items() if not m.probe
-        },
+        "metrics": {name: _said_of(metric) for name, metric in METRICS.items() if not metric.probe},
         "protocols": {name: f"v{protocol.version} {protocol.summary}" for name, protocol in PROTOCOLS.items()},
         "probes": {
             name: f"{probe.summary}: {', '.join(metric.name for metric in metrics_of(name))}"
@@ -541,6 +556,8 @@ def list_known(
         raise InputError(f'list "{what}": choose one of models, {", ".join(known)}')
     for name, text in known[what].items():
         typer.echo(f"{name:<28} {text}")
+    if what == "metrics":
+        typer.echo("* measured by default; `tokbench weights list` and `doctor` say which networks are here")
 
 
 @app.command(epilog=_examples("doctor"))

@@ -14,7 +14,8 @@ from torch import Tensor
 from tokbench.records.files import image_folders, image_name, write_whole
 
 GAIN = 4  # errors are shown four times as large
-LABEL = 14  # pixels above each triple
+LABEL = 14  # pixels above each triple, and of the titles above all
+TITLES = ("real", "reconstruction", f"difference x{GAIN}")
 GAP = 6
 
 
@@ -59,18 +60,24 @@ def as_image(pixels: np.ndarray | Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(np.asarray(pixels).transpose(1, 2, 0)))
 
 
-def draw(rows: Sequence[tuple[str, Tensor, Tensor, Tensor]], columns: int = 2) -> bytes:
-    """(label, real, fake, map uint8 [3, H, W]) -> PNG of such triples, `columns` side by side.
+def draw(rows: Sequence[tuple[str, Tensor, Tensor, Tensor]], columns: int = 2, titles: Sequence[str] = TITLES) -> bytes:
+    """(label, real, fake, map uint8 [3, H, W]) -> PNG of such triples below their titles, `columns` side by side.
 
     Images of unequal sizes stand in frames of the largest.
     """
     height, width = (max(real.shape[dim] for _, real, *_ in rows) for dim in (1, 2))
     columns = min(columns, len(rows))
     lines = -(-len(rows) // columns)
-    sheet = Image.new("RGB", (columns * (3 * width + GAP) - GAP, lines * (height + LABEL)), "white")
+    sheet = Image.new("RGB", (columns * (3 * width + GAP) - GAP, LABEL + lines * (height + LABEL)), "white")
     pen = ImageDraw.Draw(sheet)
+    for place in range(3 * columns):
+        left = place * width + place // 3 * GAP
+        title = titles[place % 3]
+        while pen.textlength(title) > width:  # a tiny image
+            title = title[:-1]
+        pen.text((left + 2, 1), title, fill="gray")
     for place, (label, *panels) in enumerate(rows):
-        left, top = (place % columns) * (3 * width + GAP), (place // columns) * (height + LABEL)
+        left, top = (place % columns) * (3 * width + GAP), LABEL + (place // columns) * (height + LABEL)
         pen.text((left + 2, top + 1), label, fill="black")
         for offset, pixels in enumerate(panels):
             sheet.paste(as_image(pixels), (left + offset * width, top + LABEL))

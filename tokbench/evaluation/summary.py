@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -86,7 +87,12 @@ def compute(name: str, store: SampleStore, seeds: Sequence[int]) -> Value:
             raise
         return Value(None, n=len(ids), note=f"NaN or infinity in {preview(bad)}")
     if value.value is None or math.isfinite(value.value):
-        return value
+        low, high = metric.low, metric.high  # what no interval goes beyond
+        return replace(
+            value,
+            low=value.low if low is None or value.low is None else max(low, value.low),
+            high=value.high if high is None or value.high is None else min(high, value.high),
+        )
     bad = _bad_features(name, store, seeds)
     return Value(
         None, n=len(ids), note=f"NaN or infinity in {preview(bad)}" if bad else f"not a finite number ({value.value})"

@@ -95,9 +95,9 @@ class Column(Heading):
 
 
 def compression(info: TokenizerInfo) -> str:
-    """How much a tokenizer compresses, in the field's shorthand: f8c4, f16 K16384, 32 tokens; else "codec"."""
+    """How much a tokenizer compresses, in the field's shorthand: f8c4, f16 K16384, 32 tokens; else the family."""
     if info.downsample is None and info.tokens_per_image is None:
-        return "codec" if info.codebook_size is None else f"K{info.codebook_size}"
+        return info.family if info.codebook_size is None else f"K{info.codebook_size}"
     place = f"{info.tokens_per_image} tokens" if info.downsample is None else f"f{info.downsample}"
     if info.codebook_size is not None:
         return f"{place} K{info.codebook_size}"

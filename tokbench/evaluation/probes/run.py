@@ -201,4 +201,4 @@ def seeds_picture(pairs: Probed, path: Path, count: int = 4) -> bytes:
             base = pairs.base([sample], real[i : i + 1].to(pairs.look.timer.device), seeds[i : i + 1, 0])
             title = f"{sample} {deviations[ids.index(sample)]:.2f}/255"
             rows[sample] = (title, real[i], base.fake[0].cpu(), deviation_map(pairs.look, base)[0].cpu())
-    return draw([rows[sample] for sample in shown])
+    return draw([rows[sample] for sample in shown], titles=("real", "reconstruction", "deviation"))
