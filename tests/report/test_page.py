@@ -376,12 +376,12 @@ def test_our_own_results_open_on_pictures_in_one_file(tab: "Page", tmp_path: Pat
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
     tab.locator("#stage img").first.evaluate("image => image.decode()")
     if size["width"] > 1000:
-        tab.set_viewport_size({"width": 1300, "height": 1130})
+        tab.set_viewport_size({"width": 1300, "height": 1040})
         tab.evaluate("document.getElementById('compare').scrollIntoView()")
         shot = Image.open(io.BytesIO(tab.screenshot()))
         tab.set_viewport_size(size)
         (ROOT / "build").mkdir(exist_ok=True)
-        shot.convert("RGB").quantize(256).save(ROOT / "build" / "page.png", optimize=True)
+        shot.convert("RGB").save(ROOT / "build" / "page.png", optimize=True)
 
 
 def test_kept_pictures_are_those_that_were_measured() -> None:

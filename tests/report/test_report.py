@@ -16,6 +16,7 @@ from tests import ROOT
 from tests.conftest import Ran
 from tests.made_records import record, rows, write
 from tokbench.errors import InputError
+from tokbench.metrics.statistics import paired
 from tokbench.records.files import read_results
 from tokbench.records.result import (
     EvalResult,
@@ -397,6 +398,30 @@ def test_latex_compiles_with_booktabs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:]
     assert "Missing character" not in done.stdout
     assert "Overfull \\hbox" not in done.stdout
+
+
+def test_what_changed_is_paired_image_by_image_and_names_what_came_and_went(
+    tmp_path: Path, tokbench: Callable[..., Ran]
+) -> None:
+    then, now = tmp_path / "then", tmp_path / "now"
+    for folder, shift, only in ((then, 0.0, "gone"), (now, 0.5, "new")):
+        entry(folder, "better", seed=1, shift=shift)
+        entry(folder, "same", seed=2)
+        entry(folder, only, seed=3)
+    noisy = rows(1, 29, 0.5)["psnr"] + np.random.default_rng(0).normal(0, 30, 29)
+    write(now, with_metrics(record("noise"), psnr=Value(25.0, n=29)), {"psnr": noisy})
+    write(then, with_metrics(record("noise"), psnr=Value(24.0, n=29)), {"psnr": noisy[::-1]})
+    ran = tokbench("report", "--results", now, "--against", then, "--format", "markdown")
+    changed = ran.out.partition("## Changed since")[2]
+    gain = paired(rows(1, 29, 0.5)["psnr"], rows(1, 29, 0.0)["psnr"])
+    assert re.search(rf"better \| psnr ↑ .*\| \+{gain.value:.2f} .*\| better", changed), changed
+    assert re.search(r"better \| lpips-alex ↓ .*\| better", changed)
+    assert re.search(r"noise \| psnr ↑ .* \| within error", changed)
+    assert "unchanged rows: 1" in changed
+    assert re.search("only here, .*: new", changed)
+    assert re.search("only there, .*: gone", changed)
+    with pytest.raises(InputError, match="no results"):
+        build([now], against=tmp_path / "now" / "adm" / "samples-256" / "none", format="markdown")
 
 
 def test_report_never_imports_torch(tmp_path: Path) -> None:

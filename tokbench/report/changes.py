@@ -39,7 +39,8 @@ def changes_table(entries: Sequence[ResultEntry], against: Path) -> Table:
                 and name not in block.entries]  # fmt: skip
         if gone:
             notes.append(f"only there, {block.title}: {', '.join(sorted(gone))}")
-    notes = [f"± standard error of the paired difference · unchanged rows: {same}", *notes]
+    caption = "± standard error of the paired difference · verdicts by the paired 95 % interval of each row alone"
+    notes = [f"{caption} · unchanged rows: {same}", *notes]
     return Table(title=f"Changed since {against}", names="tokenizer", columns=HEADINGS, groups=groups, notes=notes)
 
 

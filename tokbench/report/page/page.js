@@ -24,7 +24,8 @@ const chosenColumns = () => block().columns.map((c, i) => ({ ...c, i })).filter(
 function describe(node, facts, picture) {
   const show = (event) => {
     fill($("tip"), ...facts.flatMap(([name, text]) => [el("b", {}, name ? name + ": " : ""), text + "\n"]));
-    if (picture) $("tip").prepend(el("img", { src: picture, alt: "" }));
+    const src = picture?.(); // a function: which image is shown changes
+    if (src) $("tip").prepend(el("img", { src, alt: "" }));
     $("tip").hidden = false;
     const box = node.getBoundingClientRect(),
       tip = $("tip").getBoundingClientRect();
@@ -316,7 +317,7 @@ function labelled(points, x, y) {
       [x.key, p.row.cells[x.i][0] + " " + x.unit],
       [y.key, p.row.cells[y.i][0] + " " + y.unit],
       ...p.row.facts,
-    ], source(name, view.image ?? pictured()[0]));
+    ], () => source(name, view.image ?? pictured()[0]));
   });
 }
 
@@ -608,7 +609,7 @@ function thumbnails(box, items, facts) {
         { type: "button", title: text, "aria-current": String(current), onclick: () => (pick(), refreshViewer()) },
         el("img", { src: source(model, image), alt: "", decoding: "async" }),
         el("span", {}, text),
-        el("span", {}, model === INPUT ? "" : shown(score(model, image))),
+        el("span", {}, (model === INPUT ? "" : shown(score(model, image))) || "\u00a0"),
       );
     }),
   );
@@ -677,7 +678,7 @@ function dots(images) {
     for (const i of known.filter((i) => source(row.name, i))) {
       const [cx, cy] = at(i);
       const circle = el("circle", { cx, cy, r: 5, fill: colour, class: i === view.image ? "current" : "", onclick: () => showImage(i) });
-      svg.append(describe(circle, [["", row.name], [images.ids[i], shown(values[i])]], source(row.name, i)));
+      svg.append(describe(circle, [["", row.name], [images.ids[i], shown(values[i])]], () => source(row.name, i)));
     }
   });
   return svg;
