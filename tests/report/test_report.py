@@ -420,8 +420,8 @@ def test_what_changed_is_paired_image_by_image_and_names_what_came_and_went(
     assert "unchanged rows: 1" in changed
     assert re.search("only here, .*: new", changed)
     assert re.search("only there, .*: gone", changed)
-    with pytest.raises(InputError, match="no results"):
-        build([now], against=tmp_path / "now" / "adm" / "samples-256" / "none", format="markdown")
+    with pytest.raises(InputError, match="no such folder of results"):
+        build([now], against=tmp_path / "none", format="markdown")
 
 
 def test_report_never_imports_torch(tmp_path: Path) -> None:
