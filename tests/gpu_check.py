@@ -74,15 +74,11 @@ def run_parts(parts: Sequence[Part], seconds: float) -> int:
                 raise TimeoutError("no time is left")
             with at_most(allowed):
                 part.call()
-        except KeyboardInterrupt:
-            if time.monotonic() - start < allowed:
+        except BaseException as error:  # minutes on a GPU are dear: whatever goes wrong, the others are wanted
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit) and time.monotonic() - start >= allowed
+            if isinstance(error, KeyboardInterrupt) and not stopped:
                 raise  # the user's
-            failed.append(f"{part.name}: stopped after {allowed:.0f} s")
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # minutes on a GPU are dear: whatever goes wrong, the others are wanted
-            failed.append(f"{part.name}: {first_line(error) or error!r}")
+            failed.append(f"{part.name}: {f'stopped after {allowed:.0f} s' if stopped else first_line(error)}")
         print(f"{time.monotonic() - start:.0f} s", flush=True)
     print("\n".join(["== not done", *failed] if failed else []))
     return int(bool(failed))
@@ -220,6 +216,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     os.environ.setdefault("TOKBENCH_OFFLINE", "1")  # nothing is worth waiting for a network
+    os.environ.setdefault("COLUMNS", "180")  # of all tables
     out = arguments.out or Path("runs/speed" if arguments.quick else "results/speed")
     make = quick_parts if arguments.quick else parts_of
     return run_parts(make(select_device(arguments.device), out), 60 * arguments.minutes)

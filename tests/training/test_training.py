@@ -14,14 +14,16 @@ import torch
 from PIL import Image
 from torch import nn
 
+from baselines.train import KLVAETraining
 from tests.reference import GOLDEN
 from tokbench.config import describe, from_dict, override, to_dict
 from tokbench.data.open import open_source
 from tokbench.data.training_crops import CropConfig, PhotoCrops, batches, hold_out
 from tokbench.errors import CellError, InputError
+from tokbench.runtime.processes import Processes
 from tokbench.training.log import Log, check_losses, is_best
 from tokbench.training.optimisation import Ema, EmaConfig, OptimConfig, RunConfig, learning_rate
-from tokbench.training.session import load_checkpoint, save_checkpoint
+from tokbench.training.session import load_checkpoint, open_session, save_checkpoint
 
 
 class Photos:
@@ -166,6 +168,16 @@ def test_checkpoint_of_other_settings_is_refused_by_name(tmp_path: Path) -> None
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="not a training checkpoint"):
         load_checkpoint(path, Settings())
+
+
+def test_processes_that_find_checkpoints_of_different_steps_are_told_to_share_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = KLVAETraining(run=RunConfig(device="cpu"), optim=OptimConfig("adamw"))
+    monkeypatch.setattr(Processes, "all_gather", lambda processes, step: [step, step + 50])
+    network = nn.Linear(1, 1)
+    with open_session("klvae", config, tmp_path) as session, pytest.raises(InputError, match="at steps 0, 50"):
+        session.start(network, network.named_parameters())
 
 
 def test_a_loss_that_is_no_number_names_step_samples_and_checkpoint(tmp_path: Path) -> None:

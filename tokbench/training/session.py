@@ -116,6 +116,11 @@ class Session:
             self.first_step = saved["step"]
             for part, stateful in self.state.items():
                 stateful.load_state_dict(saved["parts"][part])
+        if len(steps := set(self.processes.all_gather(self.first_step))) > 1:
+            found = ", ".join(map(str, sorted(steps)))
+            raise InputError(
+                f"{self.checkpoint}: at steps {found}, by process; --out must be a folder that all of them see"
+            )
         self.gradients = GradientAverage(self.parameters, self.processes)
         main, tracker = self.processes.main, None
         if main and self.run.track != "none":
