@@ -281,6 +281,13 @@ def test_three_share_one_zoom_side_by_side_and_take_turns_in_flicker(page: "Page
     page.wait_for_selector("#tag-1:visible")  # turns by itself
     page.keyboard.press("3")
     assert page.locator(".tag:visible").inner_text().startswith("f8c16")
+    stage, shown = page.locator("#stage").bounding_box(), page.locator(".view:visible").bounding_box()
+    assert stage is not None
+    assert shown is not None
+    assert shown["width"] == pytest.approx(4 * stage["width"], rel=0.01)  # the zoom is kept
+    page.click("[data-zoom='1']")
+    page.locator("#stage").click()
+    assert page.locator(".tag:visible").inner_text().startswith("ssdd")
 
 
 def test_values_by_image_name_the_worst_and_open_their_pictures(page: "Page") -> None:

@@ -388,7 +388,7 @@ function openViewer() {
           "p",
           { class: "notes" },
           "Keys on the image: ← → divider, or move when zoomed · + − zoom · n p image · e error · s swap · " +
-            "m mode · f flicker · 1 2 3 show one. Double click zooms, drag moves.",
+            "m mode · f flicker · 1 2 3 show one, as a tap does. Double click zooms, drag moves.",
         ),
         images.left_out ? el("p", { class: "notes" }, `${images.left_out} saved images had no room on this page.`) : null,
       ),
@@ -424,11 +424,12 @@ function stage() {
     const held = e.target.dataset.i;
     const cut = held !== undefined ? +held : view.mode === "wipe" && view.s === 1 ? nearest(e) : null;
     drag = { cut, x: e.clientX, y: e.clientY, from: [view.x, view.y] };
-    if (held !== undefined || view.s > 1) e.target.setPointerCapture(e.pointerId);
+    if (view.mode === "flicker" && view.s === 1) hold((view.phase + 1) % sides().length);
+    if (held !== undefined || view.s > 1) (held !== undefined ? e.target : node).setPointerCapture(e.pointerId);
   });
   node.addEventListener("pointermove", (e) => {
     if (!drag) return;
-    const panel = $("layer-0").getBoundingClientRect();
+    const panel = node.querySelector(".layer:not([hidden])").getBoundingClientRect();
     if (drag.cut !== null) setCut(drag.cut, share(e));
     else pan(drag.from[0] + (e.clientX - drag.x) / panel.width, drag.from[1] + (e.clientY - drag.y) / panel.height);
   });
@@ -493,8 +494,7 @@ function setCut(i, percent) {
   layOut();
 }
 function setMode(mode) {
-  view.mode = mode;
-  Object.assign(view, { s: 1, x: 0, y: 0, phase: 0, held: false });
+  Object.assign(view, { mode, phase: 0, held: matchMedia("(prefers-reduced-motion: reduce)").matches });
   layOut();
 }
 function hold(i) {
