@@ -88,6 +88,19 @@ def test_nothing_that_was_printed_is_lost_by_another_value_of(
         assert again.provenance.date == result.provenance.date  # found again, by its own name
 
 
+def test_another_spelling_of_a_path_is_the_same_model(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(TINY.partition(":")[0], tmp_path / "own.py")
+    found = [
+        evaluate(f"{place}own.py:tiny", few, 32, [metric], out=tmp_path / "runs")
+        for place, metric in (("", "psnr"), ("./", "ssim"), (f"{tmp_path}/", "psnr"))
+    ]
+    assert {result.tokenizer.name for result in found} == {"tiny"}
+    assert [set(result.metrics) for result in found] == [{"psnr"}, {"psnr", "ssim"}, {"psnr", "ssim"}]
+
+
 def test_tables_show_what_tells_rows_apart(
     tokbench: Callable[..., Ran], few: Path, first: Path, tmp_path: Path
 ) -> None:

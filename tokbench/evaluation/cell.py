@@ -53,7 +53,7 @@ from tokbench.records.files import (
     write_whole,
 )
 from tokbench.records.measurement import Measurement
-from tokbench.records.places import placed
+from tokbench.records.places import placed, spelled
 from tokbench.records.result import (
     Dataset,
     EvalResult,
@@ -117,7 +117,13 @@ class Cell:
         The metrics are not in it: a record keeps those of earlier runs and gains those of later ones.
         """
         protocol, images = self.measurement.rules, self.source.fingerprint()
-        parts = [protocol.fingerprint(), images, self.measurement.resolution, self.device.type, repr(self.settings)]
+        parts = [
+            protocol.fingerprint(),
+            images,
+            self.measurement.resolution,
+            self.device.type,
+            repr(replace(self.settings, spec=spelled(self.settings.spec))),
+        ]
         return None if self.model is None else provenance.key(self.model, provenance.versions(LIBRARIES), *parts)
 
     def record(self, metrics: Mapping[str, Value], num_images: int, made: Provenance) -> EvalResult:

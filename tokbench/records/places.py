@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -56,12 +57,12 @@ def _manner(result: EvalResult) -> dict[str, Any]:
 
 def _same(a: EvalResult, b: EvalResult) -> bool:
     """Whether two records differ in nothing but code, weights and metrics."""
-    return _manner(a) == _manner(b) and _resolved(a.settings.spec) == _resolved(b.settings.spec)
+    return _manner(a) == _manner(b) and spelled(a.settings.spec) == spelled(b.settings.spec)
 
 
-def _resolved(spec: str) -> str:
-    """A model's spec with whole paths: ./vae.py:load is vae.py:load."""
-    return re.sub(r"[^@:+=]+", lambda part: str(Path(part[0]).resolve()) if Path(part[0]).exists() else part[0], spec)
+def spelled(spec: str) -> str:
+    """A model's spec with its paths as from here: ./vae.py:load and /here/vae.py:load are vae.py:load."""
+    return re.sub(r"[^@:+=]+", lambda part: os.path.relpath(part[0]) if Path(part[0]).exists() else part[0], spec)
 
 
 def _names(taken: EvalResult, result: EvalResult) -> Iterator[str]:
