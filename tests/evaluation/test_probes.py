@@ -369,10 +369,15 @@ def test_a_probe_from_outside_is_listed_run_on_every_model_and_printed(
     ran = tokbench("probe", "brightness", *command)
     assert ran.status == 1
     assert "failed: bad" in ran.err
-    assert "1 encodings and 1 decodings" in ran.err
+    assert "at most: 1, of which 1 shared, brightness 0" in ran.err
     assert "brightness" in ran.out
     with pytest.raises(ValueError, match="taken already"):
         tb.register_probe("brightness", brightness, summary="again")
+
+
+def test_all_probes_but_legibility_take_at_most_twenty_passes() -> None:
+    own = [p for name, p in registry.PROBES.all().items() if not p.boxes and name != "legibility"]
+    assert 1 + sum(probe.encodings + probe.decodings for probe in own) / 2 <= 20
 
 
 def test_what_a_tokenizer_cannot_have_is_said(tokbench: Callable[..., Ran], photographs: Path, tmp_path: Path) -> None:

@@ -60,25 +60,20 @@ class Probed:
 
     def base(self, ids: Sequence[str], real: Tensor, seeds: Tensor) -> Base:
         """The reconstruction that all probes start from."""
-        timed = replace(self.look, timer=self.plain.timer)
-        return (framed if self.look.boxes else Look.reconstruct)(timed, ids, real, seeds)
+        return (framed if self.look.boxes else Look.reconstruct)(self.look, ids, real, seeds)
 
     def fakes(self, ids: Sequence[str], real: Tensor, beside: Tensor) -> tuple[Fakes, Columns, Features]:
         """The reconstruction, and all that the probes give."""
-        base, columns, features = (
-            self.base(ids, real, beside[:, 0]),
-            dict[str, Tensor](),
-            dict[tuple[str, str], Tensor](),
-        )
+        base, found = self.base(ids, real, beside[:, 0]), dict[Any, Tensor]()
         for probe in self.probes:
-            for name, values in probe.measure(self.look, base).items():
-                columns |= {name: values} if isinstance(name, str) else {}
-                features |= {} if isinstance(name, str) else {name: values}
+            found |= probe.measure(self.look, base)
+        columns = {name: values for name, values in found.items() if isinstance(name, str)}
+        features = {name: values for name, values in found.items() if not isinstance(name, str)}
         return {self.look.seed: (base.fake, None)}, columns, features
 
     def facts(self, processes: Processes) -> dict[str, Any]:
-        """What was done to images. Times are left out: other work lies between what is timed."""
-        return {**self.plain.facts(processes), "seconds": {}}
+        """What was done to images; nothing is timed."""
+        return self.plain.facts(processes)
 
 
 @dataclass(frozen=True)
@@ -139,9 +134,9 @@ def announce(asked: Asked, num_models: int) -> None:
     probes, images = asked.probes, f"{len(asked.source)} images of {asked.source.name}"
     say(f"{images} at {size_text(asked.measurement.resolution)}, {num_models} models, on "
         f"{describe_device(asked.device)}; results in {asked.out}/")  # fmt: skip
-    encodings, decodings = (1 + sum(getattr(p, part) for p in probes.values()) for part in ("encodings", "decodings"))
-    say(f"{', '.join(probes)}: for each model at most {encodings:g} encodings and {decodings:g} decodings of the set, "
-        f"{(encodings + decodings) / 2:.3g} passes")  # fmt: skip
+    passes = {name: (probe.encodings + probe.decodings) / 2 for name, probe in probes.items()}
+    say(f"encode-decode passes of the set, for each model at most: {1 + sum(passes.values()):.3g}, of which 1 shared, "
+        + ", ".join(f"{name} {number:.3g}" for name, number in passes.items()))  # fmt: skip
 
 
 def probe_models(specs: Sequence[registry.Spec], asked: Asked) -> bool:
