@@ -161,7 +161,8 @@ def probe_models(specs: Sequence[registry.Spec], asked: Asked) -> bool:
 def probe_one(tokenizer: Tokenizer, spec: str, asked: Asked) -> tuple[EvalResult, Path | None]:
     """The record of a tokenizer, with what these probes give of it, and its file; errors as of `measure_cell`."""
     info, source, measurement = with_facts(tokenizer), asked.source, asked.measurement
-    settings = settings_of(tokenizer, spec, source, measurement)
+    taken = replace(measurement, resolution=NATIVE) if asked.boxes else measurement  # whole images, never enlarged
+    settings = settings_of(tokenizer, spec, source, taken)
     refused = {name: why for probe in asked.probes.values() for name, why in probe.refuses(info).items()}
     given = {name: [m.name for m in metrics_of(name) if m.name not in refused] for name in asked.probes}
     metrics = (*asked.base, *(metric for names in given.values() for metric in names))
