@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ import torch
 
 from tests.conftest import TINY, Ran
 from tests.forked import start
+from tests.metrics.test_metrics import Stored
 from tests.report.test_report import entry
-from tokbench.latents.card import OF_LATENTS
+from tokbench.latents.card import OF_LATENTS, vectors
 from tokbench.latents.pairs import neighbours, slerp
-from tokbench.metrics import METRICS
+from tokbench.metrics import GRID, METRICS
 from tokbench.records.files import read_groups
 from tokbench.records.result import Value, read_result
 from tokbench.report.columns import ResultEntry
@@ -58,7 +60,7 @@ def test_a_card_is_a_record_and_is_answered_from_it(classes: Path, tmp_path: Pat
     assert tokbench("report", "--results", tmp_path / "latents", "--columns", "latent-rank,latent-sec").status == 0
     page = ("--results", tmp_path / "latents", "--format", "html", "--out", tmp_path / "page")
     assert tokbench("report", *page).status == 0
-    assert "plots/spectra-0.svg" in (tmp_path / "page" / "index.html").read_text()
+    assert "spectra, classes" in (tmp_path / "page" / "index.html").read_text()
     compared = tokbench("compare", folder / "t.json", folder / "b.json")
     assert "latent-sec" in compared.out
     assert set(read_groups(folder / "t.per_image.csv.gz")["class"]) == {"n0", "n1", "n2"}
@@ -77,6 +79,19 @@ def test_scale_and_shift_make_the_latents_standard(photographs: Path, tmp_path: 
     assert card.latents["scaling_factor"] == pytest.approx(1 / whole)
     assert card.latents["shift_factor"] == pytest.approx(mean.mean())
     assert card.metrics["latent-std"].value == pytest.approx(whole, rel=1e-5)
+
+
+def test_scale_and_shift_are_of_the_tokenizers_own_latents() -> None:
+    raw = np.random.default_rng(0).standard_normal((40, 2, 4, 4)) * [[[3.0]], [[0.5]]] + 7
+    shift, scale = torch.tensor([1.0, 2.0]).reshape(-1, 1, 1), torch.tensor([0.5, 4.0]).reshape(-1, 1, 1)
+    travelling = ((torch.from_numpy(raw) - shift) * scale).float().numpy()
+    columns = {name: [value] * 40 for name, value in zip(GRID, (2, 4, 8), strict=True)}
+    stored = Stored(columns, {("fake", "latents"): travelling.reshape(40, -1)})
+    card = vectors(stored, SimpleNamespace(shift=shift, scale=scale))  # type: ignore[arg-type]
+    assert card["latents_mean"] == pytest.approx(raw.mean((0, 2, 3)), rel=1e-4)
+    assert card["latents_std"] == pytest.approx(raw.std((0, 2, 3)), rel=1e-4)
+    assert card["scaling_factor"] == pytest.approx(1 / raw.std(), rel=1e-4)
+    assert card["shift_factor"] == pytest.approx(raw.mean(), rel=1e-4)
 
 
 def test_what_is_decoded_between_copies_is_the_image_itself(
@@ -112,6 +127,7 @@ def test_two_processes_make_the_card_of_one(photographs: Path, tmp_path: Path, t
     [
         (("--metrics", "psnr"), 2, "choose from latent-mean"),
         (("--res", "native"), 2, "compared at one size"),
+        (("--models", f"odd={TINY}@multiple=5"), 2, "failed: odd: odd: needs sizes divisible by 5"),
         (("--models", f"c={TINY}@codes=true"), 1, "failed: c: has no continuous latents"),
     ],
 )

@@ -51,10 +51,11 @@ def run_latents(
     out: Path = Path("runs"),
     fresh: bool = False,
 ) -> int:
-    """Measure every model's card and print the table; the exit status, 1 if a model failed.
+    """Measure every card and print the table; the exit status: 1 if a model failed, 2 if one takes no such images.
 
     Raises InputError for wrong options or images that cannot be used.
     """
+    status = 0
     specs, asked = registry.parse_all(models), measurement.metrics or OF_LATENTS + BETWEEN
     for name in asked:
         if name not in OF_LATENTS and (name not in METRICS or METRICS[name].scope != "interpolation"):
@@ -75,12 +76,13 @@ def run_latents(
                 check_size(tokenizer, measurement.resolution)
                 own = replace(measurement, metrics=tuple(asked))
                 results[spec.row] = card(tokenizer, spec.text, source, own, device, processes, out / FOLDER, fresh)
-            except CellError as error:
+            except (CellError, InputError) as error:
                 say(f"failed: {spec.row}: {error}")
+                status = max(status, 2 if isinstance(error, InputError) else 1)
             release(device)
         if processes.main and results:
             show_cards(list(results.values()), out / FOLDER)
-    return int(len(results) < len(specs))
+    return status
 
 
 def card(
@@ -138,7 +140,7 @@ def vectors(samples: Samples, tokenizer: Tokenizer) -> dict[str, Any]:
     own = latents_of(samples)
     sums = latents.sums_of(own).without(None)
     mean, deviation = latents.mean(sums), latents.deviation(sums)
-    shift, scale = (np.ravel(getattr(tokenizer, name, default)) for name, default in (("shift", 0.0), ("scale", 1.0)))
+    shift, scale = (_stated(tokenizer, *one, own.channels) for one in (("shift", 0.0), ("scale", 1.0)))
     raw_mean, raw_deviation = shift + mean / scale, deviation / scale
     whole = float(np.sqrt((raw_deviation**2).mean() + raw_mean.var()))
     found: dict[str, Any] = {
@@ -157,6 +159,14 @@ def vectors(samples: Samples, tokenizer: Tokenizer) -> dict[str, Any]:
     if min(sums.energy.shape) > 2:
         found["frequency"], found["power"] = latents.spectrum(sums)
     return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in found.items()}
+
+
+def _stated(tokenizer: Tokenizer, name: str, otherwise: float, channels: int) -> np.ndarray:
+    """What a tokenizer says it does to all channels, or to each; float64 [1] or [C]."""
+    value = getattr(tokenizer, name, None)
+    if isinstance(value, float | torch.Tensor) and torch.as_tensor(value).numel() in (1, channels):
+        return torch.as_tensor(value).double().flatten().cpu().numpy()
+    return np.array([otherwise])
 
 
 # ---- what is printed ----------------------------------------------------------------------------------------------
