@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help docs schema demo test test-compiled test-weights format lint check bench gpu-check gpu-train study sweep leaderboard pictures screenshot verify cards
+.PHONY: help docs schema demo test test-compiled test-fidelity fuzz test-weights format lint check bench gpu-check gpu-train study sweep leaderboard pictures screenshot verify cards
 
 demo: $(VENV)/.installed  ## measure the two bundled tokenizers on the bundled photographs
 	$(BIN)/tokbench run --models ssdd,klvae --res 256
@@ -17,6 +17,13 @@ test: $(VENV)/.installed  ## all tests that need neither network nor GPU nor min
 
 test-compiled: $(VENV)/.installed  ## tests that wait for torch.compile
 	$(BIN)/python -m pytest -m compiled
+
+test-fidelity: $(VENV)/.installed  ## run, score and generate against torch-fidelity on 2,300 images: half an hour
+	$(BIN)/python -m pytest -m fidelity
+
+SECONDS := 300
+fuzz: $(VENV)/.installed  ## damaged files for every reader: SECONDS=300
+	$(BIN)/python -m tests.fuzz $(SECONDS)
 
 test-weights: $(VENV)/.installed  ## tests with published weights; needs the network
 	$(BIN)/python -m pytest -m weights

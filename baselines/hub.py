@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import socket
+import struct
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from baselines.published import Published
 from tokbench.checkpoints import load_strictly
-from tokbench.errors import CellError, InputError, first_line, preview
+from tokbench.errors import MODEL_ERRORS, CellError, InputError, first_line, preview
 from tokbench.records.cache import cache_folder
 from tokbench.weights.files import WeightsError, check_file, file_sha256, offline
 from tokbench.weights.transfer import download
@@ -219,7 +220,7 @@ def _read(path: Path, name: str) -> Mapping[Any, Any]:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise CellError(f"{name}: {path} {REFUSED}") from error
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
+    except (*MODEL_ERRORS, EOFError, struct.error, SafetensorError) as error:
         raise CellError(f"{name}: {path} is damaged or half downloaded ({first_line(error)})") from error
     if not isinstance(held, Mapping):
         raise CellError(f"{name}: {path} holds a {type(held).__name__}, not named tensors")

@@ -104,3 +104,34 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = np.random.default_rng((label, number)).integers(label * 100, label * 100 + 100, (20, 24, 3))
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"class{label}" / f"i{number}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of torch-fidelity's Inception, scaled so that activations neither vanish nor explode."""
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+
+    torch.manual_seed(0)
+    network = fidelity.FeatureExtractorInceptionV3.__new__(fidelity.FeatureExtractorInceptionV3)
+    loader = fidelity.FeatureExtractorInceptionV3.load_state_dict
+    state: dict[str, torch.Tensor] = {}
+
+    def keep(self: torch.nn.Module, _: Any) -> None:
+        for layer in self.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(layer.weight)
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+                torch.nn.init.normal_(layer.bias, std=0.2)
+                torch.nn.init.normal_(layer.running_mean, std=0.2)  # type: ignore[arg-type]
+                torch.nn.init.uniform_(layer.running_var, 0.5, 1.5)  # type: ignore[arg-type]
+        state.update(self.state_dict())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", keep)
+        patch.setattr(fidelity.torch, "load", lambda *_, **__: {})
+        network.__init__("inception", ["2048"], feature_extractor_weights_path="unused")  # type: ignore[misc]
+    assert fidelity.FeatureExtractorInceptionV3.load_state_dict is loader
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(state, path)
+    return path

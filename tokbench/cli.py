@@ -94,6 +94,8 @@ Data = Annotated[
 Split = Annotated[str | None, typer.Option(help="Split of the data set.")]
 Limit = Annotated[int | None, typer.Option(help="Take only N images, chosen by hash of their id.")]
 Out = Annotated[Path, typer.Option(help="Folder for results.")]
+OwnWeights = Annotated[Path | None, typer.Option("--weights", help="A file of Inception weights instead of FID's.")]
+Unverified = Annotated[bool, typer.Option("--unverified", help="Take an unknown --weights, and rename its metrics.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 DataType = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 BatchSize = Annotated[str, typer.Option(help="auto or a number of images; a CPU computes one at a time.")]
@@ -156,11 +158,15 @@ def run(
     shards: Annotated[str, typer.Option(help="I/N: measure one of N parts, in a job of its own.")] = "",
     merge: Annotated[bool, typer.Option("--merge", help="Write the records of what all shards measured.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, fetched and written.")] = False,
+    weights: OwnWeights = None,
+    unverified: Unverified = False,
 ) -> None:
     """Reconstruct images with tokenizers and measure what is lost."""
     from tokbench.evaluation.run import run as run_cells
+    from tokbench.metrics.unverified import use_weights
     from tokbench.protocols import parse_resolution
 
+    use_weights(weights, unverified)
     resolutions = [parse_resolution(part.strip()) for part in res.split(",") if part.strip()]
     status = run_cells(
         ",".join(models), resolutions, measurement, data=data, split=split, limit=limit, out=out, fresh=fresh,
@@ -368,10 +374,14 @@ def generate(
     measurement: Measurement,
     out: Out = Path("runs"),
     results: Annotated[Path, typer.Option(help="Where else to look rfid up for the table.")] = Path("results"),
+    weights: OwnWeights = None,
+    unverified: Unverified = False,
 ) -> None:
     """Sample a generator and score its images (gFID)."""
     from tokbench.generation.generate import run_generate
+    from tokbench.metrics.unverified import use_weights
 
+    use_weights(weights, unverified)
     raise typer.Exit(run_generate(generation, measurement, out=out, results=results))
 
 
@@ -384,10 +394,14 @@ def score(
     name: Annotated[str | None, typer.Option(help="Name of the row; default: the folder's.")] = None,
     allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Take images compressed with loss.")] = False,
     out: Out = Path("runs"),
+    weights: OwnWeights = None,
+    unverified: Unverified = False,
 ) -> None:
     """Measure images made elsewhere, matched by name."""
     from tokbench.evaluation.score import run_score
+    from tokbench.metrics.unverified import use_weights
 
+    use_weights(weights, unverified)
     raise typer.Exit(run_score(real, fake, measurement, name=name, allow_lossy=allow_lossy, out=out))
 
 

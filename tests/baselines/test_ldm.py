@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -245,6 +246,7 @@ def test_the_published_sizes_are_those_of_the_papers() -> None:
     [
         ("objects", "holds more than tensors: refused"),
         ("half", "is damaged or half downloaded"),
+        ("memo", "is damaged or half downloaded"),
         ("keys", "missing: decoder.conv_in.bias"),
         ("shape", "shape: post_quant_conv.weight"),
         ("number", "holds a float, not named tensors"),
@@ -264,6 +266,11 @@ def test_a_bad_file_costs_its_row_with_one_line(fault: str, said: str, shrunk: N
     torch.save({"mean": torch.zeros(32)}, tmp_path / ldm.STATISTICS["va-vae-f16d32"])
     if fault == "objects":
         file.write_bytes(pickle.dumps({"state_dict": Path("x")}, protocol=2))
+    if fault == "memo":  # a reference to an object that the file never named
+        with zipfile.ZipFile(file) as whole, zipfile.ZipFile(tmp_path / "other.pt", "w") as broken:
+            for item in whole.namelist():
+                broken.writestr(item, b"\x80\x02hK." if item.endswith("data.pkl") else whole.read(item))
+        file.write_bytes((tmp_path / "other.pt").read_bytes())
     if fault == "half":
         file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(CellError) as caught:

@@ -416,6 +416,17 @@ def test_lists_saved_on_windows_are_read(folder: Path) -> None:
     assert [source.read(i).getpixel((0, 0))[0] for i in range(2)] == [0, 1]
 
 
+def test_names_with_line_breaks_stay_one_line_and_a_list_is_text(folder: Path) -> None:
+    (folder / "some.txt").write_bytes(b"n0/img00.png\nn1/b\x0b.png\n")
+    source = open_source(folder / "some.txt")
+    assert source.ids == ["n0/img00", "n1/b\\x0b"]
+    with pytest.raises(InputError, match=r"n1/b\\x0b\.png: cannot be read"):
+        source.load(1)
+    (folder / "other.txt").write_bytes(b"n0/img00.png\n\0")
+    with pytest.raises(InputError, match=r"other.txt: not a list of paths"):
+        open_source(folder / "other.txt")
+
+
 def test_composed_and_decomposed_names_are_the_same_ids(tmp_path: Path) -> None:
     for form in ("NFC", "NFD"):
         (tmp_path / form).mkdir()

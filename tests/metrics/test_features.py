@@ -21,37 +21,6 @@ def of(network: nn.Module, name: str, dim: int) -> Extractor:
     return Extractor(name, dim, "", "", Shared(network.eval().requires_grad_(False)))
 
 
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights of torch-fidelity's Inception, scaled so that activations neither vanish nor explode."""
-    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
-
-    torch.manual_seed(0)
-    network = fidelity.FeatureExtractorInceptionV3.__new__(fidelity.FeatureExtractorInceptionV3)
-    loader = fidelity.FeatureExtractorInceptionV3.load_state_dict
-    state: dict[str, Tensor] = {}
-
-    def keep(self: nn.Module, _: Any) -> None:
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight)
-            if isinstance(layer, nn.BatchNorm2d):
-                nn.init.uniform_(layer.weight, 0.5, 1.5)
-                nn.init.normal_(layer.bias, std=0.2)
-                nn.init.normal_(layer.running_mean, std=0.2)  # type: ignore[arg-type]
-                nn.init.uniform_(layer.running_var, 0.5, 1.5)  # type: ignore[arg-type]
-        state.update(self.state_dict())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", keep)
-        patch.setattr(fidelity.torch, "load", lambda *_, **__: {})
-        network.__init__("inception", ["2048"], feature_extractor_weights_path="unused")  # type: ignore[misc]
-    assert fidelity.FeatureExtractorInceptionV3.load_state_dict is loader
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(state, path)
-    return path
-
-
 @pytest.mark.parametrize("size", [64, 320])
 def test_inception_equals_torch_fidelity_with_its_resize(inception_file: Path, size: int) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

@@ -148,6 +148,8 @@ def _list(file: str, split: str | None) -> Source:
         names = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if "\0" in text:
+        raise InputError(f"{path}: not a list of paths; --data takes a folder, an archive or a list")
     names.sort()
     return FileSource(slug(path.stem), None, path.parent, unique_ids(names, path), names)
 

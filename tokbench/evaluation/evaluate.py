@@ -31,7 +31,7 @@ from tokbench.evaluation.reconstruct import (
     round_trip,
     seam_columns,
 )
-from tokbench.metrics import CODES, DEFAULT, LATENTS, find_metrics
+from tokbench.metrics import CODES, DEFAULT, LATENTS, RENAMED, find_metrics
 from tokbench.protocols import Resolution, parse_resolution
 from tokbench.records.files import per_image_path, read_per_image, result_path
 from tokbench.records.measurement import Measurement
@@ -60,6 +60,8 @@ def checked(measurement: Measurement) -> Measurement:
     for metric in find_metrics(names, "reconstruction"):
         if metric.probe:
             raise InputError(f"{metric.name} is a probe's: `tokbench probe {metric.probe}`")
+    if measurement.keep_features and RENAMED:
+        raise InputError("--keep-features: not with --weights, whose features would lie under the names of Inception's")
     return replace(measurement, metrics=names)
 
 

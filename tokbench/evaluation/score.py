@@ -84,7 +84,7 @@ def score(
     if not ROW_NAME.fullmatch(row):
         raise InputError(f"--name {row}: use lower-case letters, digits, dot, underscore and hyphen")
     names = [metric for metric in find_metrics(measurement.metrics) if not needs_model(metric)]
-    refused = [name for name in asked.metrics if name not in {metric.name for metric in names}]
+    refused = [metric.name for metric in find_metrics(asked.metrics) if needs_model(metric)]
     cell = Cell(
         info=TokenizerInfo(row, family="images", note="images made elsewhere"),
         source=real,

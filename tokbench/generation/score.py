@@ -15,7 +15,7 @@ import torch
 from tokbench.data.loader import Loader
 from tokbench.data.open import open_source
 from tokbench.errors import InputError
-from tokbench.metrics import FRECHET_MINIMUM, METRICS, find_metrics, frechet
+from tokbench.metrics import FRECHET_MINIMUM, METRICS, RENAMED, find_metrics, frechet
 from tokbench.metrics.extractors import Extractor
 from tokbench.metrics.statistics import from_half_samples, half_samples
 from tokbench.protocols import find_protocol
@@ -36,7 +36,7 @@ def generation_metrics(asked: Sequence[str]) -> list[str]:
     """The metrics asked for, else all, in the table's order. InputError for one that needs what was reconstructed."""
     names = asked or DEFAULT
     for metric in find_metrics(names):
-        if metric.scope == "reconstruction" or metric.name == "rfid":
+        if metric.scope == "reconstruction" or metric.name.startswith("rfid"):
             known = ", ".join(m.name for m in METRICS.values() if m.scope != "reconstruction" and m.name != "rfid")
             raise InputError(
                 f"--metrics {metric.name}: compares an image with its reconstruction; generation has {known}"
@@ -162,9 +162,11 @@ def open_reference(
         moments, images = read_statistics(path)
         with open(path, "rb") as file:
             fingerprint, name = hashlib.file_digest(file, "sha256").hexdigest(), path.stem.lower()
-        if moments is not None:
+        if moments is not None and not RENAMED:
             stored["inception"] = moments
         if images is None:
+            if RENAMED:
+                raise InputError(f"{path}: statistics of FID's own Inception, not of --weights; give images")
             return Reference(name, fingerprint, 0, None, stored, identities)
         if images.shape[1:3] != (resolution, resolution):
             raise InputError(

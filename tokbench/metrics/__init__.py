@@ -624,6 +624,9 @@ DEFAULT = ("psnr", "psnr-global", "ssim", "ssim-gauss", "lpips-alex", "lpips-vgg
            "bpp", "perplexity", "codebook-use", "latent-mean", "latent-std")  # fmt: skip
 
 
+RENAMED: dict[str, str] = {}  # metrics of which this process has another network: `metrics.unverified`
+
+
 def register_metric(metric: Metric) -> None:
     """Make a metric known to every command; a plugin's `register` calls it. ValueError for a wrong or taken name."""
     if metric.name in METRICS or not registry.ROW_NAME.fullmatch(metric.name):
@@ -663,7 +666,8 @@ def find_metrics(names: Sequence[str], scope: Literal["reconstruction", "both"] 
             raise InputError("gfid is a generator's: `tokbench generate`; of reconstructions the name is rfid")
         if scope == "reconstruction" and METRICS[name].scope == "interpolation":
             raise InputError(f"{name} is of interpolated latents: `tokbench latents`")
-    return [metric for metric in METRICS.values() if metric.name in names]
+    wanted = {RENAMED.get(name, name) for name in names}
+    return [metric for metric in METRICS.values() if metric.name in wanted]
 
 
 def users_of_networks() -> dict[str, list[str]]:

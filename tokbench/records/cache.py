@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tokbench.errors import InputError
 from tokbench.records.files import write_whole
 
 log = logging.getLogger("tokbench")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def cache_folder() -> Path:
@@ -28,8 +30,9 @@ def stamp_of(path: Path) -> str:
 
 
 def printable(name: str) -> str:
-    """A file name as text: bytes that are not UTF-8 become \\xNN."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A file name as one line of text: bytes that are not UTF-8 and characters of control become \\xNN."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def load_cached(key: str) -> Any:
