@@ -163,7 +163,7 @@ def run(
 ) -> None:
     """Reconstruct images with tokenizers and measure what is lost."""
     from tokbench.evaluation.run import run as run_cells
-    from tokbench.metrics.unverified import use_weights
+    from tokbench.metrics.suite import use_weights
     from tokbench.protocols import parse_resolution
 
     use_weights(weights, unverified)
@@ -379,7 +379,7 @@ def generate(
 ) -> None:
     """Sample a generator and score its images (gFID)."""
     from tokbench.generation.generate import run_generate
-    from tokbench.metrics.unverified import use_weights
+    from tokbench.metrics.suite import use_weights
 
     use_weights(weights, unverified)
     raise typer.Exit(run_generate(generation, measurement, out=out, results=results))
@@ -399,7 +399,7 @@ def score(
 ) -> None:
     """Measure images made elsewhere, matched by name."""
     from tokbench.evaluation.score import run_score
-    from tokbench.metrics.unverified import use_weights
+    from tokbench.metrics.suite import use_weights
 
     use_weights(weights, unverified)
     raise typer.Exit(run_score(real, fake, measurement, name=name, allow_lossy=allow_lossy, out=out))

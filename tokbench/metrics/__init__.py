@@ -624,7 +624,7 @@ DEFAULT = ("psnr", "psnr-global", "ssim", "ssim-gauss", "lpips-alex", "lpips-vgg
            "bpp", "perplexity", "codebook-use", "latent-mean", "latent-std")  # fmt: skip
 
 
-RENAMED: dict[str, str] = {}  # metrics of which this process has another network: `metrics.unverified`
+RENAMED: dict[str, str] = {}  # metrics of which this process has another network: `suite.use_weights`
 
 
 def register_metric(metric: Metric) -> None:
