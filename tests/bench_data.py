@@ -1,4 +1,5 @@
-"""Loading against torchvision's ImageFolder with the same crop, a tar against its folder, and growth with the set.
+"""Loading against torchvision's ImageFolder with the same crop, a tar against its folder, growth with the set, and
+photographs of mixed sizes against the loader as it was before small ones were enlarged.
 
     python -m tests.bench_data
 
@@ -6,7 +7,9 @@ Photographs of ImageNet's usual size (500x375 JPEG), made from the bundled ones;
 a busy machine slows all alike; the printed ratio is the median over turns.
 """
 
+import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,12 +25,17 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
+from tests import ROOT
+from tokbench.data import training_crops
 from tokbench.data.crops import crop
 from tokbench.data.loader import CropCache, Loader
 from tokbench.data.open import SAMPLES, open_source
 from tokbench.protocols import PROTOCOLS
 
 ADM = PROTOCOLS["adm"]
+BEFORE = "78679d6~1"  # the last commit that refused images below the resolution
+SIZES = ((500, 375), (375, 500), (640, 427), (300, 260), (1600, 1200), (2400, 1600))  # pixels, as ImageNet mixes them
+SMALL = ((200, 150), (75, 56), (1, 200), (2000, 3))
 TURNS, NUM_IMAGES, WORKERS, BATCH = 3, 256, 2, 32
 
 
@@ -112,10 +120,75 @@ def growth(root: Path) -> None:
     print(f"memory of 4000 against 1000 images: {figures[4000][1] / figures[1000][1] - 1:+.1%}")
 
 
+# Both versions run it, each in a process of its own.
+MIXED = f"""
+import sys, time, torch
+from tokbench.data.loader import Loader
+from tokbench.data.open import open_source
+from tokbench.protocols import PROTOCOLS
+torch.set_num_threads(1)
+source = open_source(sys.argv[1])
+for index in range(len(source)):
+    source.read_bytes(index)  # into the system's cache
+start = time.perf_counter()
+count = sum(len(ids) for ids, _ in Loader(source, 256, PROTOCOLS["adm"], batch_size={BATCH}, workers={WORKERS}))
+print(count / (time.perf_counter() - start))
+"""
+
+
+def mixed_rate(tree: Path, root: Path) -> float:
+    """Images a second of the version that lies in a folder."""
+    command = [sys.executable, "-c", MIXED, str(root)]
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    return float(subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def mixed_sizes(root: Path) -> None:
+    """Both versions take turns on what both can read; then ours with small, long and narrow ones."""
+    root.mkdir()
+    for size in SIZES:
+        make_photos(root / "{}x{}".format(*size), 96, size)
+    before = root.parent / "before"
+    before.mkdir()
+    packed = subprocess.run(["git", "archive", BEFORE, "tokbench"], cwd=ROOT, stdout=subprocess.PIPE, check=False)
+    if packed.returncode:
+        print(f"mixed sizes: no commit {BEFORE} here to compare with")
+    else:
+        subprocess.run(["tar", "-x", "-C", str(before)], input=packed.stdout, check=True)
+        shutil.copy(ROOT / "pyproject.toml", before)
+        rates: dict[Path, list[float]] = {before: [], ROOT: []}
+        for turn in range(2 * TURNS):
+            for tree in sorted(rates, reverse=turn % 2 == 0):
+                rates[tree].append(mixed_rate(tree, root))
+        then, now = (statistics.median(values) for values in rates.values())
+        ratio = statistics.median(new / old for old, new in zip(*rates.values(), strict=True))
+        print(f"mixed sizes               {now:7.0f} images/s  {ratio:5.2f}x of {BEFORE}, {then:.0f} images/s")
+    for size in SMALL:
+        make_photos(root / "{}x{}".format(*size), 32, size)
+    print(f"with small and narrow     {mixed_rate(ROOT, root):7.0f} images/s")
+
+
+def draft(root: Path) -> None:
+    """Training crops of large photographs, decoded small and whole."""
+    source, rates = open_source(root), []
+    crops = training_crops.PhotoCrops(source, range(len(source)), training_crops.CropConfig(), seed=0)
+    crops.kept.clear()
+    for sides in (crops.sides, 0):
+        crops.sides = sides
+        start = time.perf_counter()
+        for number in range(len(source)):
+            crops[number, 128]
+        rates.append(len(source) / (time.perf_counter() - start))
+    ratio = rates[0] / rates[1]
+    print(f"training crops of 12 MP   {rates[0]:7.0f} images/s  {ratio:5.2f}x of decoding whole")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         compare(make_photos(Path(folder) / "photos", NUM_IMAGES, (500, 375)))
+        mixed_sizes(Path(folder) / "mixed")
+        draft(make_photos(Path(folder) / "large", 24, (4000, 3000)))
         growth(make_photos(Path(folder) / "small", 4000, (96, 80)))
 
 

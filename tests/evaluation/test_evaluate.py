@@ -215,6 +215,12 @@ def test_an_encoder_that_writes_into_its_input_leaves_the_real_image_alone(photo
     assert first.metrics == second.metrics
 
 
+def test_what_overflows_in_float16_is_reported_and_no_number(photographs: Path) -> None:
+    assert evaluate(f"{TINY}@bias=1e4", photographs, 32, ["psnr"]).metrics["psnr"].value is not None
+    with pytest.raises(CellError, match="NaN or infinity in the reconstruction of "):
+        evaluate(f"{TINY}@bias=1e4", photographs, 32, ["psnr"], dtype="float16")
+
+
 def test_float16_is_a_dtype(photographs: Path) -> None:
     half = evaluate(TINY, photographs, 32, ("psnr",), dtype="float16", limit=3)
     whole = evaluate(TINY, photographs, 32, ("psnr",), limit=3)

@@ -1,5 +1,6 @@
 """The training toolbox: data order, averages, decay groups, overrides, checkpoints."""
 
+import io
 import json
 import math
 import tarfile
@@ -18,6 +19,7 @@ from baselines.train import KLVAETraining
 from tests.reference import GOLDEN
 from tokbench.config import describe, from_dict, override, to_dict
 from tokbench.data.open import open_source
+from tokbench.data.sources import Source
 from tokbench.data.training_crops import CropConfig, PhotoCrops, batches, hold_out
 from tokbench.errors import CellError, InputError
 from tokbench.runtime.processes import Processes
@@ -32,7 +34,7 @@ class Photos:
         self.ids = [f"subject{i // 2}-{i % 2}" for i in range(num)]
         self.images = [Image.fromarray(rng.integers(0, 255, (40 + 8 * i, 56, 3), np.uint8)) for i in range(num)]
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, *, least: int = 0) -> Image.Image:
         return self.images[index]
 
 
@@ -79,7 +81,7 @@ def test_two_processes_workers_and_a_resumed_run_see_the_same_crops() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_photograph_that_cannot_be_read_is_one_line(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def damaged(self: Photos, index: int) -> Image.Image:
+    def damaged(self: Photos, index: int, *, least: int) -> Image.Image:
         raise InputError("dog.png: damaged")
 
     taken = crops(CONFIG)
@@ -275,3 +277,30 @@ def test_emulated_bfloat16_is_warned_of(
         monkeypatch.setattr("tokbench.runtime.device.cpu_flags", lambda flags=flags: flags)
         said = tokbench(*arguments, "--device", "cpu", "--out", tmp_path / str(len(flags))).err
         assert ("has no bfloat16" in said) == (not flags)
+
+        for arguments in run, timed:
+            said = tokbench(*arguments, "--device", "cpu", "--out", tmp_path / str(warned)).err
+            assert ("has no bfloat16" in said) == warned
+
+
+class Jpegs(Source):
+    """One large photograph, as its bytes."""
+
+    def read_bytes(self, index: int) -> bytes:
+        return bytes(self.entries[index])
+
+
+def test_large_jpegs_are_decoded_small_for_crops_and_whole_for_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    ramp = np.linspace(0, 255, 640)
+    pixels = np.stack([np.tile(ramp, (400, 1)), np.tile(ramp[:400, None], (1, 640)), np.full((400, 640), 90.0)], 2)
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "JPEG", quality=95)
+    source = Jpegs("jpegs", None, Path("jpegs"), ["a"], [file.getvalue()])
+    monkeypatch.setattr("tokbench.data.training_crops.KEEP_BYTES", 0)
+    small = PhotoCrops(source, [0], CropConfig(16, (24, 40)), seed=0)
+    assert (source.read(0, least=small.sides).size, source.read(0).size) == ((160, 100), (640, 400))
+    crops = [small[number, 16][0] for number in range(4)]
+    monkeypatch.setattr(Image.Image, "draft", lambda *_: None)
+    monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.draft", lambda *_: None)
+    for number, crop in enumerate(crops):
+        assert (crop.int() - small[number, 16][0].int()).abs().max() <= 4  # the same places, other rounding

@@ -73,14 +73,17 @@ def open_header(data: bytes, where: str) -> Image.Image:
     return image
 
 
-def decode(data: bytes, where: str, *, upright: bool = False) -> tuple[Image.Image, int]:
+def decode(data: bytes, where: str, *, upright: bool = False, least: int = 0) -> tuple[Image.Image, int]:
     """A file's bytes -> RGB image and notes (bits of NOTES). Raises InputError naming `where` if it is damaged.
 
     Gray of 9 to 16 bits is rescaled to 8; colour of 16 bits comes from Pillow with its high bytes. Transparency is put
     on white. `upright` turns the image as its EXIF orientation says (Pillow always does so with TIFF). Of several
-    frames the first is taken.
+    frames the first is taken. `least`: a JPEG may be decoded at a half, a quarter or an eighth of its size, by its own
+    transform, as long as both sides keep so many pixels: for training alone, as these are other pixels.
     """
     image, notes = open_header(data, where), 0
+    if least and image.format == "JPEG":
+        image.draft(None, (least, least))
     try:
         frames = getattr(image, "n_frames", 1)
     except DECODE_ERRORS:

@@ -67,8 +67,8 @@ class Source:
         """Changes when the bytes do (size and time), without reading them; "" where that cannot be told."""
         return ""
 
-    def load(self, index: int, *, upright: bool = False) -> tuple[Image.Image, int]:
-        """The RGB image and notes (bits of decode.NOTES), turned as EXIF says if `upright`.
+    def load(self, index: int, *, upright: bool = False, least: int = 0) -> tuple[Image.Image, int]:
+        """The RGB image and notes (bits of decode.NOTES), turned as EXIF says if `upright`; `least` as for `decode`.
 
         InputError naming the file if it cannot be used.
         """
@@ -77,11 +77,11 @@ class Source:
         except OSError as error:
             reason = error.strerror or error
             raise InputError(f"{self.where(index)}: cannot be read ({reason}); restore it") from error
-        return decode(data, self.where(index), upright=upright)
+        return decode(data, self.where(index), upright=upright, least=least)
 
-    def read(self, index: int) -> Image.Image:
-        """The RGB image. InputError naming the file if it cannot be used."""
-        return self.load(index)[0]
+    def read(self, index: int, *, least: int = 0) -> Image.Image:
+        """The RGB image; `least` as for `decode`. InputError naming the file if it cannot be used."""
+        return self.load(index, least=least)[0]
 
     def facts(self) -> list[Facts]:
         """Of every sample. Files are read once; a later call asks only whether size or time has changed."""

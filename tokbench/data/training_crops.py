@@ -70,6 +70,7 @@ class PhotoCrops(Dataset[tuple[Tensor, str]]):
         self.source, self.indices, self.config, self.seed = source, list(indices), config, seed
         if not self.indices:
             raise InputError("no photograph to train on")
+        self.sides = 2 * max(*config.short_side, config.size, config.late_size)  # pixels: what a crop can make use of
         self.kept: dict[int, Image.Image] = {}
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         self._keep()
@@ -81,11 +82,11 @@ class PhotoCrops(Dataset[tuple[Tensor, str]]):
             self.weights = np.sqrt(areas) / np.sqrt(areas).sum()
 
     def _keep(self) -> None:
-        """Decode small collections once, reduced to twice the resolution that crops are cut from."""
+        """Decode small collections once, reduced to what a crop can make use of."""
         used = 0
         for index in self.indices:
-            image = self.source.read(index)
-            area, factor = image.width * image.height, min(image.size) / (2 * max(self.config.short_side))
+            image = self.source.read(index, least=0 if self.config.sample_by == "area" else self.sides)
+            area, factor = image.width * image.height, min(image.size) / self.sides
             if factor > 1:
                 image = image.resize(
                     (round(image.width / factor), round(image.height / factor)), Image.Resampling.LANCZOS
@@ -114,7 +115,7 @@ class PhotoCrops(Dataset[tuple[Tensor, str]]):
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, str]:
         number, size = item
         index = self.photograph(number)
-        image = self.kept.get(index) or self.source.read(index)
+        image = self.kept.get(index) or self.source.read(index, least=self.sides)
         rng = np.random.default_rng((self.seed, number, 1))
         for _ in range(5):
             crop = self._cut(image, size, rng)
