@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokbench.errors import InputError
-from tokbench.metrics import METRICS
+from tokbench.metrics import METRICS, Metric
 from tokbench.protocols import Resolution, sides_of
 from tokbench.records.files import per_image_path, read_groups, read_per_image
 from tokbench.records.result import EvalResult, TokenizerInfo, Value
@@ -189,6 +189,13 @@ FACTS = {
 }  # fmt: skip
 
 
+def _per_image(metric: Metric) -> str | None:
+    """The per-image column that a metric is the mean (or a monotone function of the mean) of."""
+    if metric.rows or metric.name in metric.columns:
+        return metric.name
+    return metric.columns[0] if metric.columns and not metric.probe else None  # a probe's: of many columns at once
+
+
 def metric_column(name: str) -> Column:
     """The column of a metric; one not known here gets four digits and no direction."""
 
@@ -203,7 +210,7 @@ def metric_column(name: str) -> Column:
         return Column(key=name, digits=4, description="unknown to this version", read=read)
     return Column(
         key=name, unit=metric.unit, better=metric.better, digits=metric.digits, description=metric.description,
-        read=read, per_image=name if metric.rows else metric.columns[0] if metric.columns else None,
+        read=read, per_image=_per_image(metric),
         minor=name in MINOR,
     )  # fmt: skip
 
