@@ -135,6 +135,7 @@ def test_so_many_images_as_are_said_to_be_needed_find_a_loss_of_twice_the_tolera
 def test_no_number_is_needed_where_none_would_do_or_these_do() -> None:
     assert statistics.images_needed(Estimate(0.1, 0.1, 28), 29, 0.0) is None
     assert statistics.images_needed(Estimate(0.1, 0.001, 28), 29, 0.05) is None
+    assert statistics.images_needed(Estimate(0.1, 0.1), 0, 0.05) is None
     few, many = (statistics.images_needed(Estimate(0.1, 0.1, 28), 29, 0.05, n) or 0 for n in (1, 12))
     assert 29 < few < many
 

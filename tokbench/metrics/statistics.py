@@ -143,8 +143,8 @@ def judge(changes: Sequence[tuple[Estimate, float, Direction]]) -> list[Verdict]
     """What all differences (new - base) of one comparison say together, each with its tolerance and better direction.
 
     "same": the 95 % interval lies within ±tolerance; "better" or "worse": the change is beyond it, so surely that
-    in FALSE_ALARM of comparisons without any change one is called so, however many there are; else "inconclusive". Who
-    exchanges new and base exchanges better and worse. A metric with no direction only gets worse.
+    without any change at most FALSE_ALARM of all comparisons call one of theirs so; else "inconclusive". Who exchanges
+    new and base exchanges better and worse. A metric with no direction only gets worse.
     """
     chances = []
     for change, tolerance, better in changes:
@@ -168,7 +168,7 @@ def images_needed(change: Estimate, num_images: int, tolerance: float, compariso
     The spread seen in these is itself a guess: it is taken as large as it may well be. None if no more are needed than
     there are, since the loss is then too near to the tolerance, and if no number would do.
     """
-    if tolerance == 0:
+    if tolerance == 0 or num_images < 2:
         return None
     freedom = min(change.freedom, num_images - 1)
     error = change.error * math.sqrt(freedom / chdtri(freedom, POWER))
