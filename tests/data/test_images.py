@@ -143,7 +143,18 @@ def tiff_cases() -> Iterator[tuple[str, bytes, np.ndarray | None]]:
                 yield name, tiff(bits, samples, photometric, order), expected
 
 
-CASES = [*pillow_cases(), *png_cases(), *tiff_cases()]
+def file_cases() -> Iterator[tuple[str, bytes, np.ndarray | None]]:
+    """Several frames, of which the first counts, and files that end half-way."""
+    first, others = Image.fromarray(COLOUR), [Image.fromarray(COLOUR[::-1].copy())]
+    for format in ("PNG", "TIFF", "GIF", "WEBP"):
+        options = EXACT[format] | {"save_all": True, "append_images": others}
+        yield f"{format} of two frames", encoded(first, format, **options), COLOUR
+    for format, options in EXACT.items():
+        data = encoded(first, format, **options)
+        yield f"{format} cut in half", data[: len(data) // 2], None
+
+
+CASES = [*pillow_cases(), *png_cases(), *tiff_cases(), *file_cases()]
 
 
 @pytest.mark.parametrize(("data", "expected"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
@@ -155,7 +166,7 @@ def test_right_pixels_or_a_line(data: bytes, expected: np.ndarray | None) -> Non
 
 
 def test_the_table_is_long() -> None:
-    assert len({name for name, *_ in CASES}) == len(CASES) >= 100
+    assert len({name for name, *_ in CASES}) == len(CASES) >= 120
 
 
 def exif(value: int, *others: tuple[int, int, int, bytes], order: str = "<") -> bytes:
