@@ -249,7 +249,10 @@ def test_cells_that_two_folders_have_in_common_are_compared(tokbench: Callable[.
     assert "no metric of a cell in common" in ran.reason
 
 
-def test_compare_prints_intervals_verdicts_and_n(tokbench: Callable[..., Ran], tmp_path: Path) -> None:
+def test_compare_prints_intervals_verdicts_and_n(
+    tokbench: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # a narrow terminal hides columns, and says so
     ran = tokbench("compare", *results(tmp_path, 0.0, 1.0))
     assert ran.status == 0
     for text in ("psnr", "better", " 200 ", "[+"):

@@ -75,7 +75,7 @@ def test_two_processes_killed_three_times_give_the_numbers_of_an_undisturbed_one
     photographs: Path, tmp_path: Path, errors: Path, uninterrupted: Numbers
 ) -> None:
     dice = random.Random(os.getpid())
-    for rows in (1, 4, 7):
+    for rows in (1, 3, 5):
         pair = start(command(photographs, tmp_path), errors, world=2)
         wait_for(tmp_path, rows + dice.randrange(3))
         time.sleep(dice.random() * SECONDS)
@@ -83,7 +83,7 @@ def test_two_processes_killed_three_times_give_the_numbers_of_an_undisturbed_one
             process.signal(signal.SIGKILL)
         assert {process.finish()[0] for process in pair} == {-signal.SIGKILL}
         assert not list(tmp_path.glob("*/*/*.json"))
-    assert 7 <= measured(tmp_path) < 12
+    assert 5 <= measured(tmp_path) <= 12  # all rows may be there, the record is not
     for process in start(command(photographs, tmp_path), errors, world=2):
         status, error = process.finish()
         assert status == 0, error
