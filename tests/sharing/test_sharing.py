@@ -119,6 +119,7 @@ def test_a_record_comes_from_a_file_or_an_address_and_is_not_replaced_unasked(
         (r'"protocol": "adm"', '"protocol": "mine"', "mine"),
         (r'"num_images": 29', '"num_images": 28', "28 images, but 29 rows"),
         (r'("ssim": \{\s+"value": )[\d.]+', r"\g<1>1.5", "lies outside"),
+        (r'("psnr": \{\s+"value": )[\d.]+', r"\g<1>60.0", "have a mean of"),
         (r'("ssim-gauss": \{\s+"value": )[\d.]+', r"\g<1>0.5", "have a mean of"),
         (r'"command": "[^"]*"', '"command": ""', "no command"),
         (r'"schema": \d', '"schema": 99', "schema 99"),

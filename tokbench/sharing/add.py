@@ -79,5 +79,5 @@ def _examine_value(name: str, value: Value, column: np.ndarray | None, path: Pat
     )
     if not low - 1e-6 <= value.value <= high + 1e-6:
         raise InputError(f"{path}: {name} {value.value:g} lies outside of {low:g} to {high:g}")
-    if column is not None and metric.compute is None and not math.isclose(column.mean(), value.value, rel_tol=1e-6):
+    if column is not None and not math.isclose(column.mean(), value.value, rel_tol=1e-6, abs_tol=1e-9):
         raise InputError(f"{path}: {name} {value.value:g}, but its images have a mean of {column.mean():g}")
