@@ -89,10 +89,12 @@ class Continuous:
         return normal(seeds, like.shape[1:], device=like.device)
 
     def normalise(self, z: Tensor) -> Tensor:
-        return (z - self.shift.to(z)) * self.scale.to(z)
+        shift, scale = (value.to(z, non_blocking=True) for value in (self.shift, self.scale))
+        return (z - shift) * scale
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        return latents / self.scale.to(latents) + self.shift.to(latents)
+        shift, scale = (value.to(latents, non_blocking=True) for value in (self.shift, self.scale))
+        return latents / scale + shift
 
 
 class Sequence(Continuous):

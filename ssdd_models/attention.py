@@ -76,27 +76,34 @@ def cut(size: int, whole: int = BLOCK + 2 * RADIUS) -> Axis:
     return Axis(size, block, region, tuple(runs))
 
 
-def relative_bias(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def table_index(difference: Tensor) -> Tensor:
+    """Differences of coordinates, query minus key -> rows or columns of the table; outside the window the sixteenth."""
+    return torch.where(difference.abs() <= RADIUS, difference + RADIUS, SIDE)
+
+
+def relative_bias(table: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Bias of every query and key: table [15, 15, heads] at (query - key), -1e7 outside the window.
 
-    rows int64 [Qr, Kr] and columns [Qc, Kc] hold the differences of coordinates -> [heads, Qr * Qc, Kr * Kc]
+    rows int64 [Qr, Kr] and columns [Qc, Kc] hold what `table_index` gives -> [heads, Qr * Qc, Kr * Kc]
     """
-    # Outside lies in a sixteenth row and column of the table; two lookups of one axis each cost less than a joint one.
-    padded = F.pad(table.permute(2, 0, 1), (0, 1, 0, 1), value=MASKED)  # [heads, 16, 16]
-    r, c = (torch.where(d.abs() <= RADIUS, d + RADIUS, SIDE) for d in (rows, columns))
-    bias = padded.index_select(2, c.flatten()).index_select(1, r.flatten())  # [heads, Qr * Kr, Qc * Kc]
-    return bias.view(-1, *r.shape, *c.shape).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    # Two lookups of one axis each cost less than a joint one. float16 cannot hold -1e7.
+    outside = max(MASKED, torch.finfo(dtype).min / 2)
+    padded = F.pad(table.permute(2, 0, 1), (0, 1, 0, 1), value=outside)  # [heads, 16, 16]
+    if not torch.is_grad_enabled():  # gradients of many pairs are added up in float32
+        padded = padded.to(dtype)
+    bias = padded.index_select(2, columns.flatten()).index_select(1, rows.flatten())  # [heads, Qr * Kr, Qc * Kc]
+    return bias.view(-1, *rows.shape, *columns.shape).transpose(2, 3).flatten(3, 4).flatten(1, 2).to(dtype)
 
 
-def differences(axis: Axis, run: Run, device: torch.device) -> Tensor:
-    """Query minus key along an axis for the blocks of a run: int64 [block, region]"""
+def indices(axis: Axis, run: Run, device: torch.device) -> Tensor:
+    """`table_index` of queries and keys along an axis for the blocks of a run: int64 [block, region]"""
     queries, keys = (torch.arange(n, device=device) for n in (axis.block, axis.region))
-    return run.offset + queries[:, None] - keys
+    return table_index(run.offset + queries[:, None] - keys)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Blocks that share one bias: their tokens in the flattened grid and the differences that index the table."""
+    """Blocks that share one bias: their tokens in the flattened grid and where in the table it is found."""
 
     queries: Tensor  # int64 [num * block positions]
     keys: Tensor  # int64 [num * region positions]
@@ -139,8 +146,8 @@ def make_layout(height: int, width: int, device: torch.device, form: Form | None
                 tokens(queries[0], queries[1], width),
                 tokens(keys[0], keys[1], width),
                 down.count * right.count,
-                differences(vertical, down, device),
-                differences(horizontal, right, device),
+                indices(vertical, down, device),
+                indices(horizontal, right, device),
             )
             pieces.append(piece)
             order.append(piece.queries)
@@ -159,10 +166,10 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: L
         return flex_attention(q, k, v, table, layout)
     if len(layout.pieces) == 1:  # a small grid is its own block: nothing to gather
         piece = layout.pieces[0]
-        return attend(q, k, v, relative_bias(table, piece.rows, piece.columns), heads, len(q))
+        return attend(q, k, v, relative_bias(table, piece.rows, piece.columns, q.dtype), heads, len(q))
     results = []
     for piece in layout.pieces:
-        bias = relative_bias(table, piece.rows, piece.columns)
+        bias = relative_bias(table, piece.rows, piece.columns, q.dtype)
         queries, keys, values = (
             x.index_select(1, i) for x, i in ((q, piece.queries), (k, piece.keys), (v, piece.keys))
         )
@@ -175,7 +182,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, heads: int, batch: int
     """Plain attention in `batch` equal groups of positions; bias [heads, Q, K], shared by the groups."""
     d = q.shape[-1] // heads
     q, k, v = (x.reshape(batch, -1, heads, d).transpose(1, 2) for x in (q, k, v))
-    bias = bias.to(q.dtype).clamp(min=torch.finfo(q.dtype).min / 2)  # float16 cannot hold -1e7
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None]).transpose(1, 2).flatten(2)
 
 

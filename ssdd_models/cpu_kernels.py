@@ -99,9 +99,12 @@ def strip_norm(x: Tensor, groups: int, eps: float, parts: int) -> tuple[Tensor, 
 
 def group_norm(x: Tensor, groups: int, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """GroupNorm(x) * scale + shift: x [B, C, H, W]; scale and shift [B or 1, C, h, w] with h | H and w | W."""
-    if torch.is_grad_enabled():
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return ScaledGroupNorm.apply(x, scale, shift, groups, eps)
+    on_cpu, gradients = x.device.type == "cpu", torch.is_grad_enabled()
+    if on_cpu and gradients and not torch.compiler.is_compiling():
+        return ScaledGroupNorm.apply(x, scale, shift, groups, eps)
+    if not on_cpu and len(scale) == scale.shape[2] == scale.shape[3] == 1:
+        return F.group_norm(x, groups, scale.flatten(), shift.flatten(), eps)
+    if not on_cpu or gradients:
         return spread(torch.addcmul, shift, F.group_norm(x, groups, eps=eps), scale)
     if (parts := num_strips(x, scale.shape[2])) == 1:
         h = F.group_norm(x, groups, eps=eps)

@@ -112,8 +112,11 @@ class SSDD(nn.Module):
     def normalise(self, z: Tensor) -> Tensor:
         """Encoder latents -> the scale the decoder was trained on; the identity for released weights."""
         if self.config.z_mean == (0.0,) and self.config.z_std == (1.0,):
-            return z.float()  # a copy of two numbers to a GPU would wait for it
-        mean, std = (torch.tensor(v).to(z.device).view(1, -1, 1, 1) for v in (self.config.z_mean, self.config.z_std))
+            return z.float()
+        mean, std = (
+            torch.tensor(v).to(z.device, non_blocking=True).view(1, -1, 1, 1)
+            for v in (self.config.z_mean, self.config.z_std)
+        )
         return (z - mean) / std
 
     def forward(self, x_t: Tensor, t: Tensor, z: Tensor, tap: Tap | None = None) -> Tensor:

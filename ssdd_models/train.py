@@ -54,6 +54,8 @@ def train(config: SSDDTraining, options: TrainOptions) -> Path:
         crops = PhotoCrops(source, trained, config.crops, run.seed)
         place([model.encoder, model.decoder], session.run, session.device, RECOMPUTED)
         losses = Losses(config, model, session.device)
+        if losses.teacher is not None and session.run.compile:  # a copy is not compiled as its original is
+            losses.teacher.decoder.compile(dynamic=False)
         critic = Discriminator().to(session.device) if config.weights.gan else None
         critic_optimizer = make_optimizer(critic.named_parameters(), config.optim) if critic is not None else None
         named = [*model.named_parameters(), *(losses.repa.named_parameters() if losses.repa is not None else ())]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssdd_models.attention import relative_bias
+from ssdd_models.attention import relative_bias, table_index
 from ssdd_models.layers import timestep_embedding
 from ssdd_models.ssdd import SSDD
 from ssdd_models.uvit import UViT
@@ -39,7 +39,9 @@ def plain_transformer(block: Any, x: Tensor, ctx: Tensor, grid: tuple[int, int])
     shift, scale = block.norm1.linear(F.silu(tokens)).chunk(2, dim=-1)
     h = F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
     table = block.relative_position_bias.relative_bias_table
-    rows, columns = (torch.arange(n, device=x.device)[:, None] - torch.arange(n, device=x.device) for n in grid)
+    rows, columns = (
+        table_index(torch.arange(n, device=x.device)[:, None] - torch.arange(n, device=x.device)) for n in grid
+    )
     bias = relative_bias(table, rows, columns).to(h.dtype)[None]  # [1, heads, N, N]
     layers = block.attn1
     q, k, v = (p(h).unflatten(2, (len(bias[0]), -1)).transpose(1, 2) for p in (layers.to_q, layers.to_k, layers.to_v))

@@ -24,12 +24,14 @@ PRODUCTS = ("aten::convolution", "aten::conv2d", "aten::mm", "aten::addmm", "ate
 
 
 class Watch(TorchDispatchMode):
-    """Lists copies between devices, those that wait for both and those that do not, and the types of products."""
+    """Lists copies between devices, those that wait for both and those that do not, the types of products, and weights
+    that are cast."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waited: list[str] = []
         self.sent: list[str] = []
+        self.casts: list[str] = []
         self.products: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -37,6 +39,9 @@ class Watch(TorchDispatchMode):
         given = {x.device.type for x in args if isinstance(x, Tensor) and x.ndim}
         if func._schema.name in PRODUCTS and "cuda" in given:
             self.products.add(out.dtype)
+        weights = [x for x in args if isinstance(x, nn.Parameter)]
+        if "to" in func._schema.name and weights and out.dtype != weights[0].dtype:
+            self.casts.append(f"{func} {tuple(out.shape)}")
         if isinstance(out, Tensor) and given and out.device.type not in given:
             named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
             copies = self.sent if (named | (kwargs or {})).get("non_blocking") else self.waited

@@ -26,6 +26,7 @@ from tokbench.data.pixels import quantise
 from tokbench.evaluation.reconstruct import Timer, append_scores, latent_columns, measure, round_trip
 from tokbench.generation.dit import DiT, dit_config
 from tokbench.generation.flow import guided, integrate
+from tokbench.generation.latents import Normaliser
 from tokbench.generation.train import flow_loss
 from tokbench.metrics import pixel
 from tokbench.metrics.dreamsim import DreamSim
@@ -36,6 +37,14 @@ from tokbench.records.measurement import Measurement
 from tokbench.registry import TrainOptions
 from tokbench.runtime.device import precision, prepare, to_host
 from tokbench.tokenizer import Tokenizer, checks_deferred
+from tokbench.training.optimisation import (
+    Ema,
+    EmaConfig,
+    OptimConfig,
+    make_optimizer,
+    optimizer_step,
+    schedule_free_average,
+)
 from tokbench.training.session import Session, Step
 
 SIZES = [(128, 128), (256, 256), (512, 512), (256, 384)]
@@ -51,7 +60,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     **{f"ssdd-{size}": lambda size=size: SSDDTokenizer(empty(lambda: SSDD("f8c4", size)), 1)
        for size in ("XS", "S", "B", "M", "L", "XL", "H")},
     "ssdd-f16c4": lambda: SSDDTokenizer(empty(lambda: SSDD("f16c4", "S")), 1),
-    "ssdd-tiny": lambda: SSDDTokenizer(empty(lambda: SSDD(**TINY)), 1),  # type: ignore[arg-type]
+    "ssdd-tiny": lambda: SSDDTokenizer(empty(lambda: SSDD(**TINY, z_mean=0.5)), 1),  # type: ignore[arg-type]
     "klvae": lambda: KLVAETokenizer(empty(lambda: KLVAE(KLVAEConfig())), {}),
 }  # fmt: skip
 BRIEF = [("ssdd-tiny", (256, 256), torch.bfloat16), ("klvae", (256, 384), torch.bfloat16)]
@@ -190,7 +199,7 @@ def test_an_evaluation_sends_one_batch_up_and_one_packed_copy_back_and_waits_a_b
     """One tokenizer, all kinds of metrics; the host waits in the call that keeps the results, and nowhere before."""
     suite = MetricSuite(("psnr", "ssim", "ssim-gauss", "ms-ssim", "latent-std"), 2, 256, CUDA)
     lpips, tokenizer = empty(lambda: LPIPS("alex")), TOKENIZERS["ssdd-tiny"]()
-    measurement, kept = Measurement(seeds=(0, 1)), []
+    measurement, kept, casts = Measurement(seeds=(0, 1), dtype="bfloat16"), [], []
     with fake_cuda(monkeypatch) as watch:
         for network in (lpips, *tokenizer.networks.values()):
             moved(network)
@@ -202,12 +211,14 @@ def test_an_evaluation_sends_one_batch_up_and_one_packed_copy_back_and_waits_a_b
         def step(ids: Sequence[str], real: Tensor, seeds: Tensor) -> Callable[[], object]:
             real = real.to(CUDA, non_blocking=True)
             watch.sent.clear()
+            watch.casts.clear()
             with checks_deferred() as checks:
                 fakes, latents = round_trip(tokenizer, (ids, real, seeds), measurement, Timer(CUDA))
             assert {where for where, _ in checks} == {"the latents", "the reconstruction"}
             columns = latent_columns(tokenizer, latents, (256, 256))
             append = append_scores(None, suite, "ssdd", ids, real, fakes, {}, columns, {}, checks)  # type: ignore[arg-type]
             kept.append([copy for copy in watch.sent if copy.endswith("cpu")])
+            casts.append(len(watch.casts))
             return append
 
         images, seeds = torch.empty(2, 3, 256, 256, dtype=torch.uint8), torch.empty(2, 2, dtype=torch.int64)
@@ -215,6 +226,7 @@ def test_an_evaluation_sends_one_batch_up_and_one_packed_copy_back_and_waits_a_b
             measure(step, [("ab", images, seeds)] * 3, name="", device=CUDA, limit=2)
     assert watch.waited == []
     assert [len(copies) for copies in kept] == [1, 1]  # the second batch is under way when the first is waited for
+    assert casts[0] > casts[1] == 0  # weights
 
 
 def test_what_comes_back_is_what_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,14 +324,25 @@ def test_a_training_step_stays_on_the_device(
             trainer.train(config, TrainOptions(str(photographs), tmp_path, start=tmp_path))
 
 
-def test_a_generators_step_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "radam-schedulefree"])
+def test_a_generators_step_stays_on_the_device(optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, backward, optimiser (AdamW's fused one) and average; latents are normalised by channel."""
     dit = empty(lambda: DiT(dit_config("tiny", patch=2, channels=4, num_classes=1000)))
-    with fake_cuda(monkeypatch) as watch, torch.autocast("cuda", torch.bfloat16):
+    normaliser = Normaliser((0.5,) * 4, (2.0,) * 4)
+    with fake_cuda(monkeypatch) as watch:
         moved(dit)
         x, labels = torch.empty(2, 4, 32, 32, device=CUDA), torch.empty(2, dtype=torch.int64, device=CUDA)
         seeds = [torch.empty(2, dtype=torch.int64)] * 2
-        flow_loss(dit, dit, x, labels, seeds, "logit-normal").backward()
+        updates, ema = make_optimizer(dit.named_parameters(), OptimConfig(optimizer)), Ema(dit, EmaConfig(0.9, 0))
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = flow_loss(dit, dit, normaliser(x), labels, seeds, "logit-normal")
+        loss.backward()
         assert {p.grad.device.type for p in dit.parameters() if p.grad is not None} == {"cuda"}
+        norm = optimizer_step(updates, list(dit.parameters()), 1e-4, 0.1)
+        with schedule_free_average(updates):
+            ema.update(0)
+        kept = [tensor for state in updates.state.values() for tensor in state.values() if isinstance(tensor, Tensor)]
+        assert {tensor.device.type for tensor in (norm, *kept, *ema.shadow.values())} == {"cuda"}
         assert watch.waited == []
 
 

@@ -9,7 +9,7 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from results.stages import AT_ONE, CONVOLUTIONAL, REGRESSION, Budget, keep, split, tokbench, train, train_encoder
+from results.stages import CONVOLUTIONAL, REGRESSION, Budget, keep, split, tokbench, train, train_encoder
 from ssdd_models.encoder import EncoderConfig
 from tokbench.protocols import NATIVE
 
@@ -32,6 +32,7 @@ class Preset(Budget):
     codecs: tuple[str, ...] = CODECS
     chosen_at: int = 256  # pixels at which the step of the entropy coder is chosen
     perceptual: bool = True  # whether LPIPS is a training loss
+    share_at_one: float = 1.0  # of SSDD's second half; below 1 for a decoder that is to gain by more steps
 
 
 PRESETS = {
@@ -101,13 +102,12 @@ def train_decoder(
 ) -> None:
     """A decoder in two parts, each half of the steps: the second on larger late crops and at half the learning rate.
 
-    SSDD's network begins as plain regression and goes on as a one-step diffusion decoder at t = 1; the convolutional
-    one does the same twice.
+    SSDD's network begins as plain regression and goes on as a one-step diffusion decoder at t = 1, a share of
+    `share_at_one`; the convolutional one does the same twice.
     """
     family = FAMILIES[decoder]
-    first, second = {"conv": (CONVOLUTIONAL, CONVOLUTIONAL), "ssdd": (REGRESSION, ("--stage", "finetune", *AT_ONE))}[
-        decoder
-    ]
+    diffusion = ("--stage", "finetune", f"share_at_one={preset.share_at_one:g}", "eval_steps=1")
+    first, second = {"conv": (CONVOLUTIONAL, CONVOLUTIONAL), "ssdd": (REGRESSION, diffusion)}[decoder]
     shared = [*data, *preset.settings, *model_options(family, latent, preset), f"run.steps={preset.steps // 2}"]
     shared += ["perceptual_start=0"]
     taken = ["--encoder-from", str(encoder), "crops.late_size=0", f"run.seed={seed}"]

@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssdd_models import flow
-from ssdd_models.attention import BLOCK, RADIUS, Form, choose_form, cut, make_layout, relative_bias, windowed_attention
+from ssdd_models.attention import (
+    BLOCK,
+    RADIUS,
+    Form,
+    choose_form,
+    cut,
+    make_layout,
+    relative_bias,
+    table_index,
+    windowed_attention,
+)
 from ssdd_models.cpu_kernels import group_norm
 from ssdd_models.encoder import Encoder, EncoderConfig, Posterior
 from ssdd_models.layers import Upsample, timestep_embedding
@@ -258,7 +268,7 @@ GRIDS = [(8, 8), (3, 5), (12, 40), (23, 24), (32, 32), (33, 29), (9, 64)]
 
 
 def offsets(size: int) -> Tensor:
-    return torch.arange(size)[:, None] - torch.arange(size)
+    return table_index(torch.arange(size)[:, None] - torch.arange(size))
 
 
 def defined(q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int) -> Tensor:

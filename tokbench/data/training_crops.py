@@ -19,6 +19,7 @@ from tokbench.data.sources import Source
 from tokbench.errors import InputError
 
 KEEP_BYTES = 4 << 30  # images are kept decoded in memory up to this size in all
+AHEAD = 4  # batches that each worker has ready before they are asked for
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class PhotoCrops(Dataset[tuple[Tensor, str]]):
         rng = np.random.default_rng((self.seed, number, 1))
         for _ in range(5):
             crop = self._cut(image, size, rng)
-            if crop.std() >= self.config.flat:
+            if not self.config.flat or crop.std() >= self.config.flat:
                 break
         return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))), self.source.ids[index]
 
@@ -176,10 +177,10 @@ def batches(
     Raises InputError naming a photograph that cannot be read.
     """
     sampler = BatchSampler(crops.config, first_step, num_steps, batch_size, rank, world)
-    ahead = 4 if num_workers else None
     loader = DataLoader(
-        crops, batch_sampler=sampler, num_workers=num_workers, prefetch_factor=ahead, pin_memory=pin_memory
-    )
+        crops, batch_sampler=sampler, num_workers=num_workers, prefetch_factor=AHEAD if num_workers else None,
+        pin_memory=pin_memory,
+    )  # fmt: skip
     try:
         for items, (images, ids) in zip(sampler, loader, strict=True):
             yield [number for number, _ in items], images, list(ids)

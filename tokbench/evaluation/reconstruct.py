@@ -25,6 +25,7 @@ from tokbench.protocols import Protocol, sides_of
 from tokbench.records.measurement import Measurement
 from tokbench.records.samples import SampleStore
 from tokbench.runtime.device import (
+    casts_kept,
     find_dtype,
     in_float64,
     is_out_of_memory,
@@ -267,28 +268,29 @@ def measure(
     is told how many are under way.
     """
     held: list[Callable[[], object]] = []  # of the part before, if it is not kept yet
-    try:
-        for ids, *tensors in batches:
-            start = 0
-            while start < len(ids):
-                part = slice(start, min(start + limit, len(ids)))
-                size = part.stop - part.start
-                finish = unless_full(partial(step, ids[part], *(tensor[part] for tensor in tensors)))
-                if held:
-                    held.pop()()
-                if finish is not None:
-                    held.append(finish)
-                    progress(size)
-                    start = part.stop
-                    continue
-                release(device)
-                if batch_size is not None or size == 1:
-                    hint = f"; try --batch-size {size // 2}, or auto" if size > 1 else ""
-                    raise CellError(f"{name}: out of memory with batch size {size}{hint}")
-                limit = size // 2
-    finally:  # what was measured before an error is kept
-        if held:
-            held.pop()()
+    with casts_kept(device):
+        try:
+            for ids, *tensors in batches:
+                start = 0
+                while start < len(ids):
+                    part = slice(start, min(start + limit, len(ids)))
+                    size = part.stop - part.start
+                    finish = unless_full(partial(step, ids[part], *(tensor[part] for tensor in tensors)))
+                    if held:
+                        held.pop()()
+                    if finish is not None:
+                        held.append(finish)
+                        progress(size)
+                        start = part.stop
+                        continue
+                    release(device)
+                    if batch_size is not None or size == 1:
+                        hint = f"; try --batch-size {size // 2}, or auto" if size > 1 else ""
+                        raise CellError(f"{name}: out of memory with batch size {size}{hint}")
+                    limit = size // 2
+        finally:  # what was measured before an error is kept
+            if held:
+                held.pop()()
     return limit
 
 

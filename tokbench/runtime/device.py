@@ -162,15 +162,25 @@ def _outside(owner: Any, known: set[int], depth: int = 2) -> Iterator[tuple[str,
 
 @contextlib.contextmanager
 def precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Inference mode, under autocast for anything but float32; float32 means float32."""
+    """Without gradients, under autocast for anything but float32; float32 means float32."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False  # TF32 rounds factors to 10 bits
+    # In inference mode autocast would cast every weight anew in every call of a layer.
+    ungraded = torch.inference_mode() if dtype == torch.float32 else torch.no_grad()
     try:
-        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with ungraded, torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def casts_kept(device: torch.device) -> torch.autocast:
+    """Inside, the copies that autocast makes of weights last from one `precision` to the next: they are cast once.
+
+    Of weights that want gradients, as those of a loaded network do. They must not change meanwhile.
+    """
+    return torch.autocast(device.type, enabled=False)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -37,7 +37,15 @@ from tokbench.records import provenance
 from tokbench.records.files import slug, write_whole
 from tokbench.records.result import SpeedResult, Stage, TokenizerInfo, to_json
 from tokbench.registry import Spec, create, numbered, parse_all
-from tokbench.runtime.device import describe_device, precision, prepare, synchronise, unless_full, warn_of_emulation
+from tokbench.runtime.device import (
+    casts_kept,
+    describe_device,
+    precision,
+    prepare,
+    synchronise,
+    unless_full,
+    warn_of_emulation,
+)
 from tokbench.speed.timing import (
     QUICK,
     STANDARD,
@@ -156,7 +164,8 @@ def measure(
             with case.survives():
                 set_up(case, stages[0])
         for stage in stages:
-            measure_stage(cases, stage, device, sizes, budget)
+            with casts_kept(device):
+                measure_stage(cases, stage, device, sizes, budget)
             for result in [case.record for case in cases] + failures:
                 write_whole(record_path(out, result), to_json(result))
         results += [case.record for case in cases] + failures
@@ -176,8 +185,6 @@ def load(models: str, device: torch.device, *, random_weights: bool) -> list[tup
             continue
         names = [other.info.name for _, other in loaded if not isinstance(other, CellError)]
         tokenizer.info = replace(tokenizer.info, name=numbered(tokenizer.info.name, names))
-        for network in tokenizer.networks.values():
-            network.requires_grad_(False)  # the FLOP counter stumbles over parameters that want gradients
         tokenizer.info = with_facts(tokenizer)
         loaded.append((spec, tokenizer))
     return loaded
@@ -217,10 +224,23 @@ def count_flops(case: SpeedCase) -> dict[str, int]:
     counts = {}
     for stage in ("encode", "decode"):
         step = case.step(stage, 1)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with frozen(case.tokenizer), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             step()
         counts[stage] = int(counter.get_total_flops())
     return counts
+
+
+@contextlib.contextmanager
+def frozen(tokenizer: Tokenizer) -> Iterator[None]:
+    """Inside, no parameter wants gradients: torch's counter of operations stumbles over those that do."""
+    wanting = [p for network in tokenizer.networks.values() for p in network.parameters() if p.requires_grad]
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_()
 
 
 def check_equality(case: SpeedCase) -> dict[str, object]:
