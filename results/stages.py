@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokbench import cli
 from tokbench.checkpoints import read_header
@@ -19,6 +20,7 @@ DEVELOPMENT = Path(__file__).parent / "study" / "development.txt"  # ids that no
 AT_ONE = ("share_at_one=1", "eval_steps=1")  # SSDD as a one-step decoder
 REGRESSION = ("--stage", "pretrain", *AT_ONE, "weights.flow=0", "weights.l1=1")  # its network without diffusion
 CONVOLUTIONAL = ("freeze_encoder=true", "normalise_latents=false")  # a KL-VAE's decoder on a finished encoder
+NO_LOSS_NETWORK = {"klvae": "perceptual_weight=0", "ssdd": "weights.perceptual=0"}
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,23 @@ class Budget:
     seeds: tuple[int, ...]
     encoder_steps: int
     device: str
+    perceptual: bool = True  # whether LPIPS is a training loss
 
-    @property
-    def settings(self) -> list[str]:
-        """Overrides of every training: data, optimiser, nothing measured on the way."""
+    def settings(self, model: str) -> list[str]:
+        """Overrides of every training of a model: data, optimiser, nothing measured on the way."""
+        plain = [] if self.perceptual else [NO_LOSS_NETWORK[model]]
         return [
             "--preset", "small", f"run.batch_size={self.batch_size}", f"run.device={self.device}",
             f"crops.size={self.crop}", f"crops.late_size={self.late_crop}", "crops.late_share=0.15",
             "run.held_out=0", "run.eval_every=1000000", "run.sample_every=1000000", "run.save_every=50",
-            "optim.name=adamw", "optim.learning_rate=1e-3", "optim.warmup_steps=20", "ema.decay=0.99",
+            "optim.name=adamw", "optim.learning_rate=1e-3", "optim.warmup_steps=20", "ema.decay=0.99", *plain,
         ]  # fmt: skip
+
+
+# What takes seconds and says nothing: a few steps of one seed, on the samples, without a loss network.
+QUICK: dict[str, Any] = {
+    "steps": 2, "batch_size": 2, "crop": 32, "late_crop": 0, "seeds": (0,), "encoder_steps": 1, "perceptual": False,
+}  # fmt: skip
 
 
 def split(folder: Path, out: Path) -> Path:
@@ -61,7 +70,13 @@ def train_encoder(folder: Path, model: str, budget: Budget, *options: str) -> Pa
     """An encoder of KL-VAE or SSDD training, in a folder; the perceptual loss counts after a quarter of its steps."""
     steps = budget.encoder_steps
     return train(
-        folder, model, *budget.settings, "run.seed=0", f"run.steps={steps}", f"perceptual_start={steps // 4}", *options
+        folder,
+        model,
+        *budget.settings(model),
+        "run.seed=0",
+        f"run.steps={steps}",
+        f"perceptual_start={steps // 4}",
+        *options,
     )
 
 

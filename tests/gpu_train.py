@@ -36,12 +36,6 @@ def demo(latent: str, preset: Preset, data: list[str], out: Path) -> None:
     tokbench("run", "--models", models, "--metrics", preset.metrics, *where)
 
 
-def short_study(train: Path, out: Path) -> None:
-    """The study's gpu preset with fewer steps and seeds."""
-    sys.argv = ["study", "--preset", "gpu-short", "--train", str(train), "--out", str(out / "study")]
-    study.main()
-
-
 def main() -> int:
     """Run all parts; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,10 +50,13 @@ def main() -> int:
     os.environ.setdefault("TOKBENCH_OFFLINE", "1")  # nothing is worth waiting for a network
     out = arguments.out or Path("runs/gpu-train" if arguments.quick else "results/gpu-train")
     data = ["--data", "samples" if arguments.quick else str(split(arguments.train, out))]
-    preset = replace(quick(DEMO) if arguments.quick else DEMO, device=arguments.device)
+    preset, short = DEMO, study.PRESETS["gpu-short"]
+    if arguments.quick:
+        preset, short = quick(preset), study.quick(short)
+    preset, short = (replace(sizes, device=arguments.device) for sizes in (preset, short))
     parts = [Part(f"demo {latent}", 400, partial(demo, latent, preset, data, out)) for latent in LATENTS]
-    if not arguments.quick:
-        parts.append(Part("study", 900, partial(short_study, arguments.train, out)))
+    photographs = None if arguments.quick else arguments.train
+    parts.append(Part("study", 900, partial(study.study, short, photographs, out / "study" / "gpu-short")))
     return run_parts(parts, 60 * arguments.minutes)
 
 

@@ -9,7 +9,7 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from results.stages import CONVOLUTIONAL, REGRESSION, Budget, keep, split, tokbench, train, train_encoder
+from results.stages import CONVOLUTIONAL, QUICK, REGRESSION, Budget, keep, split, tokbench, train, train_encoder
 from ssdd_models.encoder import EncoderConfig
 from tokbench.protocols import NATIVE
 
@@ -17,7 +17,6 @@ HERE = Path(__file__).parent
 FAMILIES = {"conv": "klvae", "ssdd": "ssdd"}  # decoder -> what trains it
 # Channels of the convolutional decoder's levels, finest first, in units of 32; the bundled f8c4's and alike.
 MULTIPLIERS = {4: "1,2,6", 8: "1,2,4,6", 16: "1,2,3,4,6"}
-NO_LOSS_NETWORK = {"klvae": "perceptual_weight=0", "ssdd": "weights.perceptual=0"}
 LADDERS = {"jpeg": (5, 10, 20, 40, 70, 90), "webp": (0, 10, 30, 60, 90), "avif": (5, 15, 30, 50, 75)}
 CODECS = tuple(f"{name}-q{quality}" for name, ladder in LADDERS.items() for quality in ladder)
 
@@ -31,7 +30,6 @@ class Preset(Budget):
     metrics: str = "psnr,ssim,lpips-alex,lpips-vgg,dists,pd-mobilenet,bpp"
     codecs: tuple[str, ...] = CODECS
     chosen_at: int = 256  # pixels at which the step of the entropy coder is chosen
-    perceptual: bool = True  # whether LPIPS is a training loss
     share_at_one: float = 1.0  # of SSDD's second half; below 1 for a decoder that is to gain by more steps
 
 
@@ -44,10 +42,10 @@ PRESETS = {
 
 
 def quick(preset: Preset) -> Preset:
-    """What takes seconds: one latent, one seed, a few steps without a loss network."""
+    """What takes seconds: one latent, a few steps."""
     return replace(
-        preset, steps=2, encoder_steps=1, batch_size=2, crop=32, late_crop=0, seeds=(0,), latents=("f16c4",),
-        resolutions="32", metrics="psnr,ssim,bpp", codecs=("jpeg-q10",), chosen_at=32, perceptual=False,
+        preset, **QUICK, latents=("f16c4",), resolutions="32", metrics="psnr,ssim,bpp", codecs=("jpeg-q10",),
+        chosen_at=32,
     )  # fmt: skip
 
 
@@ -94,7 +92,7 @@ def train_klvae(latent: str, preset: Preset, data: list[str], folder: Path) -> P
     """The KL-VAE whose encoder the decoders of a latent share."""
     encoder = EncoderConfig.parse(latent)
     sizes = [f"model.encoder.downsample={encoder.downsample}", f"model.encoder.channels={encoder.channels}"]
-    return train_encoder(folder, "klvae", preset, *data, *sizes, *model_options("klvae", latent, preset))
+    return train_encoder(folder, "klvae", preset, *data, *sizes, *model_options("klvae", latent))
 
 
 def train_decoder(
@@ -108,7 +106,7 @@ def train_decoder(
     family = FAMILIES[decoder]
     diffusion = ("--stage", "finetune", f"share_at_one={preset.share_at_one:g}", "eval_steps=1")
     first, second = {"conv": (CONVOLUTIONAL, CONVOLUTIONAL), "ssdd": (REGRESSION, diffusion)}[decoder]
-    shared = [*data, *preset.settings, *model_options(family, latent, preset), f"run.steps={preset.steps // 2}"]
+    shared = [*data, *preset.settings(family), *model_options(family, latent), f"run.steps={preset.steps // 2}"]
     shared += ["perceptual_start=0"]
     taken = ["--encoder-from", str(encoder), "crops.late_size=0", f"run.seed={seed}"]
     start = train(out / f"{decoder}-{seed}-start", family, *shared, *first, *taken)
@@ -116,11 +114,10 @@ def train_decoder(
     train(out / f"{decoder}-{seed}", family, *shared, *second, *taken)
 
 
-def model_options(family: str, latent: str, preset: Preset) -> list[str]:
+def model_options(family: str, latent: str) -> list[str]:
     """Overrides that a family needs for a latent."""
     multipliers = MULTIPLIERS[EncoderConfig.parse(latent).downsample]
-    sizes = [f"model.decoder.channel_mult={multipliers}"] if family == "klvae" else []
-    return sizes if preset.perceptual else [*sizes, NO_LOSS_NETWORK[family]]
+    return [f"model.decoder.channel_mult={multipliers}"] if family == "klvae" else []
 
 
 def named(decoder: str, latent: str, seed: int, out: Path) -> str:

@@ -24,7 +24,7 @@ from tokbench.data.training_crops import CropConfig, PhotoCrops
 from tokbench.errors import CellError, InputError
 from tokbench.protocols import find_protocol
 from tokbench.records.files import write_whole
-from tokbench.runtime.device import hash_state, precision
+from tokbench.runtime.device import find_dtype, hash_state, precision
 from tokbench.runtime.processes import Processes
 from tokbench.runtime.seeding import image_seeds
 from tokbench.runtime.terminal import bar
@@ -43,6 +43,7 @@ class LatentConfig:
     crops: int = 0  # random crops a photograph, as `cut` says; 0: one centre crop as in protocol adm
     cut: CropConfig = field(default_factory=lambda: CropConfig(flip=False))  # its size is `resolution`
     batch_size: int = 32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the encoder; ImageNet takes hours of a GPU in float32
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def encode(
     made_from: dict[str, Any] = {
         "tokenizer": spec, "weights": tokenizer_weights, "data": images.source.fingerprint(), "seed": seed,
         "classes": images.classes, "num_images": images.num_images, "shard": SHARD,
-        **{key: getattr(config, key) for key in ("resolution", "posterior", "flips", "crops")}, "cut": str(config.cut),
+        **{key: getattr(config, key) for key in ("resolution", "posterior", "flips", "crops", "dtype")},
+        "cut": str(config.cut),
     }  # fmt: skip
     check_same(folder / "latents.json", made_from)
     if processes.main:
@@ -142,7 +144,7 @@ def _encode_batch(
     pixels = torch.stack([image for _, _, image in batch])
     if config.flips:
         pixels = torch.stack((pixels, pixels.flip(3)), dim=1).flatten(0, 1)
-    with precision(device, torch.float32):
+    with precision(device, find_dtype(config.dtype)):
         seeds = image_seeds(pixels, seed)
         latents = tokenizer.encode(pixels.to(device), sample=config.posterior == "sample", seeds=seeds).cpu()
     check_grid(latents, tokenizer.info.name)

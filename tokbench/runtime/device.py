@@ -167,7 +167,9 @@ def precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False  # TF32 rounds factors to 10 bits
     # In inference mode autocast would cast every weight anew in every call of a layer.
-    ungraded = torch.inference_mode() if dtype == torch.float32 else torch.no_grad()
+    ungraded: contextlib.AbstractContextManager[None] = (
+        torch.inference_mode() if dtype == torch.float32 else torch.no_grad()
+    )
     try:
         with ungraded, torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             yield
