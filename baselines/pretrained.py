@@ -89,11 +89,11 @@ class Continuous:
         return normal(seeds, like.shape[1:], device=like.device)
 
     def normalise(self, z: Tensor) -> Tensor:
-        shift, scale = (value.to(z, non_blocking=True) for value in (self.shift, self.scale))
+        shift, scale = (value.to(z, non_blocking=z.is_cuda) for value in (self.shift, self.scale))
         return (z - shift) * scale
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        shift, scale = (value.to(latents, non_blocking=True) for value in (self.shift, self.scale))
+        shift, scale = (value.to(latents, non_blocking=latents.is_cuda) for value in (self.shift, self.scale))
         return latents / scale + shift
 
 

@@ -114,7 +114,7 @@ class SSDD(nn.Module):
         if self.config.z_mean == (0.0,) and self.config.z_std == (1.0,):
             return z.float()
         mean, std = (
-            torch.tensor(v).to(z.device, non_blocking=True).view(1, -1, 1, 1)
+            torch.tensor(v).to(z.device, non_blocking=z.is_cuda).view(1, -1, 1, 1)
             for v in (self.config.z_mean, self.config.z_std)
         )
         return (z - mean) / std

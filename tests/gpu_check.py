@@ -76,7 +76,8 @@ def run_parts(parts: Sequence[Part], seconds: float) -> int:
                 part.call()
         except BaseException as error:  # minutes on a GPU are dear: whatever goes wrong, the others are wanted
             stopped = isinstance(error, KeyboardInterrupt | SystemExit) and time.monotonic() - start >= allowed
-            if isinstance(error, KeyboardInterrupt) and not stopped:
+            # 130: a training that was told to stop, by Ctrl-C or SIGTERM, and has saved.
+            if not stopped and (isinstance(error, KeyboardInterrupt) or getattr(error, "code", 0) == 130):
                 raise  # the user's
             failed.append(f"{part.name}: {f'stopped after {allowed:.0f} s' if stopped else first_line(error)}")
         print(f"{time.monotonic() - start:.0f} s", flush=True)

@@ -92,6 +92,25 @@ def test_tokenizers_stay_on_the_device_and_never_wait_for_it(
 
 
 @pytest.mark.parametrize(
+    ("name", "size"),
+    [("XS", SIZES[2]), *((name, SIZES[i % 2]) for i, name in enumerate(("S", "B", "M", "L", "XL", "H")))],
+)
+def test_decoders_of_every_size_stay_on_the_device(
+    name: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one step each; their cross with sizes and steps is above, for those who have minutes."""
+    tokenizer = TOKENIZERS[f"ssdd-{name}"]()
+    with fake_cuda(monkeypatch) as watch, precision(CUDA, torch.bfloat16):
+        moved(tokenizer.networks["decoder"])
+        images, seeds = batch(size)
+        latents = torch.empty(2, 4, size[0] // 8, size[1] // 8, device=CUDA)
+        decoded = tokenizer.decode(latents, seeds=seeds, size=size)
+        assert (decoded.shape, decoded.device.type, decoded.dtype) == (images.shape, "cuda", torch.float32)
+        assert watch.waited == []
+        assert watch.products == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
     "tokenizer",
     [
         SSDDTokenizer(SSDD(**TINY), 1),  # type: ignore[arg-type]

@@ -34,9 +34,10 @@ def test_parts_that_fail_or_take_too_long_cost_themselves_only(
     assert run_parts(parts[-1:], 0) == 1
 
 
-def test_ctrl_c_is_the_users() -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(130)], ids=["here", "in a training"])
+def test_ctrl_c_is_the_users(error: BaseException) -> None:
     def interrupt() -> None:
-        raise KeyboardInterrupt
+        raise error
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(type(error)):
         run_parts([Part("interrupted", 9, interrupt)], 60)

@@ -61,7 +61,7 @@ class Normaliser:
 
     @staticmethod
     def _shaped(values: Sequence[float], like: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)[:, None, None]
+        return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=like.is_cuda)[:, None, None]
 
     def __str__(self) -> str:
         mean, std = ([f"{value:.4g}" for value in values] for values in (self.mean, self.std))
