@@ -4,7 +4,8 @@
     python -m tests.gpu_train --device cpu --quick
 
 Writes results/gpu-train/ (--quick: runs/gpu-train), each model, log and record when it is there. What was stopped goes
-on with the same command: a part that reaches its share of the time saves its training first.
+on with the same command: a part that reaches its share of the time saves its training first. LPIPS has to be on the
+machine: `tokbench weights export DIR` on another, TOKBENCH_WEIGHTS=DIR on this one.
 """
 
 import argparse
