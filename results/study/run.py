@@ -30,7 +30,7 @@ class Preset(Budget):
 
 PRESETS = {
     # Exploratory: 4,000 crops an arm; the encoder is the demo's, trained on the same photographs but 14 others.
-    "cpu": Preset(250, 16, 64, 0, (0, 1), 500, "cpu", "baselines/weights/klvae.safetensors"),
+    "cpu": Preset(250, 16, 64, 0, (0, 1), 500, "cpu", encoder="baselines/weights/klvae.safetensors"),
     # One H100, 25 minutes for everything: sized for 11 steps a second and 8 s to start each command, not yet timed.
     "gpu": Preset(500, 64, 96, 160, (0, 1, 2), 1600, "cuda"),
     # What is left of `make gpu-train` after its demo weights: 6 minutes by the same count.
