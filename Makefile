@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help docs schema demo test test-compiled test-fidelity fuzz test-weights format lint check bench gpu-check gpu-train study sweep leaderboard pictures screenshot verify cards
+.PHONY: help docs schema demo test test-compiled test-fidelity fuzz test-weights format lint check bench gpu-check gpu-train study sweep photographs leaderboard pictures screenshot verify cards
 
 demo: $(VENV)/.installed  ## measure the two bundled tokenizers on the bundled photographs
 	$(BIN)/tokbench run --models ssdd,klvae --res 256
@@ -89,6 +89,9 @@ study: $(VENV)/.installed  ## the study: PRESET=cpu|gpu TRAIN=FOLDER
 
 sweep: $(VENV)/.installed  ## both decoders on four latents: PRESET=cpu|gpu TRAIN=FOLDER
 	$(BIN)/python -m results.sweep.run --preset $(PRESET) --train $(TRAIN)
+
+photographs: $(VENV)/.installed  ## photographs to train on, out of Debian's packages: OUT=FOLDER BESIDE=FOLDER
+	$(BIN)/python -m results.photographs.build $(OUT) $(if $(BESIDE),--beside $(BESIDE))
 
 # Beside the records, where the page looks. PNG: every program reads it.
 PICTURED := ssdd,klvae,taef2,jpeg-q30,bicubic-f8
