@@ -69,10 +69,9 @@ Memory: of a decode of one image; on a CPU by how much the process grows at most
 
 
 def read_places(kept: Path) -> Places:
-    """Results by resolution, the smallest first and native size last."""
+    """Results by resolution, the smallest first."""
     folders = {folder.name.rpartition("-")[2]: folder for folder in kept.glob("eval/*/*")}
-    order = sorted(folders, key=lambda name: int(name) if name.isdigit() else 1 << 20)
-    return {name: read(folders[name]) for name in order}
+    return {name: read(folders[name]) for name in sorted(folders, key=int)}
 
 
 def main_place(places: Places) -> str:
@@ -290,7 +289,7 @@ def lines_of(kept: Path) -> dict[str, tuple[str, str, dict[str, list[tuple[float
                 codecs.setdefault(name.split("-")[0], []).append((measured_rate(result), value))
         coded = over_latents(lambda name: max(rate(kept, name, side), LEAST_BITS), metric)
         found[f"{metric}-bits"] = ("bits per pixel", up, codecs | coded)
-        sides = {int(name): at for name, at in places.items() if name.isdigit()}
+        sides = {int(name): at for name, at in places.items()}
         arms = [f"{d}-{latent}" for latent in latents for d in FAMILIES]
         across = {arm: [(float(s), over_seeds(at, arm, seeds, metric)) for s, at in sides.items()] for arm in arms}
         found[f"{metric}-resolution"] = ("side (px)", up, across)

@@ -15,7 +15,7 @@ from tokbench.data.loader import Loader
 from tokbench.data.open import open_source
 from tokbench.data.pixels import quantise
 from tokbench.metrics.pixel import psnr, squared_error
-from tokbench.protocols import NATIVE, PROTOCOLS
+from tokbench.protocols import PROTOCOLS
 from tokbench.records.files import write_whole
 from tokbench.runtime.device import precision, prepare, select_device
 from tokbench.tokenizer import Tokenizer
@@ -36,8 +36,7 @@ def measure_latents(models: Sequence[str], preset: Preset, out: Path) -> None:
         with precision(device, torch.float32):
             images = crops(preset.chosen_at, device)
             step, psnr, quantised = coarsest_step(tokenizer, images)
-            # The bundled photographs have 512 px: native size is one of these.
-            pictures = {side: crops(int(side), device) for side in preset.resolutions.split(",") if side != NATIVE}
+            pictures = {side: crops(int(side), device) for side in preset.resolutions.split(",")}
             rates = {side: bits_per_pixel(tokenizer, found, step) for side, found in pictures.items()}
             memory = {side: decode_bytes(tokenizer, found[0]) for side, found in pictures.items()}
         record = {"step": step, "psnr": psnr, "psnr_quantised": quantised, "bits_per_pixel": rates,

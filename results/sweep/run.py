@@ -11,7 +11,6 @@ from pathlib import Path
 
 from results.stages import CONVOLUTIONAL, QUICK, REGRESSION, Budget, keep, split, tokbench, train, train_encoder
 from ssdd_models.encoder import EncoderConfig
-from tokbench.protocols import NATIVE
 
 HERE = Path(__file__).parent
 FAMILIES = {"conv": "klvae", "ssdd": "ssdd"}  # decoder -> what trains it
@@ -26,7 +25,7 @@ class Preset(Budget):
     """Sizes of the sweep; the two parts of a decoder's training share its steps half and half."""
 
     latents: tuple[str, ...] = ("f8c4", "f16c4", "f16c16", "f4c3")
-    resolutions: str = "128,256,512,native"
+    resolutions: str = "128,256,512"  # and native: the bundled photographs have 512 px
     metrics: str = "psnr,ssim,lpips-alex,lpips-vgg,dists,pd-mobilenet,bpp"
     codecs: tuple[str, ...] = CODECS
     chosen_at: int = 256  # pixels at which the step of the entropy coder is chosen
@@ -80,8 +79,7 @@ def main() -> None:
     for resolution in preset.resolutions.split(","):  # the small ones first: something to look at early
         tokbench("run", "--models", ",".join([*models, *preset.codecs]), "--res", resolution, *where)
     measure_latents(first, preset, out / "latents")
-    sides = ",".join(side for side in preset.resolutions.split(",") if side != NATIVE)
-    speed = ["--device", preset.device, "--res", sides, *(["--quick"] if preset.device == "cpu" else [])]
+    speed = ["--device", preset.device, "--res", preset.resolutions, *(["--quick"] if preset.device == "cpu" else [])]
     tokbench("speed", "--models", ",".join(first), *speed, "--out", str(out / "speed"))
     trained = {str(file.parent.relative_to(out)): file for file in out.glob("*/*/model.safetensors")}
     measured = ("eval/*/*/*.json", "eval/*/*/*.csv.gz", "latents/*.json", "speed/*/*.json")
