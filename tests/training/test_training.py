@@ -187,6 +187,9 @@ def test_a_loss_that_is_no_number_names_step_samples_and_checkpoint(tmp_path: Pa
     for value in (math.nan, 1e9):
         with pytest.raises(CellError, match=r"step 7: flow .* cat, dog; last good checkpoint: .*last.ckpt"):
             check_losses({"flow": value}, 7, ["cat", "dog"], tmp_path / "last.ckpt", 1e4)
+    check_losses({"kl": 14_000.0}, 7, ["cat"], tmp_path / "last.ckpt", 1e4)  # a sum over 3 x 32 x 32
+    with pytest.raises(CellError, match="kl is nan"):
+        check_losses({"kl": math.nan}, 7, ["cat"], tmp_path / "last.ckpt", 1e4)
 
 
 def test_resumed_log_drops_what_is_trained_again_and_knows_the_best(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ class RunConfig:
     held_out_data: str | None = None  # a folder, as --data
     eval_metrics: tuple[str, ...] = ("psnr", "lpips-alex")
     best_by: str = "lpips-alex"  # the held-out metric that chooses best.safetensors
-    loss_limit: float = 1e4  # a loss above this stops the run
+    loss_limit: float = 1e4  # a loss above this, but the KL summed over a latent, stops the run
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # where the log goes beside log.jsonl
 
     def on(self, device: torch.device) -> "RunConfig":
