@@ -213,9 +213,7 @@ ADAPTERS: dict[str, type[Continuous]] = {
 }
 
 
-def published(
-    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None, tiled: bool = False
-) -> Any:
+def published(name: str, file: Path | None, random_weights: bool, weights: str | None, tiled: bool) -> Any:
     """A row of the table, from the hub, from a diffusers folder or one file of weights, or with random weights.
 
     `tiled` switches diffusers' own tiling on. Raises CellError if it cannot be fetched or does not fit the row.

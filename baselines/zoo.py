@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from baselines.published import PUBLISHED, VERIFIED, Published
+from tokbench.errors import InputError
 from tokbench.registry import Trainer, register_trainer
 from tokbench.registry import register as add
 
@@ -133,6 +134,8 @@ def _published(name: str) -> Callable[..., Any]:
         weights: str | None = None,
         steps: int = STEPS.get(kind, 1),
     ) -> Any:
+        if steps < 1:
+            raise InputError(f"{name}: steps must be at least 1, not {steps}")
         return import_module(module).published(name, file, random_weights, weights, steps)
 
     def of_diffusers(

@@ -84,9 +84,7 @@ def own_names(held: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in held.items() if not name.startswith(("quantize.", "n_averaged"))}
 
 
-def published(
-    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None
-) -> Continuous:
+def published(name: str, file: Path | None, random_weights: bool, weights: str | None) -> Continuous:
     """A row of CONFIGS from `file`, or with random weights.
 
     Raises CellError if the file is missing, damaged, pickled or does not fit.

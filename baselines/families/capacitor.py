@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from baselines.hub import load_weights, part, read_config
 from baselines.pretrained import Continuous, wrap
 from baselines.published import PUBLISHED
-from tokbench.errors import CellError, InputError
+from tokbench.errors import CellError
 from tokbench.runtime.seeding import normal
 
 DEFAULTS = {
@@ -172,10 +172,8 @@ def own_names(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def published(name: str, file: Path | None, random_weights: bool, weights: str | None, steps: int) -> Continuous:
     """The row from the folder `file` with config.json and model.safetensors, or from the hub, or with random weights.
 
-    Raises InputError for less than one step, CellError if a file is missing, damaged or does not fit.
+    Raises CellError if a file is missing, damaged or does not fit.
     """
-    if steps < 1:
-        raise InputError(f"{name}: steps must be at least 1, not {steps}")
     row = replace(PUBLISHED[name], decode_steps=steps)
     config = DEFAULTS | ({} if random_weights else read_config(part(row, file, "config.json"), name))
     model = DecoderOnly(config)

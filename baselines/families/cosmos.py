@@ -49,7 +49,7 @@ def read_script(path: Path, name: str) -> nn.Module:
         raise CellError(f"{name}: {path} is no TorchScript file ({first_line(error)})") from error
 
 
-def published(name: str, file: Path | None = None, random_weights: bool = False) -> Continuous:
+def published(name: str, file: Path | None, random_weights: bool) -> Continuous:
     """A row of the table from the folder `file` with encoder.jit and decoder.jit, or from the hub.
 
     Raises CellError if a file is missing or damaged, and for random weights: the files are the only architecture.

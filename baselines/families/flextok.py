@@ -20,7 +20,7 @@ from baselines.families.transformers import to_patches, to_pixels
 from baselines.hub import fetch, load_weights, part, read_config
 from baselines.pretrained import Codes, Continuous, wrap
 from baselines.published import PUBLISHED
-from tokbench.errors import CellError, InputError
+from tokbench.errors import CellError
 from tokbench.records.result import TokenizerInfo
 from tokbench.runtime.device import in_float64
 from tokbench.runtime.seeding import normal
@@ -316,10 +316,8 @@ def renamed(held: Mapping[str, Tensor], places: Mapping[str, str]) -> dict[str, 
 def published(name: str, file: Path | None, random_weights: bool, weights: str | None, steps: int) -> Continuous:
     """A row of CONFIGS from the folder `file` with config.json and model.safetensors, from the hub, or random.
 
-    Raises InputError for less than one step, CellError if a file is missing, damaged or does not fit.
+    Raises CellError if a file is missing, damaged or does not fit.
     """
-    if steps < 1:
-        raise InputError(f"{name}: steps must be at least 1, not {steps}")
     row, config = replace(PUBLISHED[name], decode_steps=2 * steps), CONFIGS[name]
     if not random_weights:
         config = stated(read_config(part(row, file, "config.json"), name), config, name)

@@ -22,7 +22,6 @@ from baselines.families.transformers import rotary, rotate, to_patches, to_pixel
 from baselines.pretrained import Codes, Continuous, from_file
 from baselines.published import PUBLISHED
 from ssdd_models.layers import timestep_embedding
-from tokbench.errors import InputError
 from tokbench.records.result import TokenizerInfo
 from tokbench.runtime.seeding import normal
 
@@ -246,10 +245,8 @@ def own_names(held: Mapping[str, Any]) -> dict[str, Tensor]:
 def published(name: str, file: Path | None, random_weights: bool, weights: str | None, steps: int) -> Continuous:
     """A row of CONFIGS from `file`, or from the hub, or with random weights.
 
-    Raises InputError for less than one step, CellError if the file is missing, damaged, pickled or does not fit.
+    Raises CellError if the file is missing, damaged, pickled or does not fit.
     """
-    if steps < 1:
-        raise InputError(f"{name}: steps must be at least 1, not {steps}")
     row = replace(PUBLISHED[name], decode_steps=steps + sum(map(guided, schedule(steps))))
     tokenizer = from_file(row, file, random_weights, weights, partial(FlowMo, CONFIGS[name]), own_names, Stochastic)
     assert isinstance(tokenizer, Stochastic)

@@ -112,9 +112,7 @@ def statistics(path: Path, channels: int, name: str) -> tuple[Tensor, Tensor]:
     return shift.float().reshape(-1, 1, 1), scale.float().reshape(-1, 1, 1)
 
 
-def published(
-    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None
-) -> Continuous:
+def published(name: str, file: Path | None, random_weights: bool, weights: str | None) -> Continuous:
     """A row of CONFIGS from `file`, or from the hub where its authors keep it there, or with random weights.
 
     Raises CellError if the file is missing, damaged, pickled or does not fit.

@@ -94,9 +94,7 @@ def decoder_names(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for key, value in own.items()}  # fmt: skip
 
 
-def published(
-    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None
-) -> Continuous:
+def published(name: str, file: Path | None, random_weights: bool, weights: str | None) -> Continuous:
     """A row of CONFIGS from the folder `file`, laid out as the hub's, or from there, or with random weights.
 
     Raises CellError if a file is missing, damaged, pickled or does not fit.

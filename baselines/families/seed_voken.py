@@ -194,9 +194,7 @@ class IndexBackpropagation(LDMAutoencoder):
         return super().decode(self.quantize.embedding(z).permute(0, 3, 1, 2))
 
 
-def published(
-    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None
-) -> Continuous:
+def published(name: str, file: Path | None, random_weights: bool, weights: str | None) -> Continuous:
     """A row of CONFIGS from `file`, or from the hub, or with random weights.
 
     Raises CellError if the file is missing, damaged, pickled or does not fit.

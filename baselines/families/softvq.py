@@ -197,9 +197,7 @@ def needed(held: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: held[key] for key in held if key.startswith(parts) and not key.startswith(unused)}
 
 
-def published(
-    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None
-) -> Continuous:
+def published(name: str, file: Path | None, random_weights: bool, weights: str | None) -> Continuous:
     """A row of CONFIGS from `file`, or from the hub, or with random weights; what only training needs is ignored.
 
     Raises CellError if the file is missing, damaged, pickled or does not fit.

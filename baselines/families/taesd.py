@@ -105,9 +105,7 @@ class TAESD(nn.Module):
         return (self.decoder(F.pixel_shuffle(z, self.config.patch)) * 2 - 1,)
 
 
-def published(
-    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None
-) -> Continuous:
+def published(name: str, file: Path | None, random_weights: bool, weights: str | None) -> Continuous:
     """A row of CONFIGS from the folder `file` with NAME_encoder.pth and NAME_decoder.pth, else from upstream or random.
 
     Raises CellError if a file cannot be had, is damaged, pickled or does not fit.

@@ -70,9 +70,7 @@ def own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def published(
-    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None
-) -> Continuous:
+def published(name: str, file: Path | None, random_weights: bool, weights: str | None) -> Continuous:
     """A row of CONFIGS from `file`, or from the hub, or with random weights.
 
     Raises CellError if the file is missing, damaged, pickled or does not fit.

@@ -138,9 +138,7 @@ class ViTok(nn.Module):
         return (self.decoder(z),)
 
 
-def published(
-    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None
-) -> Continuous:
+def published(name: str, file: Path | None, random_weights: bool, weights: str | None) -> Continuous:
     """A row of CONFIGS from the folder `file` with encoder.safetensors and decoder.safetensors, or from the hub, or
     with random weights.
 

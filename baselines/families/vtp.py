@@ -102,9 +102,7 @@ def below(held: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key: value for key, value in own.items() if key != "mask_token"}
 
 
-def published(
-    name: str, file: Path | None = None, random_weights: bool = False, weights: str | None = None
-) -> Continuous:
+def published(name: str, file: Path | None, random_weights: bool, weights: str | None) -> Continuous:
     """A row of the table from the folder `file` with config.json and model.safetensors, or from the hub.
 
     Raises CellError if a file is missing, damaged or does not fit, and for random weights: sizes are in the files.

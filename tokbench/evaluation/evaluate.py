@@ -170,23 +170,6 @@ def settings_of(tokenizer: Tokenizer, spec: str, source: Source, measurement: Me
     )
 
 
-def evaluate_cell(
-    tokenizer: Tokenizer,
-    spec: str,
-    source: Source,
-    measurement: Measurement,
-    device: torch.device,
-    *,
-    processes: Processes | None = None,
-    out: Path | None = None,
-    fresh: bool = False,
-    crops: CropCache | None = None,
-) -> tuple[EvalResult, bool]:
-    """Measure a tokenizer at one resolution; the result and the errors of `measure_cell`."""
-    cell = cell_of(tokenizer, spec, source, measurement, device, processes=processes, out=out)
-    return measure_cell(cell, Reconstructions(tokenizer, source, cell.measurement, Timer(device), crops), fresh=fresh)
-
-
 def cell_of(
     tokenizer: Tokenizer,
     spec: str,
@@ -209,6 +192,14 @@ def cell_of(
     own = replace(measurement, metrics=names, seeds=settings.seeds)
     model = model_key(info, tokenizer)
     return Cell(info, source, own, settings, model, device, out, processes or Processes(), refused)
+
+
+def evaluate_cell(
+    tokenizer: Tokenizer, cell: Cell, *, fresh: bool = False, crops: CropCache | None = None
+) -> tuple[EvalResult, bool]:
+    """Measure the row that `cell_of` made of a tokenizer; the result and the errors of `measure_cell`."""
+    pairs = Reconstructions(tokenizer, cell.source, cell.measurement, Timer(cell.device), crops)
+    return measure_cell(cell, pairs, fresh=fresh)
 
 
 def evaluate(
@@ -255,7 +246,7 @@ def evaluate(
     try:
         with torch.random.fork_rng(devices=[]):  # building networks and loaders draws from the caller's generator
             folder = None if out is None else Path(out)
-            result, _ = evaluate_cell(model, spec, source, measurement, device, out=folder)
+            result, _ = evaluate_cell(model, cell_of(model, spec, source, measurement, device, out=folder))
             if folder is None or result.rows is not None:
                 return result
             ids, columns = read_per_image(per_image_path(result_path(folder, result)))

@@ -17,7 +17,7 @@ from tokbench.data.open import open_source
 from tokbench.data.sources import Facts, Source
 from tokbench.errors import CellError, InputError, trace
 from tokbench.evaluation.cell import suite_for
-from tokbench.evaluation.evaluate import check_images, checked, evaluate_cell, tell_apart
+from tokbench.evaluation.evaluate import cell_of, check_images, checked, evaluate_cell, tell_apart
 from tokbench.evaluation.model import check_size
 from tokbench.evaluation.plan import plan
 from tokbench.evaluation.reconstruct import autocast_dtype
@@ -177,11 +177,9 @@ def run_model(
         except InputError as error:
             summary.fail(cell, error)
             continue
-        kept = crops.get(one.resolution)
         try:
-            result, cached = evaluate_cell(
-                tokenizer, spec.text, source, one, device, processes=processes, out=out, fresh=fresh, crops=kept
-            )
+            row = cell_of(tokenizer, spec.text, source, one, device, processes=processes, out=out)
+            result, cached = evaluate_cell(tokenizer, row, fresh=fresh, crops=crops.get(one.resolution))
         except CellError as error:
             summary.fail(cell, error)
             continue
