@@ -355,7 +355,7 @@ def train(
     track: Annotated[str, typer.Option(help="tensorboard, wandb or trackio, beside log.jsonl.")] = "",
     show_help: Annotated[bool, typer.Option("--help", help="Show this, and all settings of MODEL.")] = False,
 ) -> None:
-    """Train a tokenizer, or a generator in its latents. Under torchrun or accelerate: in several processes."""
+    """Train a tokenizer, or a generator in its latents. Under torchrun: in several processes."""
     from tokbench.registry import TrainOptions, train_help, train_model
 
     if show_help or model is None:
@@ -363,7 +363,9 @@ def train(
         return
     pairs = (*(settings or ()), *([f"run.track={track}"] if track else ()))
     options = TrainOptions(data, out, stage, preset, start, encoder_from, encoder, decoder, pairs)
-    typer.echo(train_model(model, options))
+    trained = train_model(model, options)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+        typer.echo(trained)
 
 
 @app.command(epilog=_examples("generate"))

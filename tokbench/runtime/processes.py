@@ -1,4 +1,4 @@
-"""Several processes (torchrun, Slurm, accelerate launch): each takes its share, rank 0 writes.
+"""Several processes, started by torchrun or Slurm with its variables: each takes its share, rank 0 writes.
 
 Measuring reduces nothing on a device: every process writes files of its own and metrics are computed from all of them,
 so small messages over gloo serve. Training averages gradients, over NCCL where they lie on GPUs.
