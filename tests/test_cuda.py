@@ -94,7 +94,7 @@ def test_tokenizers_stay_on_the_device_and_never_wait_for_it(
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), zip(("S", "B", "M", "L", "XL", "H"), (SIZES[2], *SIZES, *SIZES), strict=False)
+    ("name", "size"), [*zip(("S", "B", "M", "L", "XL", "H"), (SIZES[2], *SIZES, *SIZES), strict=False)]
 )
 def test_decoders_of_every_size_stay_on_the_device(
     name: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
