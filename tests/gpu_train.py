@@ -51,11 +51,11 @@ def main() -> int:
     os.environ.setdefault("TOKBENCH_OFFLINE", "1")  # nothing is worth waiting for a network
     out = arguments.out or Path("runs/gpu-train" if arguments.quick else "results/gpu-train")
     data = ["--data", "samples" if arguments.quick else str(split(arguments.train, out))]
-    preset, short = DEMO, study.PRESETS["gpu-short"]
+    preset, short, latents = DEMO, study.PRESETS["gpu-short"], LATENTS
     if arguments.quick:
-        preset, short = quick(preset), study.quick(short)
+        preset, short, latents = quick(preset), study.quick(short), LATENTS[1:]
     preset, short = (replace(sizes, device=arguments.device) for sizes in (preset, short))
-    parts = [Part(f"demo {latent}", 400, partial(demo, latent, preset, data, out)) for latent in LATENTS]
+    parts = [Part(f"demo {latent}", 400, partial(demo, latent, preset, data, out)) for latent in latents]
     photographs = None if arguments.quick else arguments.train
     parts.append(Part("study", 900, partial(study.study, short, photographs, out / "study" / "gpu-short")))
     return run_parts(parts, 60 * arguments.minutes)

@@ -26,6 +26,7 @@ class Preset(Budget):
     resolution: int = 256
     metrics: str = "psnr,ssim,lpips-alex,lpips-vgg,pd-mobilenet"
     noise: str = "0,1,2"  # seeds of a decode
+    limit: int | None = None  # test photographs; None: all
 
 
 PRESETS = {
@@ -40,7 +41,7 @@ PRESETS = {
 
 def quick(preset: Preset) -> Preset:
     """What takes seconds."""
-    return replace(preset, **QUICK, resolution=32, metrics="psnr,ssim", noise="0")
+    return replace(preset, **QUICK, resolution=32, metrics="psnr,ssim", noise="0", limit=4)
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def study(preset: Preset, photographs: Path | None, out: Path) -> None:
         train_arm(arm, preset.seeds[0], preset, data, front, out / "front")
     evaluate(preset, development, out)
     trained = {str(file.parent.relative_to(out)): file for file in out.glob("**/model.safetensors")}
-    measured = ("eval/*/*/*.json", f"eval/adm/samples-{preset.resolution}/*.csv.gz", "speed/*/*.json")
+    measured = ("eval/*/*/*.json", "eval/adm/samples-*/*.csv.gz", "speed/*/*.json")
     kept = keep(HERE / out.name if photographs else out / "kept", {"encoder": encoder} | trained, out, measured)
     if photographs:
         show(kept, out)
@@ -119,6 +120,7 @@ def evaluate(preset: Preset, development: str, out: Path) -> None:
     demo = ["demo-klvae=klvae", "demo-ssdd=ssdd"]
     size = ["--res", str(preset.resolution), "--device", preset.device]
     where, noise = [*size, "--out", str(out / "eval")], ["--seeds", preset.noise, "--metrics", preset.metrics]
+    where += ["--limit", str(preset.limit)] if preset.limit else []
     tokbench("run", "--models", ",".join([*arms, *longer, *front]), *where, *noise)
     chosen_by = ",".join(metric for metric in ("psnr", "lpips-alex") if metric in preset.metrics.split(","))
     tokbench("run", "--models", ",".join([*arms, *demo]), *where, "--data", development, "--metrics", chosen_by)
