@@ -216,6 +216,15 @@ def test_precision_and_recall_are_not_swapped() -> None:
     assert (precision, recall) == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_sample_at_the_very_edge_of_a_manifold_is_covered() -> None:
+    """On a line at 0, 1, 2, 3 the third neighbours of all are 3, 2, 2, 3 away; of equal samples they are at hand."""
+    line, edge = np.arange(4.0)[:, None], np.array([[-3.0], [-3.001], [6.0], [6.001]])
+    assert distribution.covered(edge, line).tolist() == [True, False, True, False]
+    equal = features(1, 2048, 0).repeat(4, axis=0)
+    assert distribution.covered(equal[:1], equal).all()
+    assert not distribution.covered(equal[:1] + np.float32(1e-4), equal).any()
+
+
 def test_precision_does_not_depend_on_blocks_and_holds_few_of_them_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     real, fake = features(1000, 64, 0), features(900, 64, 1)
     whole = distribution.covered(fake, real).mean()

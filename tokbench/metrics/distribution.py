@@ -10,6 +10,7 @@ KID_SUBSET = 1000  # torch-fidelity's defaults: 100 subsets of 1000, seed 2020
 KID_REPEATS = 100
 VARIANCE_ROWS = 2000  # pairs that the variance of a kernel distance is estimated from
 BLOCK = 1024  # rows of a matrix of distances held at a time
+ROUNDING = 1e-12  # of squared lengths, in float64: more than equal distances may differ by
 MIND_DIRECTIONS, MIND_SEED = 1000, 2020  # torch-fidelity's defaults
 MIND_BLOCK = 100  # directions projected on at a time
 
@@ -130,14 +131,15 @@ def covered(points: np.ndarray, manifold: np.ndarray, neighbours: int = 3) -> np
     """Which points lie within the k-th neighbour's distance of some sample of the manifold, bool [N], k = 3.
 
     Precision of Kynkäänniemi et al. 2019 is the share of fakes by the reals' manifold, recall that of reals by the
-    fakes'. Both [N, D] of any float type, turned to float64 block by block.
+    fakes'. Both [N, D] of any float type, turned to float64 block by block. A distance equal to the radius is within:
+    so is the copy of an image that the manifold holds several times.
     """
     radii = _radii(manifold, neighbours)
     found = []
     for rows in _blocks(points):
-        inside = np.zeros(len(rows), dtype=bool)
+        inside, slack = np.zeros(len(rows), dtype=bool), ROUNDING * (rows**2).sum(1, keepdims=True)
         for start, others in zip(range(0, len(manifold), BLOCK), _blocks(manifold), strict=True):
-            inside |= (_squared_distances(rows, others) <= radii[start : start + BLOCK]).any(1)
+            inside |= (_squared_distances(rows, others) <= radii[start : start + BLOCK] + slack).any(1)
         found.append(inside)
     return np.concatenate(found)
 
