@@ -1,5 +1,6 @@
 """Configs are frozen dataclasses; strict `key=value` texts change them. Never imports torch."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -96,27 +97,39 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
-    """The inverse of to_dict. Raises InputError for keys that `cls` does not have."""
+def from_dict(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
+    """The inverse of to_dict. Raises InputError for keys that `cls` does not have and for values of other types, named
+    after `where`."""
     annotations = _type_hints(cls)  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(annotations))
     if unknown:
         raise InputError(f"{cls.__name__}: unknown setting {', '.join(unknown)}")
-    return cls(**{key: _typed(value, annotations[key]) for key, value in values.items()})
+    return cls(**{key: _typed(value, annotations[key], f"{where}{key}") for key, value in values.items()})
 
 
-def _typed(value: Any, annotation: Any) -> Any:
-    if not isinstance(value, Mapping | list | str):
+def _typed(value: Any, annotation: Any, key: str) -> Any:
+    """A value that JSON holds as its annotation wants it; InputError naming the key if it is of another type."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        kinds = [kind for kind in args if kind is not types.NoneType]
+        if value is None and len(kinds) < len(args):
+            return None
+        for kind in kinds[:-1]:
+            with contextlib.suppress(InputError):
+                return _typed(value, kind, key)
+        return _typed(value, kinds[-1], key)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(item, args[0], key) for item in value)
+    if isinstance(value, Mapping) and origin is Mapping:
+        return {name: _typed(item, args[1], f"{key}.{name}") for name, item in value.items()}
+    if isinstance(value, Mapping) and dataclasses.is_dataclass(annotation):
+        return from_dict(typing.cast(type, annotation), value, f"{key}.")
+    if isinstance(value, str) and annotation is Path:
+        return Path(value)
+    plain = (int, float) if annotation is float else (annotation,)
+    if annotation is Any or (value in args if origin is typing.Literal else type(value) in plain):
         return value
-    kinds = typing.get_args(annotation) or (annotation,)
-    inner = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
-    if isinstance(value, Mapping) and inner is not None:
-        if isinstance(typing.get_origin(annotation), type) and issubclass(typing.get_origin(annotation), Mapping):
-            return {key: from_dict(typing.cast(type, inner), item) for key, item in value.items()}
-        return from_dict(typing.cast(type, inner), value)
-    if isinstance(value, list):
-        return tuple(value)
-    return Path(value) if Path in kinds and isinstance(value, str) else value
+    raise InputError(f"{key}: {repr(value)[:60]} is no {getattr(annotation, '__name__', annotation)}")
 
 
 def describe(config: Any, prefix: str = "") -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokbench.config import from_dict
-from tokbench.errors import InputError
+from tokbench.errors import InputError, unreadable
 from tokbench.protocols import Resolution, size_text
 from tokbench.records.measurement import Measurement
 
@@ -196,7 +196,7 @@ def from_json(text: str, where: str = "result") -> EvalResult:
         if record["schema"] not in (1, SCHEMA):
             raise InputError(f"{where}: schema {record['schema']}, this tokbench reads up to {SCHEMA}; update tokbench")
         result = from_dict(EvalResult, _of_schema_1(record) if record["schema"] == 1 else record)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where}: not a readable tokbench result ({error})") from error
     except InputError as error:
         raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from error
@@ -221,7 +221,7 @@ def read_result(path: Path) -> EvalResult:
     try:
         return from_json(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
+        raise InputError(unreadable(path, "tokbench result", error)) from error
 
 
 @dataclass(frozen=True)
@@ -266,5 +266,5 @@ def read_speed(path: Path) -> SpeedResult:
         if "gate" in record:  # its name in schema 1
             record["equality_check"] = record.pop("gate")
         return from_dict(SpeedResult, record)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a readable speed record ({error})") from error
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(unreadable(path, "speed record", error)) from error
