@@ -11,8 +11,9 @@ import pytest
 
 from tests.conftest import TINY, Ran
 from tests.made_records import record
+from tokbench.evaluation import cell
 from tokbench.evaluation.evaluate import evaluate
-from tokbench.records.files import result_path, write_whole
+from tokbench.records.files import per_image_path, read_per_image, read_results, result_path, write_whole
 from tokbench.records.measurement import Measurement
 from tokbench.records.places import placed
 from tokbench.records.result import EvalResult, to_json
@@ -114,6 +115,26 @@ def test_tables_show_what_tells_rows_apart(
     assert rows["tiny"] == ["f4c4", "float32", "0"]
     assert rows["tiny-bfloat16-seeds-0-1"] == ["f4c4", "bfloat16", "0,1"]
     assert tokbench("check", tmp_path / "runs", "--against", tmp_path / "runs").status == 0
+
+
+def test_of_jobs_that_begin_at_once_none_takes_the_name_of_another(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is done measuring when the second begins, and writes its record when the second is done."""
+    second: list[EvalResult] = []
+
+    def write_later(*arguments: Any) -> EvalResult:
+        monkeypatch.undo()
+        second.append(evaluate(data=few, out=tmp_path, **FIRST))
+        return cell.write_record(*arguments)
+
+    monkeypatch.setattr(cell, "write_record", write_later)
+    first = evaluate(data=few, out=tmp_path, **{**FIRST, "dtype": "bfloat16", "seeds": (0, 1)})
+    found = {result.tokenizer.name: result for _, result in read_results(tmp_path)[0]}
+    assert found == {"tiny": second[0], "tiny-bfloat16-seeds-0-1": first}
+    for path, result in read_results(tmp_path)[0]:
+        assert read_per_image(per_image_path(path))[1]["psnr"].mean() == pytest.approx(result.metrics["psnr"].value)
+    assert not list(tmp_path.rglob(".tiny*"))
 
 
 KINDS = {

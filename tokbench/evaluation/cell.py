@@ -45,6 +45,7 @@ from tokbench.records import provenance
 from tokbench.records.cache import cache_folder
 from tokbench.records.files import (
     hold,
+    in_turn,
     per_image_path,
     read_per_image,
     result_path,
@@ -221,11 +222,7 @@ def measure_cell(cell: Cell, pairs: Pairs, *, fresh: bool = False) -> tuple[Eval
     until then stays for the next attempt.
     """
     processes = cell.processes
-    if (out := cell.out) is not None:
-        name = cell.info.name
-        cell = replace(cell, info=processes.by_main(lambda: placed(out, cell.blank).tokenizer))
-        if processes.main and cell.info.name != name:
-            say(f"{out}/ holds another measurement of {name}: this one is {cell.info.name}")
+    cell = replace(cell, info=processes.by_main(partial(named, cell)))
     path = cell.path
     earlier = processes.by_main(lambda: None if fresh else find_earlier(cell))
     if earlier is not None:
@@ -246,9 +243,17 @@ def measure_cell(cell: Cell, pairs: Pairs, *, fresh: bool = False) -> tuple[Eval
         if processes.job == "merge":
             facts = merged_facts(work)
         result = processes.by_main(partial(write_record, cell, pairs, work, earlier, images, facts))
-    if path is not None and processes.main:  # outside: a folder that is held cannot be removed
-        clear_up(path, work, cell.measurement.keep_features, replaces=earlier is None)
+    if cell.out is not None and processes.main:  # outside: a folder that is held cannot be removed
+        clear_up(result_path(cell.out, result), work, cell.measurement.keep_features, replaces=earlier is None)
     return result, False
+
+
+def named(cell: Cell) -> TokenizerInfo:
+    """The cell's tokenizer under a name whose file holds no record of another cell."""
+    info = cell.info if cell.out is None else placed(cell.out, cell.blank).tokenizer
+    if info.name != cell.info.name:
+        say(f"{cell.out}/ holds another measurement of {cell.info.name}: this one is {info.name}")
+    return info
 
 
 def find_earlier(cell: Cell) -> EvalResult | None:
@@ -389,15 +394,19 @@ def write_record(
     columns = table(list(result.metrics), store, measurement.seeds)
     if earlier is not None:
         result = joined(earlier, result)
-    if cell.path is not None:
-        write_rows(cell.path, store, columns, source, keep=earlier is not None)
-        if measurement.save_images:
-            write_whole(cell.path.with_suffix(".png"), draw_cell(cell, pairs, store, images))
-        if measurement.keep_features:  # of both sides, so that `compare` can pair them
-            with writable(work):
-                for shard in (file for shared in store.real.values() for file in shared.folder.glob("*.npz")):
-                    shutil.copyfile(shard, work / shard.name)
-        write_whole(cell.path, to_json(result))
+    if (out := cell.out) is not None:
+        with in_turn(result_path(out, result).parent):
+            cell = replace(cell, info=named(cell))  # of jobs that began at once another may be done
+            result = replace(result, tokenizer=cell.info)
+            path = result_path(out, result)
+            write_rows(path, store, columns, source, keep=earlier is not None)
+            if measurement.save_images:
+                write_whole(path.with_suffix(".png"), draw_cell(cell, pairs, store, images))
+            if measurement.keep_features:  # of both sides, so that `compare` can pair them
+                with writable(work):
+                    for shard in (file for shared in store.real.values() for file in shared.folder.glob("*.npz")):
+                        shutil.copyfile(shard, work / shard.name)
+            write_whole(path, to_json(result))
     return replace(result, rows={"id": store.ids, **columns})
 
 
@@ -482,7 +491,7 @@ def clear_up(path: Path, work: Path, keep_features: bool, *, replaces: bool) -> 
             kept.mkdir(exist_ok=True)
             for shard in work.glob("*.npz"):
                 shard.replace(kept / shard.name)
-    for folder in path.parent.glob(f".{path.stem}-*"):
-        if re.fullmatch(re.escape(f".{path.stem}-") + "[0-9a-f]{12}", folder.name):
+    for folder in {work, *path.parent.glob(f".{path.stem}-*")}:
+        if folder == work or re.fullmatch(re.escape(f".{path.stem}-") + "[0-9a-f]{12}", folder.name):
             with suppress(InputError), hold(folder):
                 shutil.rmtree(folder, ignore_errors=True)

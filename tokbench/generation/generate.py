@@ -34,7 +34,7 @@ from tokbench.generation.sample import (
 from tokbench.generation.score import Reference, generation_metrics, open_reference, score
 from tokbench.metrics.suite import MetricSuite
 from tokbench.records import provenance
-from tokbench.records.files import result_path, write_whole
+from tokbench.records.files import in_turn, result_path, write_whole
 from tokbench.records.measurement import Measurement
 from tokbench.records.places import placed
 from tokbench.records.result import Dataset, EvalResult, Settings, TokenizerInfo, to_json
@@ -135,10 +135,11 @@ def _generate(
             if processes.main:
                 store = SampleStore(place)
                 made = record(draw, info, spec.text, store, measurement, suite, reference, asked, seconds)
-                result = placed(out, made)
-                if result != made:
-                    say(f"{out}/ holds other images of {info.name}: these are {result.tokenizer.name}")
-                keep(result, asked, out, place / "images", labels)
+                with in_turn(result_path(out, made).parent):
+                    result = placed(out, made)
+                    if result != made:
+                        say(f"{out}/ holds other images of {info.name}: these are {result.tokenizer.name}")
+                    keep(result, asked, out, place / "images", labels)
                 results.append(result)
     return results, failures
 

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from tokbench.errors import InputError
+from tokbench.errors import InputError, unreadable
 from tokbench.protocols import Resolution
 from tokbench.records.result import EvalResult, read_result
 
@@ -96,6 +96,24 @@ def hold(folder: Path, *, shared: bool = False) -> Iterator[None]:
                     folder.rmdir()
 
 
+@contextlib.contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in here with this folder: of what is then looked up nothing changes until it is
+    written. InputError if the folder cannot be made."""
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def slug(text: str) -> str:
     """A text as a name of files and rows: only a-z 0-9 . _ and -."""
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.") or "unnamed"
@@ -153,7 +171,7 @@ def read_per_image(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
     try:
         table = np.array([row[1 : 1 + len(names)] for row in rows[1:]], dtype=np.float64)
     except ValueError as error:
-        raise InputError(f"{path}: not a readable per-image table ({error})") from error
+        raise InputError(unreadable(path, "per-image table", error)) from error
     table = table.reshape(len(rows) - 1, len(names))
     return [row[0] for row in rows[1:]], {name: table[:, index] for index, name in enumerate(names)}
 
@@ -169,7 +187,7 @@ def _cells(path: Path) -> list[list[str]]:
     try:
         rows = list(csv.reader(io.StringIO(gzip.decompress(path.read_bytes()).decode())))
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise InputError(f"{path}: not a readable per-image table ({error})") from error
+        raise InputError(unreadable(path, "per-image table", error)) from error
     if not rows or any(len(row) != len(rows[0]) for row in rows):
         raise InputError(f"{path}: not a readable per-image table (rows of unequal length)")
     return rows

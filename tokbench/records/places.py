@@ -40,7 +40,7 @@ def _record(path: Path) -> EvalResult | None:
 
 
 def _manner(result: EvalResult) -> dict[str, Any]:
-    """What was chosen and can change a number, as JSON keeps it; the images are told by the data set's name."""
+    """What was chosen and can change a number, as JSON keeps it; other images mostly have a name of their own."""
     settings, generation = result.settings, dict(result.settings.generation)
     chosen = {
         "dtype": settings.dtype,
@@ -49,6 +49,7 @@ def _manner(result: EvalResult) -> dict[str, Any]:
         "protocol": result.protocol_fingerprint,
         "scored": settings.scored.get("fake_fingerprint"),
         "images": result.dataset.num_images if generation else None,  # else some may have been left out
+        "data": None if generation else result.dataset.fingerprint,
         **{key: value for key, value in generation.items() if key not in ("generator", "reference")},
     }
     manner: dict[str, Any] = json.loads(json.dumps(chosen))
@@ -77,7 +78,7 @@ def _names(taken: EvalResult, result: EvalResult) -> Iterator[str]:
             rules = result.measurement.rules
             small = taken.measurement is None or taken.measurement.rules.small != rules.small
             words.append(f"small-{rules.small}" if small else f"v{rules.version}")
-        elif key not in ("protocol", "scored"):
+        elif key not in ("protocol", "scored", "data"):
             words.append(f"{key}-{'-'.join(map(str, value)) if isinstance(value, list) else value}")
     name = "-".join([result.tokenizer.name, *(slug(word) for word in words)])
     if words:

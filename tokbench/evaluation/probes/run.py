@@ -25,7 +25,7 @@ from tokbench.evaluation.reconstruct import Columns, Fakes, Features, Timer
 from tokbench.evaluation.run import share_facts
 from tokbench.metrics import DRIFTING, NOISED, SEEDED, metrics_of
 from tokbench.protocols import NATIVE, size_text
-from tokbench.records.files import per_image_path, read_per_image, write_whole
+from tokbench.records.files import per_image_path, read_per_image, result_path, write_whole
 from tokbench.records.measurement import Measurement
 from tokbench.records.places import placed
 from tokbench.records.result import EvalResult
@@ -158,7 +158,7 @@ def probe_models(specs: Sequence[registry.Spec], asked: Asked) -> bool:
     return len(entries) < len(specs)
 
 
-def probe_one(tokenizer: Tokenizer, spec: str, asked: Asked) -> tuple[EvalResult, Path | None]:
+def probe_one(tokenizer: Tokenizer, spec: str, asked: Asked) -> tuple[EvalResult, Path]:
     """The record of a tokenizer, with what these probes give of it, and its file; errors as of `measure_cell`."""
     info, source, measurement = with_facts(tokenizer), asked.source, asked.measurement
     taken = replace(measurement, resolution=NATIVE) if asked.boxes else measurement  # whole images, never enlarged
@@ -180,9 +180,10 @@ def probe_one(tokenizer: Tokenizer, spec: str, asked: Asked) -> tuple[EvalResult
     plain = Reconstructions(tokenizer, source, measurement, Timer(asked.device))
     pairs = Probed(plain, look, [asked.probes[name] for name in todo])
     result, _ = measure_cell(cell, pairs, fresh=asked.fresh)
-    if "seeds" in todo and asked.processes.main and cell.path is not None:
-        write_whole(cell.path.with_suffix(".seeds.png"), seeds_picture(pairs, cell.path))
-    return result, cell.path
+    path = result_path(asked.out, result)
+    if "seeds" in todo and asked.processes.main:
+        write_whole(path.with_suffix(".seeds.png"), seeds_picture(pairs, path))
+    return result, path
 
 
 def seeds_picture(pairs: Probed, path: Path, count: int = 4) -> bytes:
