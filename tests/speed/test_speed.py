@@ -13,6 +13,7 @@ from tokbench.records.result import SpeedResult, TokenizerInfo, read_speed
 from tokbench.registry import create, parse
 from tokbench.report import speed as report
 from tokbench.report.tables import markdown, print_tables
+from tokbench.runtime.device import prepare
 from tokbench.speed.measure import SpeedCase, best_batch, count_flops, equality_check, measure, search_batch
 from tokbench.speed.timing import QUICK, take_turns
 from tokbench.tokenizer import Tokenizer
@@ -43,6 +44,28 @@ class Tiny:
 
     def decode(self, latents: Tensor, *, seeds: Tensor, size: tuple[int, int]) -> Tensor:
         return self.network(latents.flatten(2).transpose(1, 2))[..., :3].transpose(1, 2).unflatten(2, size)
+
+
+class Video(Tiny):
+    """Decodes by a convolution over time, as models of video do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.networks = {"encoder": nn.Conv2d(3, 4, 3), "decoder": nn.Conv3d(3, 3, 1)}
+
+    def decode(self, latents: Tensor, *, seeds: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.networks["decoder"](latents[:, :, None])[:, :, 0]
+
+
+class Stuck(nn.Conv2d):
+    def to(self, *_: object, **__: object) -> "Stuck":
+        raise NotImplementedError("made for one device")
+
+
+def stuck() -> Tiny:
+    model = Tiny()
+    model.networks = {"decoder": Stuck(3, 3, 1)}
+    return model
 
 
 CPU = torch.device("cpu")
@@ -151,11 +174,20 @@ def test_other_hardware_and_settings_are_other_blocks(tmp_path):
 
 
 def test_a_broken_model_fails_its_own_row_only(tmp_path):
-    results = quick(f"{TINY}@fault=latents,{TINY}@fault=load,bicubic-f8", (16,), tmp_path)
+    own = f"video={__file__}:Video,stuck={__file__}:stuck"
+    results = quick(f"{TINY}@fault=latents,{TINY}@fault=load,{own},bicubic-f8", (16,), tmp_path)
     failed = {result.tokenizer.name: result.failed for result in results}
-    assert list(failed.values()).count(None) == 1
-    assert failed["bicubic-f8"] is None
-    assert len(list(tmp_path.glob("*/*.json"))) == 3
+    assert {name for name, why in failed.items() if why is None} == {"video", "bicubic-f8"}
+    assert "cannot be put on cpu (made for one device)" in str(failed["stuck"])
+    assert len(list(tmp_path.glob("*/*.json"))) == 5
+
+
+def test_weights_of_convolutions_over_images_alone_are_in_channels_last():
+    model = Video()
+    prepare(model, CPU)
+    image, video = (network.weight for network in model.networks.values())
+    assert image.is_contiguous(memory_format=torch.channels_last)
+    assert video.is_contiguous()
 
 
 @pytest.mark.parametrize("text", ["", "a", "0", "-1"])

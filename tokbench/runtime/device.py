@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokbench.errors import CellError, InputError
+from tokbench.errors import MODEL_ERRORS, CellError, InputError, first_line, place
 from tokbench.runtime.terminal import say
 from tokbench.tokenizer import Tokenizer
 
@@ -107,16 +107,19 @@ def find_dtype(name: str) -> torch.dtype:
 
 
 def prepare(tokenizer: Tokenizer, device: torch.device) -> None:
-    """Put every network on the device: eval mode, channels last. CellError if it does not fit."""
+    """Put every network on the device: eval mode, channels last. CellError if it does not fit, or fails at that."""
+
+    def channels_last(weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(memory_format=torch.channels_last) if weight.ndim == 4 else weight  # a Conv3d has five
+
     try:
         for network in tokenizer.networks.values():
-            network.eval().to(device).to(memory_format=torch.channels_last)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise CellError(
-            f"{tokenizer.info.name}: its weights do not fit into the memory of {describe_device(device)}"
-        ) from error
+            network.eval().to(device)._apply(channels_last)
+    except MODEL_ERRORS as error:
+        why = f"cannot be put on {device} ({first_line(error)}){place(error)}"
+        if is_out_of_memory(error):
+            why = f"its weights do not fit into the memory of {describe_device(device)}"
+        raise CellError(f"{tokenizer.info.name}: {why}") from error
 
 
 def count_parameters(network: nn.Module | None) -> int:
