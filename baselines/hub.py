@@ -4,7 +4,6 @@ import contextlib
 import json
 import re
 import socket
-import struct
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 from baselines.published import Published
 from tokbench.checkpoints import load_strictly
-from tokbench.errors import MODEL_ERRORS, CellError, InputError, first_line, preview
+from tokbench.errors import FILE_ERRORS, CellError, InputError, first_line, preview
 from tokbench.records.cache import cache_folder
 from tokbench.weights.files import WeightsError, check_file, file_sha256, offline
 from tokbench.weights.transfer import download
@@ -220,7 +219,7 @@ def _read(path: Path, name: str) -> Mapping[Any, Any]:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise CellError(f"{name}: {path} {REFUSED}") from error
-    except (*MODEL_ERRORS, EOFError, struct.error, SafetensorError) as error:
+    except (*FILE_ERRORS, SafetensorError) as error:
         raise CellError(f"{name}: {path} is damaged or half downloaded ({first_line(error)})") from error
     if not isinstance(held, Mapping):
         raise CellError(f"{name}: {path} holds a {type(held).__name__}, not named tensors")
@@ -251,7 +250,7 @@ def read_config(path: Path, name: str) -> dict[str, Any]:
     """A config.json. Raises CellError if it is none."""
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CellError(f"{name}: {path} is not readable ({first_line(error)})") from error
     if not isinstance(held, dict):
         raise CellError(f"{name}: {path} holds no named values")

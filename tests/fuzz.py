@@ -5,8 +5,10 @@ traceback, half a minute, a gigabyte or the death of the process is a find: its 
 status is 1.
 """
 
+import gzip
 import io
 import json
+import logging
 import resource
 import signal
 import subprocess
@@ -18,7 +20,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -32,13 +34,19 @@ from safetensors.torch import save
 from baselines.hub import read_tensors
 from tests.made_records import per_image, record, rows
 from tokbench.checkpoints import read_checkpoint
+from tokbench.comparison.differences import compare
 from tokbench.data.decode import decode
 from tokbench.data.open import open_source
 from tokbench.errors import CellError, InputError
+from tokbench.generation import score
 from tokbench.generation.score import read_statistics
-from tokbench.records.files import read_per_image
-from tokbench.records.result import read_result, read_speed, to_json
+from tokbench.records.files import read_per_image, slug
+from tokbench.records.result import SpeedResult, Stage, read_result, read_speed, to_json
 from tokbench.records.samples import SampleStore
+from tokbench.report.build import Report, text
+from tokbench.report.collect import gather
+from tokbench.report.speed import speed_tables
+from tokbench.weights.files import load
 
 SECONDS, MEMORY = 30, 1 << 30  # of one file
 KEPT = Path(".fuzz")
@@ -104,20 +112,61 @@ def shard(path: Path) -> None:
     store = SampleStore(path.parent)
     for name in store.columns:
         store.column(name)
+    if set(store.ids) == store.done([], [KEPT_FEATURE]) != set():
+        store.features(*KEPT_FEATURE)
+
+
+def statistics(path: Path) -> None:
+    _, images = read_statistics(path)
+    if images is not None:
+        list(images.batches(range(min(images.shape[0], 3))))
+
+
+def told(path: Path) -> None:
+    """Everything that is told of a record."""
+    read_result(path)
+    entries, _, _ = gather(path)
+    for format in ("table", "csv"):
+        text(Report(entries), format)
+    compare(path, path)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A reader, what its files end with, and files that are right."""
+    """A reader, what its files end with, and bytes that are right; `pack` puts them, damaged, into a container."""
 
     read: Callable[[Path], object]
     suffix: str
     good: Callable[[], list[bytes]]
+    pack: Callable[[bytes], bytes] = bytes
 
 
+def members(packed: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(packed)) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def inside(target: Target, name: str) -> Target:
+    """A target whose zip and its checksums are right, but not what one of its members says."""
+    found = members(target.good()[0])
+
+    def pack(data: bytes) -> bytes:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as file:
+            for other, kept in found.items():
+                file.writestr(other, data if other == name else kept)
+        return buffer.getvalue()
+
+    return replace(target, good=lambda: [found[name]], pack=pack)
+
+
+TABLE = rows(0, 4, 0.0)
+KEPT_FEATURE = ("fake", "inception")
 TENSORS = {"encoder.a": torch.zeros(3, 2), "b": torch.ones(1, dtype=torch.float16)}
 STATISTICS = {"mu": np.zeros(4), "sigma": np.eye(4), "arr_0": np.zeros((2, 8, 8, 3), np.uint8)}
 SHARD = {"ids": np.array(["a", "b"]), "columns/psnr": np.ones(2), "fake/inception": np.ones((2, 3), "<f4")}
+STAGE = Stage(1, 9.5, 0.6, 100.0, 99.0, 101.0, None, None, {"1": 9.5})
+SPEED = SpeedResult(record("row").tokenizer, 256, "CPU", {"dtype": "float32"}, {"decode": STAGE}, {"decode": 9})
 TARGETS = {
     "image": Target(lambda path: decode(path.read_bytes(), "x", upright=True), ".img", images),
     "tar": Target(look, ".tar", lambda: [tar()]),
@@ -125,12 +174,19 @@ TARGETS = {
     "list": Target(look, ".txt", lambda: [b"a.png\nb.png\n", b"\xef\xbb\xbfa.png\r\n"]),
     "safetensors": Target(lambda path: (read_checkpoint(path), read_tensors(path, "x")), ".safetensors",
                           lambda: [save(TENSORS), save(TENSORS, {"tokbench": json.dumps({"model": "ssdd"})})]),
-    "torch": Target(lambda path: read_tensors(path, "x"), ".pt", lambda: [saved(TENSORS), saved({"ema": TENSORS})]),
-    "record": Target(read_result, ".json", lambda: [to_json(record("row")).encode()]),
-    "speed": Target(read_speed, ".json", lambda: [b'{"kind": "speed", "schema": 2, "tokenizer": {"name": "a"}}']),
-    "rows": Target(read_per_image, ".csv.gz", lambda: [per_image(rows(0, 4, 0.0))]),
-    "statistics": Target(read_statistics, ".npz", lambda: [arrays(**STATISTICS)]),
+    "torch": Target(lambda path: (read_tensors(path, "x"), load(path)), ".pt",
+                    lambda: [saved(TENSORS), saved({"ema": TENSORS})]),
+    "record": Target(told, ".json", lambda: [to_json(record("row")).encode()]),
+    "speed": Target(lambda path: speed_tables([read_speed(path)]), ".json", lambda: [to_json(SPEED).encode()]),
+    "rows": Target(read_per_image, ".csv.gz", lambda: [per_image(TABLE)]),
+    "statistics": Target(statistics, ".npz", lambda: [arrays(**STATISTICS)]),
     "store": Target(shard, ".npz", lambda: [arrays(**SHARD)]),
+}  # fmt: skip
+TARGETS |= {
+    "rows inside": replace(TARGETS["rows"], good=lambda: [gzip.decompress(per_image(TABLE))], pack=gzip.compress),
+    "torch inside": inside(TARGETS["torch"], "archive/data.pkl"),
+    **{f"{target} {name}": inside(TARGETS[target], f"{name}.npy")
+       for target, names in (("statistics", STATISTICS), ("store", SHARD)) for name in names},
 }  # fmt: skip
 
 
@@ -183,16 +239,21 @@ def fuzz(name: str, seconds: float) -> int:
     """Damage files of one reader for so long; 1 for a find."""
     target, until, number, tried = TARGETS[name], time.monotonic() + seconds, 0, 0
     signal.signal(signal.SIGALRM, stop)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 8 * MEMORY, resource.RLIM_INFINITY))  # a find is no fault of others
+    score.INCEPTION_DIM = len(STATISTICS["mu"])
     warnings.simplefilter("ignore")
+    logging.disable()
     good = target.good()
     KEPT.mkdir(exist_ok=True)
-    kept = (KEPT / name).with_suffix(target.suffix)
+    kept = KEPT / f"{slug(name)}{target.suffix}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"file{target.suffix}")
 
         def one(data: bytes) -> None:
             nonlocal tried
             tried += 1
+            data = target.pack(data)
             path.write_bytes(data)
             kept.write_bytes(data)  # the one that is being read, should the process die
             try_one(target, path)

@@ -14,6 +14,7 @@ import pytest
 import typer
 
 import tokbench as tb
+from tests import ROOT
 from tests.conftest import TINY, Ran
 from tokbench import cli, weights
 from tokbench.runtime.terminal import stdout_console
@@ -166,3 +167,22 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(photographs: Path, t
     assert process.returncode == 130
     assert err.splitlines()[-1] == "tokbench: interrupted; the same command goes on from what is done"
     assert list(tmp_path.rglob("*.npz"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "check NONE --against NONE", "compare NONE NONE", "report --results NONE", "card NONE --benchmark a/b",
+        "report --results results/adm --reported NONE", "report --results results/adm --votes NONE",
+        "results add NONE", "score NONE NONE", "run --models identity --data NONE", "data info list:NONE",
+        "generate --generator NONE --tokenizer identity --num-images 1 --reference samples",
+        "train klvae --preset small --data samples --out OUT --from NONE",
+    ],
+)  # fmt: skip
+def test_a_file_that_is_not_there_is_named_in_one_line(command: str, tokbench: Command, tmp_path: Path) -> None:
+    places = {"NONE": tmp_path / "none", "OUT": tmp_path / "out", "results/adm": ROOT / "results" / "adm"}
+    ran = tokbench(*(places.get(word, word) for word in command.replace("list:NONE", f"list:{tmp_path}/none").split()))
+    assert ran.status == 2
+    assert f"{tmp_path}/none" in ran.reason
+    assert "Errno" not in ran.err
+    assert len(ran.err.splitlines()) == 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from tokbench.config import to_dict
-from tokbench.errors import InputError, preview
+from tokbench.errors import InputError, preview, unreadable
 from tokbench.records.files import write_whole
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def _opened(path: Path, framework: str) -> Iterator[Any]:
         with safe_open(path, framework) as file:
             yield file
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+        raise InputError(unreadable(path, "safetensors file", error)) from error
 
 
 def read_header(path: Path, *models: str) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:

@@ -1,16 +1,26 @@
 """The ways things go wrong that a user can do something about."""
 
 import os
+import re
+import struct
 import sysconfig
+import tokenize
 import traceback
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import PickleError
 
 # What a model's own code may raise: its cell fails and the run goes on.
 MODEL_ERRORS = (
     RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError,
     AssertionError, NameError, ImportError, OSError,
 )  # fmt: skip
+
+# What readers of weights and of arrays may raise: they run into whatever damage has left.
+FILE_ERRORS = (*MODEL_ERRORS, EOFError, struct.error, PickleError)
+ARRAY_ERRORS = (*FILE_ERRORS, SyntaxError, SystemError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 
 
 class InputError(Exception):
@@ -28,15 +38,25 @@ class LostPeerError(Exception):
 PREVIEWED = 5  # names in a message
 
 
-def preview(names: Sequence[str]) -> str:
+def preview(names: Sequence[str], between: str = ", ") -> str:
     """A few names for a message."""
     more = f" and {len(names) - PREVIEWED} more" if len(names) > PREVIEWED else ""
-    return ", ".join(names[:PREVIEWED]) + more
+    return between.join(names[:PREVIEWED]) + more
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line: the first of its text, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says, in one line: the first of its text, less the system's number, or its type without one."""
+    text = re.sub(r"^\[Errno -?\d+\] ", "", str(error).strip())
+    return (text or type(error).__name__).splitlines()[0]
+
+
+def unreadable(path: Path, what: str, error: BaseException) -> str:
+    """Why a file cannot be read as `what`, in one line: it is not there, may not be read, or is something else."""
+    if isinstance(error, FileNotFoundError):
+        return f"{path}: no such file; check the path"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{path}: cannot be read ({error.strerror})"
+    return f"{path}: not a readable {what} ({first_line(error)})"
 
 
 def place(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Scores of generated samples against a reference: records, error bars, statistics files, the table."""
 
 import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,6 +152,27 @@ def test_a_damaged_file_of_images_is_named(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"ref.npz: images \d+ to \d+ of arr_0 cannot be read \(Bad CRC"):
         reference_of(path, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mu", "arr_0"])
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"}", b"("), (b"(", b"9"), (b"'shape': (", b"'shape': (99999999999999, "), (b"NUMPY", b"numpy")]
+)
+def test_a_header_of_no_array_is_one_line(
+    tmp_path: Path, name: str, old: bytes, new: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokbench.generation.score.INCEPTION_DIM", 4)
+    np.savez(tmp_path / "good.npz", mu=np.zeros(4), sigma=np.eye(4), arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    path = tmp_path / "ref.npz"
+    with zipfile.ZipFile(tmp_path / "good.npz") as good, zipfile.ZipFile(path, "w") as broken:
+        for member in good.namelist():
+            data = good.read(member)
+            if member == f"{name}.npy":  # whose header keeps its length, as there are spaces behind it
+                data = data.replace(old, new, 1).replace(b" " * (len(new) - len(old)) + b"\n", b"\n", 1)
+            broken.writestr(member, data)
+    with pytest.raises(InputError, match=r"ref\.npz: ") as refused:
+        read_statistics(path)
+    assert "\n" not in str(refused.value)
 
 
 def test_metrics_of_reconstruction_are_no_metrics_of_generation() -> None:

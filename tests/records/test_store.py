@@ -1,16 +1,20 @@
 """Laws of the sample store and of the files of a run."""
 
 import errno
+import json
 import logging
 import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.conftest import Ran
 from tests.made_records import record
 from tokbench.errors import InputError
 from tokbench.records import files as store_module
@@ -26,7 +30,7 @@ from tokbench.records.files import (
     write_per_image,
     write_whole,
 )
-from tokbench.records.result import to_json
+from tokbench.records.result import read_result, read_speed, to_json
 from tokbench.records.samples import SampleStore
 
 IDS = [f"s{i}" for i in range(10)]
@@ -77,6 +81,32 @@ def test_a_damaged_shard_is_named_and_costs_its_own_samples_only(
     assert f"{path.name}: damaged" in caplog.text
     fill(tmp_path, [IDS.index(sample) for sample in lost])
     assert (SampleStore(tmp_path).features("fake", "net") == FEATURES).all()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"ids": IDS[:3]}, {"columns/psnr": np.zeros((4, 2))}, {"columns/psnr": np.array(["1.5"] * 4)},
+        {"ids": np.array(["ab"] * 4).view(np.uint32) + 0xFFFFFF}, {"fake/net": np.zeros((3, 7), np.float32)},
+        {"fake/net": np.array([b"x"] * 4)},
+    ],
+    ids=["fewer ids", "two columns in one", "texts", "no characters", "fewer features", "bytes"],
+)  # fmt: skip
+def test_a_shard_of_other_arrays_is_one_line(
+    broken: dict[str, np.ndarray], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Checksums are right, and what they are of is not."""
+    arrays = {"ids": np.array(IDS[:4]), "columns/psnr": PSNR[:4], "fake/net": FEATURES[:4]} | broken
+    if arrays["ids"].dtype == np.uint32:
+        arrays["ids"] = arrays["ids"].view("<U2")
+    np.savez(tmp_path / "000-a.npz", **arrays)
+    store = SampleStore(tmp_path)
+    if "fake/net" in broken:
+        with pytest.raises(InputError, match=r"000-a\.npz: damaged \(.*\); remove it"):
+            store.features("fake", "net")
+    else:
+        assert store.ids == []
+        assert "000-a.npz: damaged" in caplog.text
 
 
 def test_numpy_alone_opens_a_shard(tmp_path: Path) -> None:
@@ -234,6 +264,45 @@ def test_results_are_read_back_and_bad_files_named(tmp_path: Path) -> None:
     assert frame.loc[0, "name"] == "ssdd"
     assert frame.loc[0, "psnr"] == result.metrics["psnr"].value
     assert per_image_path(path).name == "ssdd.per_image.csv.gz"
+
+
+WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a metric is a text": lambda made: made["metrics"].update(psnr="high"),
+    "its value is a text": lambda made: made["metrics"]["psnr"].update(value="high"),
+    "it counts in halves": lambda made: made["metrics"]["psnr"].update(n=2.5),
+    "the data set is a text": lambda made: made.update(dataset="samples"),
+    "the number of images is a text": lambda made: made["dataset"].update(num_images="29"),
+    "settings are a list": lambda made: made.update(settings=[]),
+    "seeds are texts": lambda made: made["settings"].update(seeds=["0"]),
+    "the tokenizer has no name": lambda made: made["tokenizer"].update(name=None),
+    "the measurement is another": lambda made: made.update(measurement={"dtype": "int8"}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("command", ["check {0} --against {0}", "compare {0} {0}", "report --results {0}"])
+def test_a_record_that_holds_another_type_is_one_line_of_every_command(
+    command: str, wrong: str, tokbench: Callable[..., Ran], tmp_path: Path
+) -> None:
+    made = record("row").to_dict()
+    WRONG[wrong](made)
+    path = tmp_path / "row.json"
+    path.write_text(json.dumps(made))
+    ran = tokbench(*command.format(path).split())
+    assert ran.status == 2
+    assert f"{path}: " in ran.err
+    assert "Traceback" not in ran.err
+    with pytest.raises(InputError, match=r"row\.json: .* is no "):
+        read_result(path)
+
+
+@pytest.mark.parametrize("read", [read_result, read_speed])
+def test_what_is_no_record_is_one_line(read: Callable[[Path], object], tmp_path: Path) -> None:
+    path = tmp_path / "row.json"
+    for text in ("[" * 100_000, '{"schema": ' + "9" * 5000 + "}", "[]", "\0", ""):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"row\.json: not a "):
+            read(path)
 
 
 def test_any_sample_id_names_a_file_of_its_own(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tokbench.data.crops import crop
 from tokbench.data.decode import ENLARGED, NOTES
 from tokbench.data.sources import Source
-from tokbench.errors import InputError, preview
+from tokbench.errors import ARRAY_ERRORS, InputError, preview
 from tokbench.protocols import NATIVE, Protocol, Resolution, sides_of
 from tokbench.runtime.processes import cores
 from tokbench.runtime.seeding import image_seeds
@@ -47,7 +47,7 @@ class CropCache:
         try:
             with open(self.folder / f"{index}.npy", "rb") as file:
                 return np.load(file), int(np.load(file))
-        except (OSError, ValueError, EOFError):  # not there, or damaged
+        except ARRAY_ERRORS:  # not there, or damaged
             return None
 
     def put(self, index: int, pixels: np.ndarray, notes: int) -> None:
@@ -217,7 +217,7 @@ def default_workers(num_images: int) -> int:
 def refuse_unusable(source: Source, resolution: Resolution, protocol: Protocol, advice: str = "") -> None:
     """InputError naming files that are no images, or that the protocol refuses as too small, before any is measured."""
     if problems := [fact.problem for fact in source.facts() if fact.problem]:
-        raise InputError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "") + advice)
+        raise InputError(preview(problems, "; ") + advice)
     if protocol.small == "refuse" and (small := source.below(resolution, protocol)):
         count = "1 image is" if len(small) == 1 else f"{len(small)} images are"
         raise InputError(f"{count} smaller than {resolution}: {preview(list(map(source.where, small)))}{advice}")

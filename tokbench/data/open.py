@@ -22,7 +22,7 @@ from tokbench.data.sources import (
     sample_id,
     unique_ids,
 )
-from tokbench.errors import InputError, first_line
+from tokbench.errors import InputError, first_line, unreadable
 from tokbench.records.files import slug
 from tokbench.weights.files import offline
 
@@ -147,7 +147,7 @@ def _list(file: str, split: str | None) -> Source:
         text = os.fsdecode(path.read_bytes().removeprefix(codecs.BOM_UTF8))
         names = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise InputError(unreadable(path, "list of paths", error)) from error
     if "\0" in text:
         raise InputError(f"{path}: not a list of paths; --data takes a folder, an archive or a list")
     names.sort()

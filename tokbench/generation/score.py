@@ -3,7 +3,6 @@
 import hashlib
 import math
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from tokbench.data.loader import Loader
 from tokbench.data.open import open_source
-from tokbench.errors import InputError
+from tokbench.errors import ARRAY_ERRORS, InputError, first_line, unreadable
 from tokbench.metrics import FRECHET_MINIMUM, METRICS, RENAMED, find_metrics, frechet
 from tokbench.metrics.extractors import Extractor
 from tokbench.metrics.statistics import from_half_samples, half_samples
@@ -29,7 +28,6 @@ DEFAULT = ("gfid", "is", "precision", "recall", "kid", "fd-dinov2", "fd-mobilene
 INCEPTION_DIM = 2048
 BATCH = 32  # reference images at a time
 Batches = Iterable[tuple[Sequence[str], torch.Tensor]]  # ids and images uint8 [B, 3, H, W]
-UNREADABLE = (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError)
 
 
 def generation_metrics(asked: Sequence[str]) -> list[str]:
@@ -87,9 +85,9 @@ class StoredImages:
                 count = min(BATCH, self.shape[0] - start)
                 try:
                     block = np.frombuffer(file.read(count * math.prod(image)), np.uint8).reshape(count, *image)
-                except UNREADABLE as error:
+                except ARRAY_ERRORS as error:
                     where = f"images {start} to {start + count - 1} of arr_0"
-                    raise InputError(f"{self.path}: {where} cannot be read ({error})") from error
+                    raise InputError(f"{self.path}: {where} cannot be read ({first_line(error)})") from error
                 if numbers := sorted(set(range(start, start + count)).intersection(wanted)):
                     yield numbers, torch.from_numpy(block[np.array(numbers) - start]).permute(0, 3, 1, 2).contiguous()
 
@@ -128,8 +126,8 @@ def read_statistics(path: Path) -> tuple[frechet.Moments | None, StoredImages | 
             if any(np.iscomplexobj(file[key]) for key in ("mu", "sigma") if key in file.files):
                 raise InputError(f"{path}: mu or sigma is complex; make the statistics again")
             mean, cov = (np.asarray(file[k], np.float64) if k in file.files else None for k in ("mu", "sigma"))
-    except UNREADABLE as error:
-        raise InputError(f"{path}: not a readable statistics file ({error})") from error
+    except ARRAY_ERRORS as error:
+        raise InputError(unreadable(path, "statistics file", error)) from error
     if mean is None or cov is None:
         return None, images
     if mean.shape != (INCEPTION_DIM,) or cov.shape != (INCEPTION_DIM, INCEPTION_DIM):

@@ -12,13 +12,13 @@ import secrets
 import tempfile
 import time
 import zipfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from tokbench.errors import ARRAY_ERRORS, InputError, first_line
 from tokbench.records.files import writable, write_whole
 
 log = logging.getLogger("tokbench")
@@ -156,8 +156,11 @@ class SampleStore:
         for shard in self._all():
             if (side, extractor) not in shard.features:
                 continue
-            with np.load(shard.path) as file:
-                values = file[f"{side}/{extractor}"]
+            try:
+                with np.load(shard.path) as file:
+                    values = np.asarray(file[f"{side}/{extractor}"], "<f4").reshape(len(shard.ids), -1)
+            except ARRAY_ERRORS as error:
+                raise InputError(f"{shard.path}: damaged ({first_line(error)}); remove it") from error
             if rows is None:
                 with writable(self.folder), tempfile.TemporaryFile(dir=self.folder) as scratch:
                     empty = np.zeros((1, values.shape[1]), "<f4").tobytes()
@@ -190,8 +193,10 @@ def _open(path: Path) -> _Shard | None:
             names = [name.removesuffix(".npy") for name in archive.namelist()]
         with np.load(path) as file:
             kept = {name: file[name] for name in names if name == "ids" or name.startswith(f"{COLUMNS}/")}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        log.warning("%s: damaged (%s), set aside; its samples are measured again", path, error)
+        ids = [str(sample) for sample in kept.pop("ids")]
+        if any(array.shape != (len(ids),) or array.dtype != np.float64 for array in kept.values()):
+            raise ValueError("columns of other lengths or types")
+    except ARRAY_ERRORS as error:
+        log.warning("%s: damaged (%s), set aside; its samples are measured again", path, first_line(error))
         return None
-    ids = [str(sample) for sample in kept.pop("ids")]
     return _described(path, ids, kept | {name: np.empty(0) for name in names if name not in kept and name != "ids"})

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokbench.errors import InputError
+from tokbench.errors import InputError, unreadable
 from tokbench.report.columns import ResultEntry, number
 from tokbench.report.tables import Heading, Table, plain
 
@@ -35,7 +35,7 @@ def read_reported(path: Path) -> list[Reported]:
             rows = [_row(line, f"{path}, line {i}") for i, line in enumerate(csv.DictReader(file), 2)]
         return sorted(rows, key=_place)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
+        raise InputError(unreadable(path, "table of reported numbers", error)) from error
 
 
 def _row(line: dict[str, str], where: str) -> Reported:

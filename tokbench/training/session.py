@@ -31,7 +31,7 @@ from tokbench.checkpoints import load_strictly, read_checkpoint
 from tokbench.config import to_dict
 from tokbench.data.pixels import to_float
 from tokbench.data.training_crops import PhotoCrops, batches
-from tokbench.errors import InputError
+from tokbench.errors import FILE_ERRORS, InputError, unreadable
 from tokbench.records.files import write_whole
 from tokbench.registry import TrainOptions
 from tokbench.runtime.device import describe_device, find_dtype, select_device, warn_of_emulation
@@ -316,8 +316,8 @@ def load_checkpoint(path: Path, config: Any) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         then = json.loads(state["config"])
-    except (RuntimeError, KeyError, EOFError, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a training checkpoint ({error}); remove it to start again") from error
+    except FILE_ERRORS as error:
+        raise InputError(f"{unreadable(path, 'training checkpoint', error)}; remove it to start again") from error
     now = json.loads(json.dumps(to_dict(config)))
     for settings in (then, now):
         settings |= {f"run.{k}": v for k, v in settings.pop("run").items() if k not in FREE_SETTINGS}

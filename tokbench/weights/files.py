@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokbench.errors import InputError
+from tokbench.errors import FILE_ERRORS, InputError, unreadable
 from tokbench.records.cache import stamp_of
 
 
@@ -44,8 +44,6 @@ def check_file(path: Path, expected: str, what: str) -> Path:
 
 def load(path: Path) -> Mapping[str, Any]:
     """The tensors of a safetensors or torch file, by name, on the CPU. WeightsError if it is neither."""
-    from pickle import UnpicklingError
-
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -57,5 +55,5 @@ def load(path: Path) -> Mapping[str, Any]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         return state
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError, SafetensorError) as error:
-        raise WeightsError(f"{path}: not a readable file of weights ({error})") from None
+    except (*FILE_ERRORS, SafetensorError) as error:
+        raise WeightsError(unreadable(path, "file of weights", error)) from None

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from tokbench.errors import first_line
 from tokbench.records.cache import cache_folder
 from tokbench.records.files import write_whole
 from tokbench.weights.convert import CONVERTERS, extract
@@ -135,7 +136,7 @@ def fetch(name: str) -> Path:
             return locate(name) or _obtain(network, folder)
     except OSError as error:
         raise WeightsError(
-            f"{name}: cannot write to {folder} ({error}); set TOKBENCH_WEIGHTS to another folder"
+            f"{name}: cannot write to {folder} ({first_line(error)}); set TOKBENCH_WEIGHTS to another folder"
         ) from None
 
 
@@ -264,6 +265,6 @@ def export(folder: Path, names: Sequence[str] = ()) -> list[Path]:
                 _check_kept(network, Path(scratch) / network.file, target)
                 os.replace(Path(scratch) / network.file, target)
         except OSError as error:
-            raise WeightsError(f"{folder}: cannot be written ({error})") from None
+            raise WeightsError(f"{folder}: cannot be written ({first_line(error)})") from None
         copies.append(target)
     return copies

@@ -74,7 +74,7 @@ def read(file: Path, kind: str) -> list[tuple[str, list[Box]]]:
             for image in images
             if key in image and group in image
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: no annotations in TokBench's layout ({error!r}); mend or remove it") from error
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from tokbench.errors import InputError
+from tokbench.errors import InputError, unreadable
 from tokbench.records.files import image_folders, writable, write_whole
 from tokbench.report.columns import ResultEntry
 from tokbench.report.leaderboard import blocks
@@ -94,6 +94,6 @@ def read_votes(path: Path) -> dict[str, Any]:
         for vote in votes["votes"]:
             if len(vote["codes"]) != 2 or vote["choice"] not in ("first", "second", "tie"):
                 raise ValueError(f"no vote: {vote}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: no votes of a page of `tokbench report --blind` ({error})") from error
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise InputError(unreadable(path, "file of votes, of a page of `tokbench report --blind`", error)) from error
     return dict(votes)
