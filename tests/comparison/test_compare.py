@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import Ran
 from tests.made_records import record, rows, write
 from tokbench.comparison.check import check
-from tokbench.comparison.differences import Difference, cells, compare, difference_table
+from tokbench.comparison.differences import Difference, cells, compare
 from tokbench.errors import InputError
 from tokbench.evaluation.reconstruct import seed_column
 from tokbench.evaluation.summary import compute
@@ -77,14 +77,16 @@ def test_frechet_distances_of_several_seeds_are_paired(tmp_path: Path, seeds: tu
     assert width(loose) > width(d)
 
 
-def test_versions_that_differ_are_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [("compare",), ("check", "--against")])
+def test_versions_that_differ_are_said(command: Sequence[str], tokbench: Callable[..., Ran], tmp_path: Path) -> None:
     for name, version in {"a": "2.13", "b": "2.14"}.items():
-        result = record(name)
+        result = record("model")
         versions = {"torch": version, "pillow": "12.0", **({"cuda": "12.8"} if name == "a" else {})}
         made = replace(result, provenance=replace(result.provenance, versions=versions))
         (tmp_path / f"{name}.json").write_text(to_json(made))
-    table = difference_table("", compare(tmp_path / "a.json", tmp_path / "b.json"))
-    assert table.notes[-1] == "measured with other versions: torch 2.13 and 2.14"
+    ran = tokbench(command[0], tmp_path / "a.json", *command[1:], tmp_path / "b.json")
+    first, second = ("2.13", "2.14") if command == ("compare",) else ("2.14", "2.13")
+    assert f"measured with other versions: torch {first} and {second}" in ran.out
 
 
 def test_more_seeds_narrow_the_interval_of_noise(tmp_path: Path) -> None:

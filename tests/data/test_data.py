@@ -20,6 +20,7 @@ from tokbench.data import sources
 from tokbench.data.open import SAMPLES, describe, open_source
 from tokbench.data.sources import Source, class_labels, group_columns
 from tokbench.errors import InputError
+from tokbench.records.result import read_result
 
 
 @pytest.fixture(autouse=True)
@@ -348,21 +349,24 @@ def test_offline_means_data_sets_too(value: str, monkeypatch: pytest.MonkeyPatch
     assert os.environ["HF_DATASETS_OFFLINE"] == ("1" if value in ("1", "true") else "0")
 
 
-def test_hidden_replacements_are_seen(folder: Path, tmp_path: Path) -> None:
-    """Other bytes of equal size and time, in place or under the name, as `cp -p` and `rsync -t` leave them."""
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hidden_replacements_are_seen(layout: str, folder: Path, tmp_path: Path) -> None:
+    """Other bytes of equal size and time, in place or under the name, as `cp -p`, `rsync -t` and tar leave them."""
     path = folder / "n0" / "img00.png"
     one, other = [data for data in map(gray, range(256)) if len(data) == len(gray(1))][:2]
-    path.write_bytes(one)
-    os.utime(path, (1, 1))
-    before = open_source(folder).fingerprint()
-    path.write_bytes(other)
-    os.utime(path, (1, 1))
-    changed = open_source(folder).fingerprint()
-    assert changed != before
-    (tmp_path / "new.png").write_bytes(one)
-    os.utime(tmp_path / "new.png", (1, 1))
-    (tmp_path / "new.png").replace(path)
-    assert open_source(folder).fingerprint() == before
+
+    def fingerprint(data: bytes, written: Path) -> str:
+        written.write_bytes(data)
+        os.utime(written, (10**9, 10**9))
+        written.replace(path)
+        spec = LAYOUTS[layout](folder, tmp_path)
+        for archive in tmp_path.glob("a.*"):
+            os.utime(archive, (10**9, 10**9))
+        return open_source(spec).fingerprint()
+
+    before = fingerprint(one, path)
+    assert fingerprint(other, path) != before
+    assert fingerprint(one, tmp_path / "new.png") == before
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
@@ -427,17 +431,24 @@ def test_names_with_line_breaks_stay_one_line_and_a_list_is_text(folder: Path) -
         open_source(folder / "other.txt")
 
 
-def test_composed_and_decomposed_names_are_the_same_ids(tmp_path: Path) -> None:
+def test_composed_and_decomposed_names_are_the_same_ids_and_it_is_said(
+    tokbench: Callable[..., Ran], tmp_path: Path
+) -> None:
     for form in ("NFC", "NFD"):
         (tmp_path / form).mkdir()
-        (tmp_path / form / (unicodedata.normalize(form, "café") + ".png")).write_bytes(gray(5))
+        (tmp_path / form / (unicodedata.normalize(form, "café") + ".png")).write_bytes(gray(5, (16, 16)))
+    (tmp_path / "NFC" / "b.dng").touch()
     composed, decomposed = open_source(tmp_path / "NFC"), open_source(tmp_path / "NFD")
     assert composed.ids == decomposed.ids
     assert composed.fingerprint() == decomposed.fingerprint()
     assert decomposed.read(0).getpixel((0, 0)) == (5, 5, 5)
+    ran = tokbench("score", tmp_path / "NFC", tmp_path / "NFD", "--metrics", "psnr", "--out", tmp_path / "runs")
+    assert ran.status == 0
+    assert "note: nfd: 1 names in Unicode's decomposed form (NFD); their ids are composed (NFC)" in ran.err
+    assert "note: nfc: 1 files of types that are not read here: .dng 1" in ran.err
 
 
-def test_the_column_of_images_is_chosen_or_asked_for(tmp_path: Path) -> None:
+def test_the_column_of_images_is_chosen_or_asked_for(tokbench: Callable[..., Ran], tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="needs the hf extra")
     import pyarrow as pa
     import pyarrow.parquet
@@ -457,7 +468,8 @@ def test_the_column_of_images_is_chosen_or_asked_for(tmp_path: Path) -> None:
         open_source(neither)
     with pytest.raises(InputError, match="no column c among a, b"):
         open_source(f"{neither}#c")
-    rows = open_source(write("rows", image=[gray(1), None, b"rubbish"]))
+    three = write("rows", image=[gray(1), None, b"rubbish"])
+    rows = open_source(three)
     problems = [fact.problem for fact in rows.facts()]
     assert problems[0] == ""
     assert "row 1: cannot be read (no image in its column image)" in problems[1]
@@ -465,6 +477,12 @@ def test_the_column_of_images_is_chosen_or_asked_for(tmp_path: Path) -> None:
     for index in (1, 2):
         with pytest.raises(InputError, match=f"row {index}: "):
             rows.load(index)
+    command = ("run", "--models", "identity", "--data", three, "--res", 8, "--metrics", "psnr", "--out", tmp_path)
+    ran = tokbench(*command)
+    assert (ran.status, "row 1: " in ran.reason, "row 2: " in ran.reason) == (2, True, True)
+    assert tokbench(*command, "--skip-bad").status == 0
+    (path,) = tmp_path.glob("adm/*/*.json")
+    assert read_result(path).settings.skipped == 2
 
 
 def test_columns_that_sort_rows_into_groups_are_known_by_name(tmp_path: Path) -> None:

@@ -2,15 +2,22 @@
 
 import contextlib
 import io
+import os
+import re
 import struct
+import tarfile
+import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tokbench.data.decode import ENLARGED, FIRST_FRAME, MENDED, ON_WHITE, TURNED, decode, readable_suffixes
+from tokbench.data.open import open_source
 from tokbench.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -38,6 +45,12 @@ def to_eight(values: np.ndarray, bits: int) -> np.ndarray:
     return np.rint(values.astype(float) * 255 / (2**bits - 1))
 
 
+def of_jfif(luma: np.ndarray, blue: np.ndarray, red: np.ndarray) -> np.ndarray:
+    """RGB of YCbCr as JPEG files have it."""
+    green = luma - 0.344136 * (blue - 128) - 0.714136 * (red - 128)
+    return np.dstack([luma + 1.402 * (red - 128), green, luma + 1.772 * (blue - 128)]).clip(0, 255)
+
+
 # Made by Pillow: mode -> image, the RGB that it means.
 PALETTE = Image.fromarray(COLOUR).quantize(16)
 MODES: dict[str, tuple[Image.Image, np.ndarray]] = {
@@ -48,6 +61,10 @@ MODES: dict[str, tuple[Image.Image, np.ndarray]] = {
     "LA": (Image.merge("LA", [Image.fromarray(GRAY), Image.fromarray(ALPHA)]), on_white(triple(GRAY), ALPHA)),
     "RGBA": (Image.fromarray(np.dstack([COLOUR, ALPHA])), on_white(COLOUR, ALPHA)),
     "I;16": (Image.fromarray(WIDE), triple(to_eight(WIDE, 16))),
+    "I;16B": (Image.fromarray(WIDE.astype(">u2")), triple(to_eight(WIDE, 16))),
+    "PA": (PALETTE.convert("PA"), np.asarray(PALETTE.convert("RGB"))),
+    "RGBX": (Image.fromarray(COLOUR).convert("RGBX"), COLOUR),
+    "YCbCr": (Image.fromarray(COLOUR, "YCbCr"), of_jfif(*np.moveaxis(COLOUR.astype(float), 2, 0))),
     "CMYK": (Image.fromarray(np.dstack([COLOUR, GRAY // 2]), "CMYK"),
              (255.0 - COLOUR) * (255 - GRAY // 2)[..., None] / 255),
 }  # fmt: skip
@@ -60,8 +77,8 @@ def pillow_cases() -> Iterator[tuple[str, bytes, np.ndarray]]:
         for mode, (image, expected) in MODES.items():
             with contextlib.suppress(OSError, ValueError, KeyError):  # the format has no such mode
                 data = encoded(image, format, **options)
-                if format == "WEBP" and mode == "I;16":
-                    continue  # cut to 8 bits
+                if (format == "WEBP" and mode.startswith("I;16")) or (format, mode) == ("JPEG2000", "I;16B"):
+                    continue  # cut to 8 bits; written with bytes exchanged
                 if format == "GIF" and mode not in ("L", "1", "P"):
                     continue  # reduced to a palette
                 if format in ("BMP", "DIB", "PPM") and mode == "RGBA":
@@ -154,21 +171,6 @@ def file_cases() -> Iterator[tuple[str, bytes, np.ndarray | None]]:
         yield f"{format} cut in half", data[: len(data) // 2], None
 
 
-CASES = [*pillow_cases(), *png_cases(), *tiff_cases(), *file_cases()]
-
-
-@pytest.mark.parametrize(("data", "expected"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-def test_right_pixels_or_a_line(data: bytes, expected: np.ndarray | None) -> None:
-    with pytest.raises(InputError, match=r"^x\.img: ") if expected is None else contextlib.nullcontext():
-        image, _ = decode(data, "x.img")
-        assert image.mode == "RGB"
-        assert np.abs(np.asarray(image, dtype=float) - expected).max() <= 1  # roundings of Pillow's compositing
-
-
-def test_the_table_is_long() -> None:
-    assert len({name for name, *_ in CASES}) == len(CASES) >= 120
-
-
 def exif(value: int, *others: tuple[int, int, int, bytes], order: str = "<") -> bytes:
     """An EXIF block with an orientation after other entries, each of whatever type."""
     entries = b"".join(struct.pack(f"{order}HHI", *entry[:3]) + entry[3] for entry in others)
@@ -182,6 +184,122 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
     8: lambda a: np.rot90(a),
 }  # fmt: skip
+
+
+def orientation_cases() -> Iterator[tuple[str, bytes, np.ndarray]]:
+    lossless = {"PNG": {}, "WEBP": EXACT["WEBP"], "TIFF": {}}
+    for format, options in lossless.items():
+        for value, turn in UPRIGHT.items():
+            tags = Image.Exif()
+            tags[0x0112] = value
+            data = encoded(Image.fromarray(COLOUR), format, exif=tags if format == "TIFF" else exif(value), **options)
+            yield f"{format} orientation {value}", data, turn(COLOUR)
+
+
+# Where an image lies: a folder's files by name, and what is opened below it.
+PLAIN = encoded(Image.fromarray(COLOUR), "PNG")
+OTHER = encoded(Image.fromarray(255 - COLOUR), "PNG")
+NAMES = {  # read, or not
+    "a.png": True, "A.PNG": True, "a.b.png": True, "with space.png": True, "#1.png": True, "café.png": True,
+    "cafe\u0301.png": True, "line\nbreak.png": True, "b/c/d.png": True, "a.jpg": True, "a.apng": True,
+    "a": False, "a.txt": False, "a.npy": False, ".a.png": False, "._a.png": False,
+}  # fmt: skip
+
+
+def laid(folder: Path, **files: bytes) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def tarred(folder: Path, mode: str = "w", *, link: bytes = b"", masks: Mapping[str, bytes] = {}) -> Path:
+    """`a.png`, perhaps as a link of this kind to an image behind it, and other files."""
+    entries = [("a.png", PLAIN), *masks.items()]
+    if link:
+        entries = [("b.data", PLAIN), ("a.png", b"")]
+    with tarfile.open(folder / "x.tar", mode) as tar:  # type: ignore[call-overload]
+        for name, data in entries:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            if not data:
+                entry.type, entry.linkname = link, "b.data"
+            tar.addfile(entry, io.BytesIO(data))
+    return folder / "x.tar"
+
+
+def zipped(folder: Path, method: int, name: str = "a.png") -> Path:
+    with zipfile.ZipFile(folder / "x.zip", "w", method) as archive:
+        archive.writestr(name, PLAIN)
+    return folder / "x.zip"
+
+
+def linked(folder: Path, kind: Callable[..., None], target: str = "b.data") -> Path:
+    kind(laid(folder, **{"b.data": PLAIN}) / target, folder / "a.png")
+    return folder
+
+
+def listed(folder: Path, text: bytes) -> Path:
+    return laid(folder, **{"a.png": PLAIN, "x.txt": text}) / "x.txt"
+
+
+def table_of(folder: Path, column: str = "", **columns: bytes | None) -> str:
+    datasets = pytest.importorskip("datasets", reason="needs the hf extra")
+    features = datasets.Features(dict.fromkeys(columns, datasets.Image()))
+    rows = {name: [value and {"bytes": value, "path": None}] for name, value in columns.items()}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "x.parquet")
+    return f"hf:{folder / 'x.parquet'}{column}"
+
+
+PLACES: dict[str, tuple[Callable[[Path], Path | str], bool]] = {
+    **{f"name {name!r}": (partial(laid, **{name: PLAIN}), read) for name, read in NAMES.items()},
+    "tar": (tarred, True),
+    "tar, hard link": (partial(tarred, link=tarfile.LNKTYPE), True),
+    "tar, symbolic link": (partial(tarred, link=tarfile.SYMTYPE), True),
+    "tar, compressed": (partial(tarred, mode="w:gz"), False),
+    "tar, WebDataset with a mask": (partial(tarred, masks={"a.seg.png": OTHER}), True),
+    "zip, stored": (partial(zipped, method=zipfile.ZIP_STORED), True),
+    "zip, deflated": (partial(zipped, method=zipfile.ZIP_DEFLATED), True),
+    "zip, a name that leads out": (partial(zipped, method=zipfile.ZIP_STORED, name="../a.png"), False),
+    "hard link": (partial(linked, kind=os.link), True),
+    "symbolic link": (partial(linked, kind=os.symlink), True),
+    "symbolic link to nothing": (partial(linked, kind=os.symlink, target="c.data"), False),
+    "list": (partial(listed, text=b"a.png\n"), True),
+    "list from Windows": (partial(listed, text=b"\xef\xbb\xbfa.png\r\n"), True),
+    "list of what is not there": (partial(listed, text=b"b.png\n"), False),
+    "list that is none": (partial(listed, text=b"a.png\n\0"), False),
+    "column": (partial(table_of, picture=PLAIN), True),
+    "column image among others": (partial(table_of, conditioning_image=OTHER, image=PLAIN), True),
+    "column asked for": (partial(table_of, column="#b", a=OTHER, b=PLAIN), True),
+    "columns, neither called image": (partial(table_of, a=OTHER, b=PLAIN), False),
+    "column that is not there": (partial(table_of, column="#c", a=PLAIN), False),
+    "column without an image": (partial(table_of, image=None), False),
+    "column of rubbish": (partial(table_of, image=b"rubbish"), False),
+}  # fmt: skip
+CASES = [
+    *pillow_cases(), *png_cases(), *tiff_cases(), *file_cases(), *orientation_cases(),
+    *((name, place, COLOUR if read else None) for name, (place, read) in PLACES.items()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("where", "expected"), [case[1:] for case in CASES], ids=[ascii(case[0]) for case in CASES])
+def test_right_pixels_or_a_line(
+    where: bytes | Callable[[Path], Path | str], expected: np.ndarray | None, tmp_path: Path
+) -> None:
+    """Equal pixels, which score 100 dB, or one line that names the file; bytes are those of a file x.img."""
+    said = r"^x\.img: |^x-train row 0: |" + re.escape(str(tmp_path))
+    with pytest.raises(InputError, match=said) if expected is None else contextlib.nullcontext() as refused:
+        if isinstance(where, bytes):
+            image, _ = decode(where, "x.img", upright=True)
+        else:
+            image, _ = open_source(where(tmp_path)).load(0)
+        assert image.mode == "RGB"
+        assert np.abs(np.asarray(image, dtype=float) - expected).max() <= 1  # roundings of Pillow's compositing
+    assert expected is not None or "\n" not in str(refused.value)
+
+
+def test_the_table_is_long() -> None:
+    assert len({name for name, *_ in CASES}) == len(CASES) >= 120
 
 
 @pytest.mark.parametrize("orientation", [*UPRIGHT, 0, 9])

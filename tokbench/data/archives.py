@@ -3,6 +3,7 @@
 import os
 import posixpath
 import tarfile
+import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tokbench.data.decode import readable_suffixes
-from tokbench.errors import InputError
+from tokbench.errors import InputError, unreadable
 from tokbench.records.cache import load_cached, printable, save_cached, stamp_of
 
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # how gzip, bzip2, xz and zstd begin
@@ -46,10 +47,8 @@ def list_tar(path: Path) -> tuple[list[Member], list[str]]:
             if file.read(6).startswith(COMPRESSED):
                 raise InputError(f"{path}: a compressed tar cannot be read in place; unpack it, or make a .tar or .zip")
             found = dict(_scan(file, 0, "", path))
-    except tarfile.TarError as error:
-        raise InputError(f"{path}: not a readable tar ({error})") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (tarfile.TarError, OSError) as error:
+        raise InputError(unreadable(path, "tar", error)) from error
     names, problems = readable(found)
     members = {}
     for name in names:
@@ -111,18 +110,21 @@ def readable(names: Iterable[str]) -> tuple[list[str], list[str]]:
             wanted.append(name)
         elif suffix and suffix not in TEXTS:
             others[suffix] += 1
-    listed = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common())
-    return sorted(wanted), [f"{others.total()} files of types that are not read here: {listed}"] if others else []
+    problems = []
+    if others:
+        listed = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common())
+        problems.append(f"{others.total()} files of types that are not read here: {listed}")
+    if decomposed := sum(not unicodedata.is_normalized("NFC", name) for name in wanted):
+        problems.append(f"{decomposed} names in Unicode's decomposed form (NFD); their ids are composed (NFC)")
+    return sorted(wanted), problems
 
 
 def list_zip(path: Path) -> tuple[list[str], list[str]]:
     """Names of the images in a zip, sorted, and what was left out. InputError as for `list_tar`."""
     try:
         names = [inside(info.filename, path) for info in opened_zip(path).infolist() if not info.is_dir()]
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{path}: not a readable zip ({error})") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(unreadable(path, "zip", error)) from error
     return readable(names)
 
 

@@ -131,10 +131,15 @@ def show_plan(
 
 
 def share_facts(source: Source, out: Path, processes: Processes) -> None:
-    """Rank 0 alone tries `out` and reads every file; its facts, or its InputError, are everybody's."""
+    """Rank 0 alone tries `out` and reads every file; its facts, or its InputError, are everybody's.
+
+    It says what was left out of the source.
+    """
 
     def read() -> list[Facts]:
         check_writable(out)
+        for problem in source.problems:
+            say(f"note: {source.name}: {problem}")
         return source.facts()
 
     source.adopt(processes.by_main(read))
@@ -201,8 +206,6 @@ def announce(
     resolutions = ", ".join(size_text(one.resolution) for one in measurements)
     models = f"{num_models} model{'s' if num_models > 1 else ''}"
     say(f"{images} at {resolutions}, {models}, on {describe_device(device)}; results in {out}/")
-    for problem in source.problems:
-        say(f"note: {problem}")
     for line in weights.downloads(suite_for(source, measurements[0], device).networks):
         say(line)
 
