@@ -300,7 +300,7 @@ def test_a_tokenizer_of_another_grid_or_normalisation_is_refused_with_both_value
         ({"metrics": ("psnr",)}, "psnr: compares an image with its reconstruction"),
         ({"tokenizer": "bicubic-f2"}, "bicubic-f2 does not fit the generator"),
         ({"generator": "nowhere"}, "no such generator"),
-        ({"reference": "missing.npz"}, "not a readable statistics file"),
+        ({"reference": "missing.npz"}, "no such file; check the path"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_drawn(

@@ -168,7 +168,7 @@ def test_checkpoint_of_other_settings_is_refused_by_name(tmp_path: Path) -> None
     with pytest.raises(InputError, match="steps=10"):
         load_checkpoint(path, Settings(steps=11))
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match="not a training checkpoint"):
+    with pytest.raises(InputError, match="not a readable training checkpoint"):
         load_checkpoint(path, Settings())
 
 
