@@ -87,10 +87,9 @@ def test_a_damaged_shard_is_named_and_costs_its_own_samples_only(
     "broken",
     [
         {"ids": np.array(IDS[:3])}, {"columns/psnr": np.zeros((4, 2))}, {"columns/psnr": np.array(["1.5"] * 4)},
-        {"ids": np.full(8, 0xFFFFFF, np.uint32).view("<U2")}, {"fake/net": np.zeros((3, 7), np.float32)},
-        {"fake/net": np.array([b"x"] * 4)},
+        {"fake/net": np.zeros((3, 7), np.float32)}, {"fake/net": np.array([b"x"] * 4)},
     ],
-    ids=["fewer ids", "two columns in one", "texts", "no characters", "fewer features", "bytes"],
+    ids=["fewer ids", "two columns in one", "texts", "fewer features", "bytes"],
 )  # fmt: skip
 def test_a_shard_of_other_arrays_is_one_line(
     broken: dict[str, np.ndarray], tmp_path: Path, caplog: pytest.LogCaptureFixture
