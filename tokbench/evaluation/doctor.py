@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from tokbench import weights
 from tokbench.metrics import METRICS
@@ -28,9 +29,8 @@ def examine() -> Iterator[str]:
     absent = [f"{name} ({use})" for name, use in OPTIONAL.items() if importlib.util.find_spec(name) is None]
     yield f"optional     {'not installed: ' + ', '.join(absent) if absent else 'all installed'}"
     yield from _devices()
-    torch_hub, hub = weights.torch_cache(), Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    for what, folder in (("cache", cache_folder()), ("weights", weights.weights_dir()), ("torch", torch_hub),
-                         ("hub", hub), ("here", Path.cwd())):  # fmt: skip
+    caches = {"cache": cache_folder(), "weights": weights.weights_dir(), "torch": weights.torch_cache()}
+    for what, folder in (caches | {"hub": Path(HF_HUB_CACHE), "here": Path.cwd()}).items():
         yield f"{what:<12} {folder}: {_room(folder)}"
     yield f"network      {'none is used: TOKBENCH_OFFLINE is set' if weights.offline() else 'used where needed'}"
     lacking: dict[str, list[str]] = {}
