@@ -77,7 +77,7 @@ def test_a_page_names_nobody_shows_pairs_in_turns_and_its_votes_find_their_model
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("{}", "no votes of a page"), ('{"format": "tokbench-votes-1", "salt": "a", "votes": []}', "no votes"),
+    [("{}", "not a readable file of votes"), ('{"format": "tokbench-votes-1", "salt": "a", "votes": []}', "no votes"),
      ('{"format": "tokbench-votes-1", "salt": "a", "votes": [{"codes": ["x", "y"], "choice": "tie"}]}', "results lack"),
      ('{"format": "tokbench-votes-1", "salt": "a", "votes": [{"codes": ["x"], "choice": "tie"}]}', "no vote:")],
 )  # fmt: skip
