@@ -37,7 +37,7 @@ def report(kept: Path, drawn: Sequence[Path]) -> str:
     judged = verdicts(kept) if endpoint(places) == PRIMARY else {}  # --quick has no endpoint
     first = next(iter(places[main_place(places)].values()))
     seeds, side = seeds_of(places), main_place(places)
-    figures = "\n".join(f"![{path.stem.replace('-', ' against ')}]({path.name})\n" for path in drawn)
+    figures = "\n".join(f"![{' against '.join(path.stem.rsplit('-', 1))}]({path.name})\n" for path in drawn)
     return f"""# The sweep over latents, preset `{kept.name}`
 
 What was held equal, and what would count, is in the sweep's PLAN.md. {len(seeds)} training seeds,
@@ -60,7 +60,7 @@ file was written.
 ## Across resolutions
 
 {markdown(resolutions_table(kept, places))}
-Memory: of a decode of one image; on a CPU by how much the process grows at most.
+Memory: of a decode of one image; on a CPU by how much the process grows at most, 0 where it fits into what was there.
 
 ## Codecs at {side} px
 
@@ -193,7 +193,7 @@ def about_f16c4(places: Places, judged: Mapping[str, tuple[Contrast, float, str]
     own = means("f16c4")
     texts = [
         f"**f16c4** spends {numbers_per_pixel(results[f'conv-f16c4-{seeds[0]}']):.4f} numbers on a pixel and reaches "
-        f" {own['conv'][0]:.3f} {metric} and {own['conv'][1]:.2f} dB with the convolutional decoder, "
+        f"{own['conv'][0]:.3f} {metric} and {own['conv'][1]:.2f} dB with the convolutional decoder, "
         f"{own['ssdd'][0]:.3f} and {own['ssdd'][1]:.2f} dB with SSDD's."
     ]
     for other in (latent for latent in latents if latent != "f16c4"):
