@@ -224,9 +224,6 @@ class FlexTok(nn.Module):
         mean = self.encoder["quant"](self.encoder["vae"](x)).chunk(2, dim=1)[0]
         return (to_codes(self.encoder["tokens"](mean * self.scale)),)
 
-    def decode(self, z: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        raise NotImplementedError("FlexTok decodes from noise: see sample")
-
     def sample(self, noise: Tensor, codes: Tensor, steps: int) -> Tensor:
         """Euler's method from noise [B, 16, 32, 32] at time 1, then the VAE: [B, 3, 256, 256]."""
         flow, dtype = self.decoder["flow"], next(self.decoder.parameters()).dtype

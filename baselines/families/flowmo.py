@@ -195,9 +195,6 @@ class FlowMo(nn.Module):
         signs = codes_to_signs(codes.unflatten(1, (TOKENS, -1)), self.config.bits, 2).flatten(2)
         return F.pad(signs.float(), (0, 1), value=1.0)
 
-    def decode(self, z: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        raise NotImplementedError("FlowMo decodes from noise: see sample")
-
     def sample(self, noise: Tensor, codes: Tensor, steps: int) -> Tensor:
         """Euler's method from noise [B, 3, H, W] at time 1 to the image at time 0."""
         dtype = self.decoder.img_in.weight.dtype

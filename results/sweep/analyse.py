@@ -302,7 +302,10 @@ def lines_of(kept: Path) -> dict[str, tuple[str, str, dict[str, list[tuple[float
 
 def draw(kept: Path) -> list[Path]:
     """The figures of the report, beside it; one that has nothing to show is left out."""
-    paths = [curves(lines, along, up, kept / f"{name}.png") for name, (along, up, lines) in lines_of(kept).items()]
+    paths = [
+        curves(lines, along, up, kept / f"{name}.png", legend=True)
+        for name, (along, up, lines) in lines_of(kept).items()
+    ]
     return [path for path in paths if path is not None]
 
 

@@ -26,6 +26,7 @@ from tokbench.records.result import (
     Value,
     from_json,
     read_result,
+    read_speed,
     to_json,
 )
 from tokbench.report.build import Report, build, text
@@ -360,8 +361,10 @@ def test_the_best_guidance_of_a_sweep_is_the_lowest_distance() -> None:
 
 def test_all_committed_records_are_read_and_kept_by_their_json() -> None:
     """Those of schema 1 too: whatever the leaderboard leaves out."""
-    paths = [path for path in (ROOT / "results").rglob("*.json") if '"metrics"' in path.read_text(encoding="utf-8")]
+    records = {path: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results").rglob("*.json")}
+    paths = [path for path, record in records.items() if "metrics" in record]
     assert len(paths) > 70
+    assert all(read_speed(path).stages for path, record in records.items() if record.get("kind") == "speed")
     for path in paths:
         result = read_result(path)
         assert from_json(to_json(result)) == result

@@ -133,7 +133,7 @@ def curves(
 ) -> Path | None:  # fmt: skip
     """Lines of points over a log or plain axis, dashed ones at the `levels`; None without two places on it.
 
-    Names stand at the lines' ends, as far as there is room, or in a legend.
+    Names stand at the lines' ends, as far as there is room, or in a legend beside them.
     """
     xs = [x for points in lines.values() for x, _ in points]
     if len(set(xs)) < 2:
@@ -157,7 +157,7 @@ def curves(
     ax.set_ylabel(y_label, fontsize=9)
     if legend:
         ax.margins(x=0.05)
-        ax.legend(fontsize=7, frameon=False)
+        fig.legend(fontsize=7, frameon=False, loc="outside right center")
     else:
         label_points(ax, ends)
     return save(fig, path)
