@@ -46,6 +46,7 @@ ARCHITECTURES = {
     "sdxl": KLVAEConfig(),  # differs in its weights alone
     "flux": KLVAEConfig(EncoderConfig(channels=16), projections=False),
 }
+BUNDLED = Path(__file__).parent / "weights"
 RANDOM = {"note": "random weights"}
 
 
@@ -180,7 +181,7 @@ def load_tokenizer(file: Path | None = None, arch: str = "", *, random_weights: 
         if file is not None or not random_weights:
             raise InputError(f"klvae@arch={arch}: an architecture without weights: tokbench speed --random-weights")
         return KLVAETokenizer(KLVAE(config), RANDOM)
-    path = file or Path(__file__).parent / "weights" / "klvae.safetensors"
+    path = file or BUNDLED / "klvae.safetensors"
     if not random_weights:
         model, metadata = load(path)
         return KLVAETokenizer(model, metadata["info"])

@@ -27,6 +27,7 @@ def register() -> None:
         klvae,
         summary="KL-VAE trained with tokbench: the demo weights, or klvae:FILE; klvae@arch=sd|sdxl|flux for speed",
     )
+    add("klvae-f16c16", klvae_f16c16, summary="as klvae, demo weights of another latent")
     for row in PUBLISHED.values():
         add(row.name, _published(row.name), summary=row.note, facts=_facts(row))
     add(
@@ -94,6 +95,12 @@ def klvae(file: Path | None = None, arch: str = "", random_weights: bool = False
     from baselines.kl_vae import load_tokenizer
 
     return load_tokenizer(file, arch, random_weights=random_weights)
+
+
+def klvae_f16c16(random_weights: bool = False) -> Any:
+    from baselines.kl_vae import BUNDLED, load_tokenizer
+
+    return load_tokenizer(BUNDLED / "klvae-f16c16.safetensors", random_weights=random_weights)
 
 
 def any_autoencoder(file: str, latent_space: str = "", tiling: Tiling | None = None) -> Any:

@@ -83,7 +83,7 @@ _SMALL_LAST = replace(
 )
 # The demo weights began so: decoder XS with 4 groups in its norms, 128 photographs, half an hour on two cores. In one
 # step, on 14 held-out photographs at 256 px: 24.7 dB and lpips-alex .34 after pretrain, 25.0 and .31 after finetune;
-# finetuned again, after 41,520 crops in all, the bundled file has 25.3 and .263 (weights/ssdd.md).
+# finetuned again, after 61,520 crops in all, the bundled file has 25.5 and .238 (weights/ssdd.md).
 SMALL_STAGES = {
     "joint": replace(_SMALL, stage="joint"),
     "pretrain": _SMALL,

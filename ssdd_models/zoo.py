@@ -8,7 +8,7 @@ from tokbench.errors import CellError, InputError, first_line
 from tokbench.registry import Trainer, register_trainer
 from tokbench.registry import register as add
 
-BUNDLED = Path(__file__).parent / "weights" / "ssdd.safetensors"
+BUNDLED = Path(__file__).parent / "weights"
 RANDOM = {"note": "random weights: for speed only"}  # info of a model without trained weights
 RELEASED = "facebook/SSDD"  # folders F8C4, ..., SDVAE; files *_{S,B,M,L,XL}_256
 SIZES = {
@@ -23,6 +23,7 @@ SIZES = {
 def register() -> None:
     """Entry point of the group `tokbench.plugins`."""
     add("ssdd", ssdd, summary="SSDD trained with tokbench; the bundled demo weights, or ssdd:FILE", accepts=is_ssdd)
+    add("ssdd-f16c16", ssdd_f16c16, summary="as ssdd, demo weights of another latent")
     add(
         "ssdd-{size}-{latent}",
         released,
@@ -48,7 +49,7 @@ def ssdd(
     from ssdd_models.stages import SMALL_STAGES
     from ssdd_models.tokenizer import SSDDTokenizer
 
-    path = BUNDLED if file is None else Path(file)
+    path = BUNDLED / "ssdd.safetensors" if file is None else Path(file)
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.exists() and not random_weights:
         raise CellError(f"no demo weights at {path.name}; train some with `tokbench train ssdd`, or name a file")
@@ -61,6 +62,10 @@ def ssdd(
     if random_weights:
         return SSDDTokenizer(SSDD.from_config(SSDDConfig.of_file(shapes, metadata)), steps, time_shift, RANDOM)
     return SSDDTokenizer(SSDD.from_pretrained(path), steps, time_shift, metadata.get("info"))
+
+
+def ssdd_f16c16(steps: int | None = None, time_shift: float | None = None, random_weights: bool = False) -> Any:
+    return ssdd(BUNDLED / "ssdd-f16c16.safetensors", steps, time_shift, random_weights)
 
 
 def released(

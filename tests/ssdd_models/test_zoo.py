@@ -202,3 +202,21 @@ def test_the_command_line_decodes_with_a_file(tmp_path: Path, photographs: Path,
     )  # fmt: skip
     assert ran.status == 0, ran.err
     assert "mine" in ran.out
+
+
+@pytest.mark.parametrize(("latent", "shape"), [("", (4, 8, 8)), ("-f16c16", (16, 4, 4))])
+def test_both_demo_decoders_of_a_latent_take_the_latents_of_one_encoder(latent: str, shape: tuple[int, ...]) -> None:
+    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seeds = torch.zeros(1, dtype=torch.int64)
+    klvae, ssdd = create(f"klvae{latent}"), create(f"ssdd{latent}")
+    encoded = [model.encode(images, sample=False, seeds=seeds) for model in (klvae, ssdd)]
+    assert encoded[0].shape[1:] == shape
+    assert torch.equal(*encoded)
+    joined = create(f"klvae{latent}+ssdd{latent}")
+    decoded = joined.decode(encoded[0], seeds=seeds, size=(64, 64))
+    assert torch.equal(decoded, ssdd.decode(encoded[0], seeds=seeds, size=(64, 64)))
+
+
+def test_demo_models_of_two_latents_do_not_join() -> None:
+    with pytest.raises(InputError, match="latents differ"):
+        create("klvae+ssdd-f16c16")
