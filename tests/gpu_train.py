@@ -22,8 +22,8 @@ from tests.gpu_check import Part, run_parts
 
 LATENTS = ("f8c4", "f16c16")
 # Sized for 11 steps a second, on which the sweep's and the study's presets count too; no card has run it yet.
-# Other times than 1 are kept to the end, for decoding in four steps. At the demo's scale that alone did not do: four steps
-# are no worse than one only with a sampler that stays near t = 1 (ssdd_models/weights/ssdd.md).
+# Other times than 1 are kept to the end, for decoding in four steps. At the demo's scale that alone did not do: four
+# steps are no worse than one only with a sampler that stays near t = 1 (ssdd_models/weights/ssdd.md).
 DEMO = replace(PRESETS["gpu"], steps=1600, encoder_steps=1600, seeds=(0,), share_at_one=0.5)
 
 
