@@ -1,6 +1,7 @@
 """What tests share: one thread, caches of their own, tiny real photographs, the command line in this process."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from tokbench.weights import weights_dir
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script's background jobs ignore, and their children
 
 SAMPLES = Path(cli.__file__).parent / "samples"
 TINY = f"{Path(__file__).with_name('tiny.py')}:tiny"

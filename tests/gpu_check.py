@@ -53,13 +53,18 @@ class Part:
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
     """Interrupts what takes longer as Ctrl-C does: KeyboardInterrupt, or a training run that is saved first."""
-    before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    handlers = {
+        signal.SIGALRM: lambda *_: os.kill(os.getpid(), signal.SIGINT),
+        signal.SIGINT: signal.default_int_handler,  # a script's background jobs ignore it
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_parts(parts: Sequence[Part], seconds: float) -> int:

@@ -1,5 +1,6 @@
 """What `make gpu-check` and `make gpu-train` promise: a part that fails or takes too long stops no other."""
 
+import signal
 import time
 from pathlib import Path
 
@@ -32,6 +33,15 @@ def test_parts_that_fail_or_take_too_long_cost_themselves_only(
     assert [line.partition(":")[0] for line in said] == ["fails", "hangs", "leaves", "hangs in a process"]
     assert run_parts(parts[-1:], 60) == 0
     assert run_parts(parts[-1:], 0) == 1
+
+
+def test_the_limit_holds_in_a_scripts_background_job_which_ignores_ctrl_c() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert run_parts([Part("hangs", 0.05, lambda: time.sleep(9))], 60) == 1
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(130)], ids=["here", "in a training"])
