@@ -158,7 +158,7 @@ def test_two_runs_of_one_cell_do_not_disturb_each_other(
     status, error = second.finish()
     first.signal(signal.SIGCONT)
     assert status == 1
-    assert "another run is measuring this" in error
+    assert "another run is at work in it" in error
     status, error = first.finish()
     assert status == 0, error
     assert numbers(tmp_path) == uninterrupted

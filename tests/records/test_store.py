@@ -184,6 +184,28 @@ def test_held_folder_refuses_another_run_and_is_free_after_a_kill(tmp_path: Path
         pass
 
 
+def test_who_holds_a_folder_removes_what_killed_writes_have_left(tmp_path: Path) -> None:
+    code = f"""
+import os, pathlib
+from tokbench.records import files
+files.os.replace = lambda *_: os.kill(os.getpid(), 9)
+files.write_whole(pathlib.Path({str(tmp_path)!r}) / "last.ckpt", "whole")
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    (left,) = tmp_path.iterdir()
+    for kept in (".hidden", "last.ckpt.0123abcd", ".crops-0123abcd"):
+        (tmp_path / kept).write_text("")
+    with hold(tmp_path, shared=True):
+        assert left.exists()
+    with hold(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            ".crops-0123abcd",
+            ".hidden",
+            "last.ckpt.0123abcd",
+            "lock",
+        ]
+
+
 def test_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -82,6 +82,19 @@ def test_resume_after_kill_9_is_bit_for_bit(
     assert losses(whole) == losses(killed)
 
 
+def test_a_second_run_in_the_same_folder_is_one_line(
+    photographs: Path, tmp_path: Path, tokbench: Callable[..., Any]
+) -> None:
+    out = tmp_path / "out"
+    (process,) = start(command("klvae", photographs, out, "run.steps=500"), tmp_path)
+    wait_for(out / "last.ckpt")
+    second = tokbench(*command("klvae", photographs, out, "run.steps=500"))
+    process.signal(signal.SIGKILL)
+    process.finish()
+    assert second.status == 2
+    assert second.reason.endswith("out: another run is at work in it; wait for it or use another --out")
+
+
 @of_every_loop
 def test_two_processes_take_the_steps_of_one(model: str, photographs: Path, tmp_path: Path) -> None:
     for name, world in (("one", 1), ("two", 2)):

@@ -32,6 +32,8 @@ except ImportError:  # Windows: runs are not kept apart
 
 log = logging.getLogger("tokbench")
 
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # the names of files that are being written
+
 
 @contextlib.contextmanager
 def writable(path: Path) -> Iterator[None]:
@@ -72,7 +74,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def hold(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Keep other runs out of a working folder; InputError if one is in it. Ends with the process, however it dies.
 
-    `shared`: only those that want it for themselves. A folder that nothing was written into is removed.
+    `shared`: only those that want it for themselves. Else what a killed `write_whole` has left there is removed. A
+    folder that nothing was written into is removed.
     """
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,11 +85,13 @@ def hold(folder: Path, *, shared: bool = False) -> Iterator[None]:
             try:
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise InputError(
-                    f"{folder}: another run is measuring this; wait for it or use another --out"
-                ) from error
+                raise InputError(f"{folder}: another run is at work in it; wait for it or use another --out") from error
             except OSError as error:  # a file system without locks
                 log.warning("%s: cannot be locked (%s); do not start the same run twice", folder, error.strerror)
+            else:
+                for path in [] if shared else folder.glob(".*"):
+                    if TEMPORARY.fullmatch(path.name):
+                        path.unlink(missing_ok=True)
         try:
             yield
         finally:

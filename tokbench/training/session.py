@@ -32,7 +32,7 @@ from tokbench.config import to_dict
 from tokbench.data.pixels import to_float
 from tokbench.data.training_crops import PhotoCrops, batches
 from tokbench.errors import FILE_ERRORS, InputError, unreadable
-from tokbench.records.files import write_whole
+from tokbench.records.files import hold, write_whole
 from tokbench.registry import TrainOptions
 from tokbench.runtime.device import describe_device, find_dtype, select_device, warn_of_emulation
 from tokbench.runtime.processes import Processes, cores, join
@@ -77,9 +77,15 @@ class TrainingConfig(Protocol):
 
 @contextmanager
 def open_session(name: str, config: TrainingConfig, out: Path) -> Iterator["Session"]:
-    """Join the other processes and choose the device. Raises InputError where the settings do not suit them."""
+    """Join the other processes, hold `out` against other runs and choose the device.
+
+    Raises InputError where the settings do not suit the processes, or another run is in `out`.
+    """
     with ExitStack() as stack:
-        yield Session(name, config, out, stack.enter_context(join()), stack)
+        processes = stack.enter_context(join())
+        if processes.main:
+            stack.enter_context(hold(out))
+        yield Session(name, config, out, processes, stack)
 
 
 class Session:
