@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -79,6 +80,8 @@ def pillow_cases() -> Iterator[tuple[str, bytes, np.ndarray]]:
                 data = encoded(image, format, **options)
                 if (format == "WEBP" and mode.startswith("I;16")) or (format, mode) == ("JPEG2000", "I;16B"):
                     continue  # cut to 8 bits; written with bytes exchanged
+                if (format, mode) == ("TIFF", "YCbCr") and int(PIL.__version__.partition(".")[0]) < 13:
+                    continue  # which reads no such files, its own among them
                 if format == "GIF" and mode not in ("L", "1", "P"):
                     continue  # reduced to a palette
                 if format in ("BMP", "DIB", "PPM") and mode == "RGBA":
