@@ -49,6 +49,11 @@ def test_the_report_follows_from_the_records(kept: Path) -> None:
     assert "**f16c4** spends 0.0156 numbers on a pixel and reaches 0." in report
     assert "the largest of all is that at f8c4" in report
     assert "| ssdd-f8c4 | 0.0625 | 0.250 | 6.10 | 3,200 | 120 |" in report
+    beside = report.partition("## Beside codecs at 256 px")[2]
+    order = re.findall(r"\| ([a-z]+-[a-z0-9]+) \| ([\d.]+) \|", beside)
+    assert order == [("conv-f16c4", "0.062"), ("ssdd-f16c4", "0.062"), ("conv-f8c4", "0.250"), ("ssdd-f8c4", "0.250"),
+                     ("jpeg-q10", "0.300"), ("jpeg-q50", "1.000")]  # fmt: skip
+    assert "## Beside codecs at 128 px" in report
     figures = {
         f"{metric}-{along}.png" for metric in ("lpips-alex", "psnr") for along in ("numbers", "bits", "resolution")
     }

@@ -15,7 +15,7 @@ from results.study.contrasts import Contrast, contrast, holm, verdict
 from results.sweep.run import FAMILIES
 from tokbench.records.files import write_whole
 from tokbench.records.result import EvalResult
-from tokbench.report.columns import metric_column, number
+from tokbench.report.columns import is_training_loss, metric_column, number
 from tokbench.report.plots import axis_label, curves
 from tokbench.report.speed import read_speeds
 from tokbench.report.tables import Heading, Table, TableCell, markdown, plain
@@ -38,6 +38,7 @@ def report(kept: Path, drawn: Sequence[Path]) -> str:
     first = next(iter(places[main_place(places)].values()))
     seeds, side = seeds_of(places), main_place(places)
     figures = "\n".join(f"![{' against '.join(path.stem.rsplit('-', 1))}]({path.name})\n" for path in drawn)
+    beside = "\n".join(f"## Beside codecs at {at} px\n\n{markdown(codecs_table(kept, places, at))}" for at in places)
     return f"""# The sweep over latents, preset `{kept.name}`
 
 What was held equal, and what would count, is in the sweep's PLAN.md. {len(seeds)} training seeds,
@@ -62,9 +63,7 @@ file was written.
 {markdown(resolutions_table(kept, places))}
 Memory: of a decode of one image; on a CPU by how much the process grows at most, 0 where it fits into what was there.
 
-## Codecs at {side} px
-
-{markdown(codecs_table(places[side]))}
+{beside}
 {figures}"""
 
 
@@ -249,14 +248,23 @@ def timings(kept: Path) -> dict[str, dict[int, tuple[float, int | None]]]:
     return found
 
 
-def codecs_table(results: Mapping[str, EvalResult]) -> Table:
-    """The ladder of qualities."""
-    names = sorted(
-        (name for name in results if name.split("-")[0] not in FAMILIES), key=lambda n: measured_rate(results[n])
-    )
-    metrics = [name for name, value in results[names[0]].metrics.items() if value.value is not None and name != "bpp"]
-    lines = [[n, f"{measured_rate(results[n]):.3f}", *(text(number(results[n], m), m) for m in metrics)] for n in names]
-    return plain("", [Heading(key="codec"), Heading(key="bits", unit="a pixel"), *map(metric_column, metrics)], lines)
+def codecs_table(kept: Path, places: Places, side: str) -> Table:
+    """The decoders, means over seeds, among the ladders of qualities, by bits."""
+    results, seeds, metrics = places[side], seeds_of(places), shown(places)
+    found: list[tuple[float, str, list[TableCell]]] = []
+    for name, result in results.items():
+        if result.tokenizer.family == "codec":
+            cells = [TableCell(text(number(result, metric), metric)) for metric in metrics]
+            found.append((measured_rate(result), name, cells))
+    for arm in (f"{decoder}-{latent}" for latent in latents_of(places) for decoder in FAMILIES):
+        first = f"{arm}-{seeds[0]}"
+        cells = [
+            TableCell(text(over_seeds(results, arm, seeds, m), m), dagger=is_training_loss(results[first], m))
+            for m in metrics
+        ]
+        found.append((rate(kept, first, side), arm, cells))
+    lines = [[name, f"{bits:.3f}", *cells] for bits, name, cells in sorted(found, key=lambda row: row[:2])]
+    return plain("", [Heading(key=""), Heading(key="bits", unit="a pixel"), *map(metric_column, metrics)], lines)
 
 
 def measured_rate(result: EvalResult) -> float:
