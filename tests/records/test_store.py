@@ -195,11 +195,13 @@ files.write_whole(pathlib.Path({str(tmp_path)!r}) / "last.ckpt", "whole")
     (left,) = tmp_path.iterdir()
     for kept in (".hidden", "last.ckpt.0123abcd", ".crops-0123abcd"):
         (tmp_path / kept).write_text("")
+    (tmp_path / ".folder.0123abcd").mkdir()
     with hold(tmp_path, shared=True):
         assert left.exists()
     with hold(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == [
             ".crops-0123abcd",
+            ".folder.0123abcd",
             ".hidden",
             "last.ckpt.0123abcd",
             "lock",

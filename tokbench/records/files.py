@@ -90,7 +90,7 @@ def hold(folder: Path, *, shared: bool = False) -> Iterator[None]:
                 log.warning("%s: cannot be locked (%s); do not start the same run twice", folder, error.strerror)
             else:
                 for path in [] if shared else folder.glob(".*"):
-                    if TEMPORARY.fullmatch(path.name):
+                    if TEMPORARY.fullmatch(path.name) and path.is_file():
                         path.unlink(missing_ok=True)
         try:
             yield
